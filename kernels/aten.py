@@ -1,0 +1,198 @@
+"""torch's own fused attention, given the pieces of a slice: the kernel for CPUs.
+
+On the CPU each piece is one call of the flash operator behind scaled_dot_product_attention,
+which returns the log-sum-exp and whose backward accepts the global (out, lse). It is float32
+(or wider) inside: half-precision inputs are widened once per call, so no partial result is
+rounded. Elsewhere, and where v has another head_dim than k, a piece is tiled matrix products.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from einops import rearrange
+
+from ringattn.kernels.pieces import Piece, cut
+from ringattn.masks import Slice
+from ringattn.runs import Run
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Scores that the tiled fallback holds at a time.
+_TILE_SCORES = 2**24
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slices: Sequence[Slice],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    """See :mod:`ringattn.kernels`."""
+    if not slices:
+        return
+    q, k, v = (x.to(out.dtype) for x in (q, k, v))
+    for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, slices):
+        mask = _mask(piece, q)
+        block_out, block_lse = _attend(q_, k_, v_, piece, mask, scale)
+        # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
+        share = torch.sigmoid(block_lse - lse_)
+        out_.lerp_(block_out, share[..., None])
+        torch.logaddexp(lse_, block_lse, out=block_lse)
+        lse_.copy_(block_lse)
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    slices: Sequence[Slice],
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+) -> None:
+    """See :mod:`ringattn.kernels`. Grouped heads take one call per member, so nothing repeats."""
+    if not slices:
+        return
+    dout, q, k, v, out = (x.to(dq.dtype) for x in (dout, q, k, v, out))
+    groups = q.shape[2] // k.shape[2]
+    for g in range(groups):
+        queries = tuple(x[:, :, g::groups] for x in (dout, q, out, dq))
+        views = _views(queries, (k, v, dk, dv), lse[:, g::groups], slices)
+        for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_), lse_, piece in views:
+            mask = _mask(piece, q)
+            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, mask, scale)
+            dq_.add_(grads[0])
+            # Blocks that overlap on the key axis are added in turns.
+            turns = -(-piece.keys // piece.stride) if piece.count > 1 else 1
+            for turn in range(turns):
+                dk_[turn::turns].add_(grads[1][turn::turns])
+                dv_[turn::turns].add_(grads[2][turn::turns])
+
+
+def _views(
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    lse: torch.Tensor,
+    slices: Sequence[Slice],
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, Piece]]:
+    """Per piece, views ``[count, heads, rows or keys, head_dim]`` and lse ``[count, heads, rows]``.
+
+    A piece with one rectangle keeps the batch in front instead; one with several goes through
+    the batch one by one.
+    """
+    for part in slices:
+        for q_run, k_run, lo, hi in part.unit_step():
+            on_q = [_along(x.transpose(1, 2), q_run) for x in queries]
+            on_k = [_along(x.transpose(1, 2), k_run) for x in keys]
+            on_lse = _along(lse[..., None], q_run)
+            for piece in cut(len(q_run), len(k_run), lo, hi):
+                batches = [slice(None)] if piece.count == 1 else range(lse.shape[0])
+                for b in batches:
+                    yield (
+                        [_window(x[b], piece.q, piece.rows, piece) for x in on_q],
+                        [_window(x[b], piece.k, piece.keys, piece) for x in on_k],
+                        _window(on_lse[b], piece.q, piece.rows, piece)[..., 0],
+                        piece,
+                    )
+
+
+def _along(x: torch.Tensor, run: Run) -> torch.Tensor:
+    """The tokens of ``run``; x is [batch, heads, tokens, ...]."""
+    return x[:, :, run.start : run.stop : run.step]
+
+
+def _window(x: torch.Tensor, start: int, size: int, piece: Piece) -> torch.Tensor:
+    if piece.count == 1:
+        return x[:, :, start : start + size]
+    span = (piece.count - 1) * piece.stride + size
+    blocks = x[:, start : start + span].unfold(1, size, piece.stride)
+    return rearrange(blocks, "heads count dim tokens -> count heads tokens dim")
+
+
+def _mask(piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
+    """Additive [rows, keys] of 0 and -inf; None where every pair exists."""
+    if piece.lo is None and piece.hi is None:
+        return None
+    shape = (piece.rows, piece.keys)
+    allowed = torch.ones(shape, dtype=torch.bool, device=like.device)
+    if piece.hi is not None:
+        allowed = allowed.tril(piece.hi)
+    if piece.lo is not None:
+        allowed = allowed.triu(piece.lo)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device).masked_fill(
+        ~allowed, -torch.inf
+    )
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    piece: Piece,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of one piece; q is [count, heads, rows, head_dim]."""
+    if _fused(q, v):
+        return _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3])
+    k, v = _repeated(k, q), _repeated(v, q)
+    for rows in _row_tiles(q, k):
+        scores = q[:, :, rows] @ k.mT * scale
+        if mask is not None:
+            scores += mask[rows]
+        lse[:, :, rows] = torch.logsumexp(scores, -1)
+        out[:, :, rows] = torch.exp(scores - lse[:, :, rows, None]) @ v
+    return out, lse
+
+
+def _attend_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    piece: Piece,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
+    if _fused(q, v):
+        return _flash_backward(
+            dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows in _row_tiles(q, k):
+        scores = q[:, :, rows] @ k.mT * scale
+        if mask is not None:
+            scores += mask[rows]
+        weights = torch.exp(scores - lse[:, :, rows, None])
+        delta = (dout[:, :, rows] * out[:, :, rows]).sum(-1, keepdim=True)
+        dscores = weights * (dout[:, :, rows] @ v.mT - delta) * scale
+        dq[:, :, rows] = dscores @ k
+        dk += dscores.mT @ q[:, :, rows]
+        dv += weights.mT @ dout[:, :, rows]
+    return dq, dk, dv
+
+
+def _fused(q: torch.Tensor, v: torch.Tensor) -> bool:
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
+def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _row_tiles(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, _TILE_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    return (slice(at, at + rows) for at in range(0, q.shape[2], rows))

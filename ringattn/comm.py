@@ -1,0 +1,126 @@
+"""Exchanges between ranks: batched, non-blocking, in the same order on every rank.
+
+Two carriers with one interface: a torch.distributed process group, and threads of one process
+(virtual ranks, for tests and checks). Peers are always ranks of the group.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+Message = tuple[torch.Tensor, int]  # (contiguous buffer, peer)
+
+
+class Pending(Protocol):
+    def wait(self) -> None:
+        """Returns when every buffer is sent and filled; RuntimeError names what did not come."""
+
+
+class Comm(Protocol):
+    rank: int
+    world: int
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
+        """Begins one exchange. ``label`` names it in errors."""
+
+
+def connect(group: Any) -> Comm:
+    """The carrier for ``group``: a process group (None: the default one) or a virtual rank."""
+    return group if isinstance(group, VirtualRank) else ProcessRank(group)
+
+
+class ProcessRank:
+    """This process as a rank of a torch.distributed group; a world of one needs no group."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        alone = group is None and not dist.is_initialized()
+        self.group = group
+        self.rank = 0 if alone else dist.get_rank(group)
+        self.world = 1 if alone else dist.get_world_size(group)
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
+        ops = [
+            dist.P2POp(op, buffer, group=self.group, group_peer=peer)
+            for op, messages in ((dist.isend, sends), (dist.irecv, recvs))
+            for buffer, peer in messages
+        ]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return _ProcessPending(works, sends, recvs, label)
+
+
+@dataclass
+class _ProcessPending:
+    works: list[dist.Work]
+    sends: Sequence[Message]  # held so that no buffer is freed in flight
+    recvs: Sequence[Message]
+    label: str
+
+    def wait(self) -> None:
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(_describe(self.label, self.sends, self.recvs)) from error
+
+
+def _describe(label: str, sends: Sequence[Message], recvs: Sequence[Message]) -> str:
+    moves = [f"to rank {peer} {list(x.shape)}" for x, peer in sends]
+    moves += [f"from rank {peer} {list(x.shape)}" for x, peer in recvs]
+    return f"the exchange of {label} failed: {', '.join(moves)}"
+
+
+class VirtualWorld:
+    """``world`` ranks as threads of this process, exchanging through queues."""
+
+    def __init__(self, world: int, timeout: float = 60.0) -> None:
+        self.world, self.timeout = world, timeout
+        self.boxes = {
+            (a, b): queue.SimpleQueue() for a in range(world) for b in range(world)
+        }
+
+    def run(self, work: Callable[[VirtualRank], Any]) -> list[Any]:
+        """``work(rank)`` for every rank at once; the results in rank order."""
+        with ThreadPoolExecutor(self.world) as pool:
+            jobs = [pool.submit(work, VirtualRank(self, rank)) for rank in range(self.world)]
+            errors = [error for job in jobs if (error := job.exception())]
+            # A rank that failed first makes its peers time out: report the cause, not the echo.
+            for error in sorted(errors, key=lambda error: isinstance(error, TimeoutError)):
+                raise error
+            return [job.result() for job in jobs]
+
+
+@dataclass
+class VirtualRank:
+    home: VirtualWorld
+    rank: int
+
+    @property
+    def world(self) -> int:
+        return self.home.world
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
+        for buffer, peer in sends:
+            self.home.boxes[self.rank, peer].put(buffer.detach().clone())
+        return _VirtualPending(self, recvs, label)
+
+
+@dataclass
+class _VirtualPending:
+    at: VirtualRank
+    recvs: Sequence[Message]
+    label: str
+
+    def wait(self) -> None:
+        for buffer, peer in self.recvs:
+            try:
+                box = self.at.home.boxes[peer, self.at.rank]
+                buffer.copy_(box.get(timeout=self.at.home.timeout))
+            except queue.Empty:
+                raise TimeoutError(_describe(self.label, [], [(buffer, peer)])) from None

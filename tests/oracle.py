@@ -1,0 +1,25 @@
+"""Dense float64 attention with its gradients, by autograd: nothing shared with the library."""
+
+import torch
+
+
+def attention(q, k, v, dense, dout, scale=None):
+    """(out, dq, dk, dv) in float64; dense is a bool array [queries, keys]."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(groups, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    allowed = torch.from_numpy(dense)
+    # Rows without a key: softmax over an all-zero row, then weights set to zero.
+    scores = scores.masked_fill(~allowed, -1e300)
+    weights = torch.softmax(scores, -1).masked_fill(~allowed, 0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
+
+
+def error(got, want):
+    """Largest difference over the largest value (relative; 0 for two zeros)."""
+    scale = want.abs().max().item() if want.numel() else 0.0
+    gap = (got.double() - want).abs().max().item() if want.numel() else 0.0
+    return gap / scale if scale else gap
