@@ -1,0 +1,1 @@
+"""hydra config groups; train.py composes config.yaml from here."""

@@ -1,0 +1,124 @@
+"""The data x context mesh, the loss as a global token mean, and the step-0 self-check.
+
+One place scales the loss: the engine averages gradients over the whole world (and over
+accumulation steps), so a local sum is multiplied by that number and divided by the global count
+of supervised tokens. Nothing else in the project knows about the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ringattn import layouts, masks
+from ringattn.attention import ring_attention
+from ringattn.plan import Plan, make_plan
+
+IGNORED = -100  # the label of a token that is not supervised
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """This process's place in the mesh: sequences are split over ``cp``, batches over ``dp``."""
+
+    device: torch.device
+    cp: int
+    cp_rank: int
+    dp: int
+    dp_rank: int
+    cp_group: dist.ProcessGroup
+    kernel: str = "auto"
+
+    @classmethod
+    def create(cls, cp: int, device: torch.device, kernel: str = "auto") -> Context:
+        """Needs an initialised process group; neighbouring ranks share a sequence.
+
+        Raises ValueError when cp does not divide the world.
+        """
+        world = dist.get_world_size()
+        if cp < 1 or world % cp:
+            raise ValueError(f"cp={cp} must divide the world of {world} ranks")
+        mesh = init_device_mesh(device.type, (world // cp, cp), mesh_dim_names=("data", "context"))
+        return cls(
+            device=device,
+            cp=cp,
+            cp_rank=mesh.get_local_rank("context"),
+            dp=world // cp,
+            dp_rank=mesh.get_local_rank("data"),
+            cp_group=mesh.get_group("context"),
+            kernel=kernel,
+        )
+
+    @property
+    def world(self) -> int:
+        return self.cp * self.dp
+
+    def attend(self, plan: Plan) -> Attend:
+        """Attention over the split sequence as a function of local q, k, v: what layers call."""
+        return partial(ring_attention, plan=plan, group=self.cp_group, kernel=self.kernel)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all ranks of the world."""
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def scaled_loss(self, loss_sum: torch.Tensor, supervised: float, accum: int) -> torch.Tensor:
+        """What to hand to an engine that averages over the world and over ``accum`` micro-steps.
+
+        ``loss_sum`` is over local tokens, ``supervised`` the global count of supervised tokens in
+        the whole optimizer step. The resulting gradient is that of the global token mean.
+        """
+        return loss_sum * (self.world * accum / max(supervised, 1.0))
+
+
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over supervised tokens, float32: 0 and connected if there are none.
+
+    logits ``[batch, tokens, vocab]``; labels ``[batch, tokens]``, already shifted, IGNORED where
+    not supervised.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def check_engaged(
+    context: Context,
+    layout: str,
+    schedule: str,
+    forward: Callable[[torch.Tensor, torch.Tensor, Attend], torch.Tensor],
+    vocab_size: int,
+) -> None:
+    """Proves with the real model and groups that tokens on one rank reach another.
+
+    ``forward(tokens, positions, attend)`` gives logits. The first token of a short sequence is
+    changed; under a causal mask every later logit must move, and under a mask of one-token
+    documents none may. Raises RuntimeError on all ranks when the model ignores the plan.
+    """
+    n = 4 * context.cp
+    for mask, reaches in ((masks.causal(n), True), (masks.documents([1] * n), False)):
+        plan = make_plan(mask, layouts.BUILDERS[layout](n, context.cp), schedule)
+        own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
+        logits = []
+        for first in (1, 2):
+            tokens = torch.arange(n, device=context.device) % vocab_size
+            tokens[0] = first
+            with torch.no_grad():
+                logits.append(forward(tokens[own][None], own, context.attend(plan)).float())
+        moved = (logits[0] != logits[1]).any(-1)[0]
+        wrong = (moved != reaches) & (own > 0)
+        if context.total(float(wrong.sum()))[0]:
+            raise RuntimeError(
+                "self-check failed: with "
+                + ("a causal mask the first token does not reach every later one"
+                   if reaches else "separate documents the first token leaks into later ones")
+                + "; the model does not use the attention it is given"
+            )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Documents shuffled, joined and cut into sequences of equal length: a pure function of the
+sequence number, so a stream's position is one integer and any rank reads only its own tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.context import IGNORED
+from ringattn.data.corpus import Corpus
+from ringattn.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Span:
+    """``length`` tokens of ``document`` from its token ``start``, at ``at`` in a sequence."""
+
+    document: int
+    start: int
+    length: int
+    at: int
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One rank's part of a batch: several sequences end to end on one axis. int64 ``[tokens]``."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray  # from 0 in each document (as far as it lies in the sequence)
+
+
+class Stream:
+    """Sequence i is tokens ``[i * seq_len, (i + 1) * seq_len)`` of the shuffled corpus, endlessly;
+    every epoch has an order of its own, drawn from (seed, epoch).
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int) -> None:
+        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
+        self.epoch_tokens = int(corpus.lengths.sum())
+        self._order: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in order, the offset of each one's end)."""
+        if epoch not in self._order:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.corpus.names))
+            self._order = {epoch: (order, np.cumsum(self.corpus.lengths[order]))}
+        return self._order[epoch]
+
+    def spans(self, sequence: int) -> list[Span]:
+        """The pieces of documents that make up a sequence."""
+        spans, at = [], 0
+        while at < self.seq_len:
+            epoch, offset = divmod(sequence * self.seq_len + at, self.epoch_tokens)
+            order, ends = self._epoch(epoch)
+            index = int(np.searchsorted(ends, offset, side="right"))
+            left = int(ends[index]) - offset
+            document = int(order[index])
+            start = self.corpus.sizes[document] + 1 - left
+            length = min(left, self.seq_len - at)
+            spans.append(Span(document, start, length, at))
+            at += length
+        return spans
+
+    def batch_spans(self, sequences: list[int]) -> list[Span]:
+        """The spans of several sequences laid end to end."""
+        return [
+            Span(span.document, span.start, span.length, span.at + row * self.seq_len)
+            for row, sequence in enumerate(sequences)
+            for span in self.spans(sequence)
+        ]
+
+    def local(self, spans: list[Span], layout: Layout, rank: int) -> LocalBatch:
+        """The tokens that ``rank`` owns, each with the next token of its document as its label."""
+        own = layout.positions(rank)
+        tokens, positions = np.zeros_like(own), np.zeros_like(own)
+        labels = np.full_like(own, IGNORED)
+        for span in spans:
+            # Runs ascend, so a rank's part of a span is contiguous in its local order.
+            a, e = np.searchsorted(own, [span.at, span.at + span.length])
+            if a == e:
+                continue
+            within = own[a:e] - span.at
+            first = span.start + int(within[0])
+            text = self.corpus.read(span.document, first, span.start + int(within[-1]) + 2)
+            index = within - within[0]
+            tokens[a:e], positions[a:e] = text[index], within
+            labelled = index + 1 < len(text)
+            labels[a:e][labelled] = text[index[labelled] + 1]
+        return LocalBatch(tokens, labels, positions)
