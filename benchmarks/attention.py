@@ -16,9 +16,9 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ringattn.kernels import aten, pieces
 
 import ringattn as ra
-from ringattn.kernels import aten, pieces
 
 HEADS, DIM = 8, 64
 

@@ -14,7 +14,6 @@ Every kernel is a module with two functions. Tensors are ``[batch, tokens, heads
 from types import ModuleType
 
 import torch
-
 from ringattn.kernels import aten, reference
 
 KERNELS = {"aten": aten, "reference": reference}

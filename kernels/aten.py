@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
-
 from ringattn.kernels.pieces import Piece, cut
+
 from ringattn.masks import Slice
 from ringattn.runs import Run
 
@@ -168,9 +168,7 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
     if _fused(q, v):
-        return _flash_backward(
-            dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
+        return _flash_backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in _row_tiles(q, k):
         scores = q[:, :, rows] @ k.mT * scale

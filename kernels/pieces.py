@@ -7,6 +7,7 @@ pieces along a diagonal form one batch, so a triangle takes O(log m) kernel call
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Rows of the smallest piece. Chosen with benchmarks/attention.py --tile: smaller tiles waste
 # less arithmetic on masked pairs, larger ones merge fewer times.
@@ -36,7 +37,7 @@ def cut(n_q: int, n_k: int, lo: int, hi: int, tile: int = TILE) -> Iterator[Piec
     lefts, rights = max(first, 1 - lo), min(last, n_k - 1 - hi)
     # Rows from `lefts` on have a left edge; rows before `rights` have a right edge.
     marks = sorted({first, last, min(max(lefts, first), last), min(max(rights, first), last)})
-    for a, e in zip(marks, marks[1:], strict=False):
+    for a, e in pairwise(marks):
         left, right = a >= lefts, a < rights
         if left and right:
             yield from _band(a, e - a, lo, hi, tile)

@@ -81,9 +81,7 @@ class VirtualWorld:
 
     def __init__(self, world: int, timeout: float = 60.0) -> None:
         self.world, self.timeout = world, timeout
-        self.boxes = {
-            (a, b): queue.SimpleQueue() for a in range(world) for b in range(world)
-        }
+        self.boxes = {(a, b): queue.SimpleQueue() for a in range(world) for b in range(world)}
 
     def run(self, work: Callable[[VirtualRank], Any]) -> list[Any]:
         """``work(rank)`` for every rank at once; the results in rank order."""

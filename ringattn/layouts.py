@@ -30,7 +30,7 @@ class Layout:
         steps = {run.step for runs in self.runs for run in runs if len(run) > 1}
         if len(steps) > 1:
             raise ValueError(f"all runs of a layout must share one step, got {sorted(steps)}")
-        owned = np.concatenate([np.zeros(0, np.int64)] + [self.positions(r) for r in self.ranks])
+        owned = np.concatenate([np.zeros(0, np.int64), *(self.positions(r) for r in self.ranks)])
         # Sorting n numbers is the price of a custom layout's proof; the built-in ones are small.
         if len(owned) != self.n or (np.sort(owned) != np.arange(self.n)).any():
             raise ValueError(f"a layout must own each of the {self.n} positions exactly once")

@@ -73,9 +73,7 @@ class Slice:
         sloped = self.q.clip(nothing_until, everything_from)
         saturated = len(self.q.clip(max(nothing_until, everything_from), self.q.stop))
         offset = sloped.start + bound - self.k.start + self.k.step
-        return saturated * len(self.k) + floor_sum(
-            len(sloped), self.k.step, sloped.step, offset
-        )
+        return saturated * len(self.k) + floor_sum(len(sloped), self.k.step, sloped.step, offset)
 
     def __and__(self, other: Slice) -> Slice:
         if (
@@ -155,7 +153,7 @@ class Mask:
         return sum(part.area for part in self.slices)
 
     def to_dense(self) -> np.ndarray:
-        """bool array ``[n_q, n_k]``. For tests and pictures; raises ValueError beyond 2**28 pairs."""
+        """bool array ``[n_q, n_k]``. For tests and pictures; ValueError beyond 2**28 pairs."""
         if self.n_q * self.n_k > _DENSE_LIMIT:
             raise ValueError(
                 f"to_dense of {self.n_q} x {self.n_k} pairs would exceed 2**28 elements"

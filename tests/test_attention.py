@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ringattn.kernels import pieces
 
 import ringattn as ra
 from ringattn import attention
 from ringattn.comm import VirtualWorld
-from ringattn.kernels import pieces
 
 from . import oracle
 from .cases import layouts, masks

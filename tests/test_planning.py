@@ -132,7 +132,9 @@ def test_plan_computes_every_pair_once_and_every_receive_has_its_send(data):
         sent, received = [], []
         for rank in range(layout.world):
             for at, step in enumerate(plan.steps(rank)):
-                sent += [(at, rank, m.peer, m.tokens, m.home) for m in getattr(step, kind + "sends")]
+                sent += [
+                    (at, rank, m.peer, m.tokens, m.home) for m in getattr(step, kind + "sends")
+                ]
                 received += [
                     (at, m.peer, rank, m.tokens, m.home) for m in getattr(step, kind + "recvs")
                 ]

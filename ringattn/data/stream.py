@@ -5,6 +5,7 @@ sequence number, so a stream's position is one integer and any rank reads only i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,28 +34,35 @@ class LocalBatch:
 
 
 class Stream:
-    """Sequence i is tokens ``[i * seq_len, (i + 1) * seq_len)`` of the shuffled corpus, endlessly;
-    every epoch has an order of its own, drawn from (seed, epoch).
+    """The corpus in a random order of documents, joined and cut into rows of ``seq_len`` tokens,
+    the rows in a random order again, endlessly; every epoch draws both anew from (seed, epoch).
+
+    The last row of an epoch is filled up with the beginning of the next.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, seed: int) -> None:
         self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
         self.epoch_tokens = int(corpus.lengths.sum())
-        self._order: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.rows = -(-self.epoch_tokens // seq_len)
+        self._epoch = lru_cache(2)(self._draw)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in order, the offset of each one's end)."""
-        if epoch not in self._order:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.corpus.names))
-            self._order = {epoch: (order, np.cumsum(self.corpus.lengths[order]))}
-        return self._order[epoch]
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(documents in order, the offset of each one's end, rows in order)."""
+        draw = np.random.default_rng([self.seed, epoch])
+        order = draw.permutation(len(self.corpus.names))
+        return order, np.cumsum(self.corpus.lengths[order]), draw.permutation(self.rows)
+
+    def offset(self, sequence: int) -> int:
+        """Where a sequence begins in the endless joined text, in tokens."""
+        epoch, index = divmod(sequence, self.rows)
+        return epoch * self.epoch_tokens + int(self._epoch(epoch)[2][index]) * self.seq_len
 
     def spans(self, sequence: int) -> list[Span]:
         """The pieces of documents that make up a sequence."""
-        spans, at = [], 0
+        spans, at, begin = [], 0, self.offset(sequence)
         while at < self.seq_len:
-            epoch, offset = divmod(sequence * self.seq_len + at, self.epoch_tokens)
-            order, ends = self._epoch(epoch)
+            epoch, offset = divmod(begin + at, self.epoch_tokens)
+            order, ends, _ = self._epoch(epoch)
             index = int(np.searchsorted(ends, offset, side="right"))
             left = int(ends[index]) - offset
             document = int(order[index])

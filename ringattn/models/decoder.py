@@ -43,7 +43,7 @@ class ModelConfig:
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that multiply every token (the head counts, the embedding look-up does not)."""
+        """Parameters that multiply every token: with the head, without the embedding look-up."""
         attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
 

@@ -1,0 +1,40 @@
+# make train | make test | make lint | make bench: each sets up .venv first and needs nothing else
+# than Python 3.11+ and a C++ compiler.
+PYTHON ?= python3
+NPROC ?= 2
+ARGS ?=
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup train test lint bench clean
+
+setup: $(VENV)/ready
+
+# The marker is written last, so that an interrupted installation is begun again.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ringattn needs Python 3.11 or newer; run: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@command -v c++ >/dev/null \
+		|| { echo "ringattn needs a C++ compiler (c++): DeepSpeed builds a small extension" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py constraints.txt $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
+
+test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmarks/attention.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,103 @@
+"""Checkpoints: the engine's own files plus one manifest that is written last.
+
+A folder without its manifest is unfinished and is passed over. The manifest says what the
+weights belong to, so a checkpoint of another model is refused before any model is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ringattn.training.settings import ConfigError
+
+MANIFEST = "ringattn.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where a run stood, and what must be equal to continue it."""
+
+    step: int
+    sequences_seen: int
+    tokens_seen: int
+    world: int
+    zero_stage: int
+    precision: str
+    seq_len: int
+    seed: int
+    corpus: str
+    model: dict[str, Any]
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def publish(path: Path, manifest: Manifest) -> None:
+    """Writes the manifest atomically: from here on the checkpoint exists."""
+    draft = path / (MANIFEST + ".tmp")
+    with draft.open("w") as file:
+        json.dump(asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path / MANIFEST)
+
+
+def find(resume: str, run_dir: Path) -> tuple[Path, Manifest] | None:
+    """The checkpoint to continue: the newest of the run (auto), none (never), or the one named.
+
+    Raises ConfigError when a named path holds no finished checkpoint.
+    """
+    if resume == "never":
+        return None
+    where = run_dir if resume == "auto" else Path(resume)
+    candidates = [where, *where.glob("step_*"), *where.glob("checkpoints/step_*")]
+    finished = [(path, _read(path)) for path in candidates if (path / MANIFEST).is_file()]
+    if finished:
+        return max(finished, key=lambda found: found[1].step)
+    if resume == "auto":
+        return None
+    raise ConfigError(
+        f"checkpoint.resume={resume}: no finished checkpoint there "
+        "(give auto, never, a run directory or a checkpoints/step_N folder)"
+    )
+
+
+def _read(path: Path) -> Manifest:
+    try:
+        return Manifest(**json.loads((path / MANIFEST).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"checkpoint.resume: {path / MANIFEST} is damaged: {error}") from None
+
+
+def check(path: Path, saved: Manifest, now: Manifest) -> None:
+    """Raises ConfigError, naming the first key that keeps ``now`` from continuing ``saved``."""
+    if saved.model != now.model:
+        keys = sorted(set(saved.model) | set(now.model))
+        key = next(k for k in keys if saved.model.get(k) != now.model.get(k))
+        raise ConfigError(
+            f"checkpoint.resume: {path} holds another model: model.{key} is "
+            f"{saved.model.get(key)} there and {now.model.get(key)} here"
+        )
+    for key, name in (
+        ("zero_stage", "engine.zero_stage"),
+        ("precision", "precision"),
+        ("seq_len", "seq_len"),
+        ("seed", "seed"),
+        ("corpus", "data"),
+    ):
+        if getattr(saved, key) != getattr(now, key):
+            raise ConfigError(
+                f"checkpoint.resume: {path} was written with {name}={getattr(saved, key)}, "
+                f"this run has {getattr(now, key)}"
+            )
+    # At ZeRO 0 every rank holds everything; from stage 1 on the files are cut by rank.
+    if saved.zero_stage > 0 and saved.world != now.world:
+        raise ConfigError(
+            f"checkpoint.resume: {path} was written by {saved.world} ranks with "
+            f"engine.zero_stage={saved.zero_stage}; this run has {now.world} ranks"
+        )

@@ -1,0 +1,82 @@
+"""What a person sees on rank 0: the resolved plan, progress, the summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ringattn.context import Context
+from ringattn.models.decoder import ModelConfig
+from ringattn.plan import Plan
+from ringattn.training.metrics import predicted_memory_bytes
+
+
+def plan_table(config: DictConfig, model: ModelConfig, context: Context, plan: Plan) -> Table:
+    """The resolved plan of the first batch: what is really engaged."""
+    ranks = range(context.cp)
+    wide = 2 if config.precision == "bf16" else 4
+    row = 2 * model.kv_heads * model.head_dim  # values of K and V per token
+    forward = max(plan.recv_tokens(rank) for rank in ranks) * row * wide
+    backward = forward + max(plan.grad_recv_tokens(rank) for rank in ranks) * row * 4
+    tokens = config.seq_len * config.batch_size * context.dp * config.train.grad_accum
+    local = max(plan.layout.count(rank) for rank in ranks)
+    memory = predicted_memory_bytes(model, config, local, context.world)
+    table = Table(title="resolved plan", show_header=False, title_justify="left")
+    for name, value in (
+        ("model", f"{model.parameters:,} parameters, {model.layers} layers, {config.precision}"),
+        ("mesh", f"data {context.dp} x context {context.cp}, {context.device.type}"),
+        ("attention", f"{config.attention.name}, schedule {plan.schedule}, "
+                      f"layout {plan.layout.name}, kernel {config.kernel}"),
+        ("engine", f"{config.engine.name}, ZeRO {config.engine.zero_stage}"),
+        ("tokens per step", f"{tokens:,} ({local:,} per rank and micro-step)"),
+        ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),
+        ("received per layer", f"forward {_bytes(forward)}, backward {_bytes(backward)} per rank"),
+        ("predicted memory", f"about {_bytes(memory)} per rank, states and activations"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+class Display:
+    """A live bar on a terminal; elsewhere a line now and then. Silent on ranks other than 0."""
+
+    def __init__(self, speaks: bool, steps: int, start: int) -> None:
+        self.console = Console(quiet=not speaks, highlight=False)
+        self.steps = steps
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not speaks or not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(
+            "train", total=steps, completed=start, loss=float("nan"), speed=0.0
+        )
+
+    def say(self, what: Any) -> None:
+        self.console.print(what)
+
+    def update(self, values: dict[str, Any]) -> None:
+        step, speed = values["step"], values["tokens_per_s"]
+        self.progress.update(self.task, completed=step, loss=values["loss"], speed=speed)
+        if not self.console.is_terminal and (step % max(1, self.steps // 20) == 0 or step == 1):
+            left = (self.steps - step) * values["step_s"]
+            self.say(
+                f"step {step}/{self.steps}  loss {values['loss']:.3f}  "
+                f"{speed:,.0f} tokens/s  {left:.0f} s left"
+            )

@@ -1,0 +1,125 @@
+"""DeepSpeed as plain data parallelism over the whole world.
+
+DeepSpeed is not told about the sequence split: with its own sequence-parallel settings, gradients
+are off by a factor that depends on the ZeRO stage. The loss carries the scaling (see
+:meth:`ringattn.context.Context.scaled_loss`), which then means the same at every stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+
+from ringattn.context import Attend, Context
+
+
+def start_distributed(device: torch.device, timeout_s: float) -> None:
+    """Initialises torch.distributed and DeepSpeed's communication, once per process."""
+    if dist.is_initialized():
+        return
+    # On a GPU the communicator is made eagerly: lazy ones hang in asymmetric exchanges.
+    eager = {"device_id": device} if device.type == "cuda" else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **eager)
+    quiet = logging.getLogger("DeepSpeed")
+    quiet.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+class DeepSpeedEngine:
+    """A model with its optimizer. The loop calls forward, backward, step, save and load."""
+
+    def __init__(self, model: nn.Module, config: DictConfig, context: Context) -> None:
+        import deepspeed
+
+        decayed = [p for p in model.parameters() if p.ndim >= 2]
+        others = [p for p in model.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.optim.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.optim.lr,
+            betas=tuple(config.optim.betas),
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": config.batch_size,
+            "gradient_accumulation_steps": config.train.grad_accum,
+            "train_batch_size": config.batch_size * config.train.grad_accum * context.world,
+            "gradient_clipping": config.optim.clip,
+            "zero_optimization": {"stage": config.engine.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": config.precision == "bf16"},
+            "steps_per_print": 2**62,
+        }
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        return self.engine(tokens, positions, attend)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> float | None:
+        """Steps after the last micro-step of an accumulation; then the gradient norm, else None."""
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return None
+        # Without an optimizer wrapper (ZeRO 0 in fp32) DeepSpeed does not keep the norm.
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        own = nn.utils.get_total_norm(grads) if self._plain else None
+        self.engine.step()
+        norm = own if self._plain else self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    @property
+    def _plain(self) -> bool:
+        return isinstance(self.engine.optimizer, torch.optim.Optimizer) and not hasattr(
+            self.engine.optimizer, "optimizer"
+        )
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def train(self, mode: bool) -> None:
+        self.engine.train(mode)
+
+    def save(self, path: Path) -> None:
+        """Collective: every rank writes its part below ``path``."""
+        self.engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+
+    def load(self, path: Path) -> None:
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process for ``device=auto|cpu|cuda``. Must run before DeepSpeed loads."""
+    cuda = torch.cuda.is_available() if name == "auto" else name == "cuda"
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

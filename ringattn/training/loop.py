@@ -1,0 +1,308 @@
+"""The training loop: data in, optimizer steps, metrics, checkpoints, a sample at the end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from ringattn import layouts, masks
+from ringattn.context import IGNORED, Context, check_engaged, loss_sum
+from ringattn.data.corpus import Corpus
+from ringattn.data.stream import Span, Stream
+from ringattn.masks import Mask
+from ringattn.models.decoder import Decoder, ModelConfig
+from ringattn.plan import Plan, make_plan
+from ringattn.training import checkpoint
+from ringattn.training.checkpoint import Manifest
+from ringattn.training.display import Display, plan_table
+from ringattn.training.engine import DeepSpeedEngine
+from ringattn.training.metrics import MetricsLog, measured_peak, peak_memory_bytes, step_flops
+from ringattn.training.sample import generate
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: everything that is known before a model is built."""
+
+    config: DictConfig
+    model: ModelConfig
+    corpus: Corpus
+    run_dir: Path
+    resume: tuple[Path, Manifest] | None
+    manifest: Manifest  # of step 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-step's tokens on this rank, ``[1, tokens]``, and the plan that they share."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    plan: Plan
+
+    @property
+    def supervised(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+def build_mask(config: DictConfig, spans: list[Span]) -> Mask:
+    """The mask of sequences laid end to end: per document, or per whole sequence."""
+    n = config.batch_size * config.seq_len
+    if config.attention.name == "documents":
+        lengths = [span.length for span in spans]
+    else:
+        lengths = [config.seq_len] * config.batch_size
+    whole = masks.documents(lengths)
+    if config.attention.window is None:
+        return whole
+    near = whole & masks.sliding_window(n, config.attention.window)
+    if not config.attention.sinks:
+        return near
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    first = [
+        masks.Slice.make(
+            masks.Run(at, at + length),
+            masks.Run(at, at + min(length, config.attention.sinks)),
+            None,
+            0,
+        )
+        for at, length in zip(starts, lengths, strict=True)
+    ]
+    return near | masks.from_slices(first, n, n)
+
+
+def load_batch(
+    job: Job, stream: Stream, context: Context, sequences: list[int]
+) -> tuple[MicroBatch, list[Span]]:
+    """This rank's part of ``sequences``; only its own tokens are read."""
+    config = job.config
+    spans = stream.batch_spans(sequences)
+    layout = layouts.BUILDERS[config.parallel.layout](
+        config.batch_size * config.seq_len, context.cp
+    )
+    local = stream.local(spans, layout, context.cp_rank)
+    positions = local.positions
+    if config.attention.name != "documents":
+        positions = layout.positions(context.cp_rank) % config.seq_len
+    tokens, labels, positions = (
+        torch.from_numpy(x).to(context.device) for x in (local.tokens, local.labels, positions)
+    )
+    plan = make_plan(build_mask(config, spans), layout, config.parallel.schedule)
+    return MicroBatch(tokens[None], labels[None], positions, plan), spans
+
+
+def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> float:
+    """Linear warm-up, then a cosine from lr to min_lr, both in tokens, whatever the split."""
+    optim = config.optim
+    if tokens_seen < optim.warmup_tokens:
+        return optim.lr * (tokens_seen + 1) / optim.warmup_tokens
+    done = (tokens_seen - optim.warmup_tokens) / max(1, total_tokens - optim.warmup_tokens)
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that receives the number of every SIGTERM; the old handler returns afterwards."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(job: Job, context: Context) -> None:
+    """Runs the job on this rank. Returns normally after the last step, or after SIGTERM."""
+    config, rank = job.config, dist.get_rank()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    start = job.resume[1] if job.resume else job.manifest
+    display = Display(rank == 0, config.train.steps, start.step)
+    if rank == 0:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, job.run_dir / "config.yaml")
+    engine = DeepSpeedEngine(Decoder(job.model, config.seed), config, context)
+    if job.resume:
+        engine.load(job.resume[0])
+        display.say(f"resumed {job.resume[0]} at step {start.step}")
+    stream = Stream(job.corpus, config.seq_len, config.seed)
+    log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
+    try:
+        with stop_requests() as stops:
+            _self_check(job, context, engine, stream, start)
+            first, _ = load_batch(job, stream, context, list(range(config.batch_size)))
+            display.say(plan_table(config, job.model, context, first.plan))
+            display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
+            display.say(f"run directory: {job.run_dir}")
+            peak = config.peak_flops or measured_peak(context.device, dtype)
+            end = _steps(job, context, engine, stream, start, peak, stops, display, log)
+            if end.step < config.train.steps:
+                display.say(f"stopped by SIGTERM at step {end.step}; checkpoint saved")
+            elif config.train.sample_tokens:
+                text = generate(
+                    engine,
+                    context,
+                    config.train.sample_prompt,
+                    config.train.sample_tokens,
+                    config.seed,
+                    config.parallel.schedule,
+                )
+                display.console.rule("sample", align="left")
+                display.console.print(text, markup=False)
+                display.console.rule()
+            display.say(f"run directory: {job.run_dir}")
+    finally:
+        if log:
+            log.close()
+        engine.close()
+
+
+def _self_check(
+    job: Job, context: Context, engine: DeepSpeedEngine, stream: Stream, start: Manifest
+) -> None:
+    """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
+    config = job.config
+    engine.train(False)
+    check_engaged(
+        context,
+        config.parallel.layout,
+        config.parallel.schedule,
+        engine.forward,
+        job.model.vocab_size,
+    )
+    engine.train(True)
+    mine = (context.dp_rank, _sequences(config, context, start.sequences_seen, 0),
+            job.corpus.fingerprint)  # fmt: skip
+    everyone: list[Any] = [None] * context.world
+    dist.all_gather_object(everyone, mine)
+    for dp_rank, sequences, fingerprint in everyone:
+        same = dp_rank == context.dp_rank
+        if fingerprint != mine[2] or same != (sequences == mine[1]):
+            raise RuntimeError(f"self-check failed: ranks do not agree on their data: {everyone}")
+
+
+def _sequences(config: DictConfig, context: Context, seen: int, micro: int) -> list[int]:
+    """The sequence numbers of one micro-step: they depend on the data coordinate only."""
+    first = seen + (micro * context.dp + context.dp_rank) * config.batch_size
+    return list(range(first, first + config.batch_size))
+
+
+def _steps(
+    job: Job,
+    context: Context,
+    engine: DeepSpeedEngine,
+    stream: Stream,
+    state: Manifest,
+    peak: float,
+    stops: list[int],
+    display: Display,
+    log: MetricsLog | None,
+) -> Manifest:
+    config = job.config
+    accum, every = config.train.grad_accum, config.checkpoint.every
+    per_step = config.batch_size * context.dp * accum
+    total_tokens = config.train.steps * per_step * config.seq_len
+    first_loss, began, saved = None, time.perf_counter(), -1
+    with display.progress:
+        while state.step < config.train.steps:
+            begin = time.perf_counter()
+            batches = [
+                load_batch(
+                    job, stream, context, _sequences(config, context, state.sequences_seen, m)
+                )
+                for m in range(accum)
+            ]
+            area = sum(batch.plan.mask.area for batch, _ in batches) / context.cp
+            supervised, area, stop = context.total(
+                sum(batch.supervised for batch, _ in batches), area, len(stops)
+            )
+            if stop:
+                break
+            lr = learning_rate(config, state.tokens_seen, total_tokens)
+            engine.set_lr(lr)
+            local_loss, norm = torch.zeros((), device=context.device), None
+            for batch, _ in batches:
+                logits = engine.forward(batch.tokens, batch.positions, context.attend(batch.plan))
+                loss = loss_sum(logits, batch.labels)
+                engine.backward(context.scaled_loss(loss, supervised, accum))
+                local_loss += loss.detach()
+                norm = engine.step()
+            loss = context.total(float(local_loss))[0] / max(supervised, 1)
+            tokens = per_step * config.seq_len
+            state = replace(
+                state,
+                step=state.step + 1,
+                sequences_seen=state.sequences_seen + per_step,
+                tokens_seen=state.tokens_seen + tokens,
+            )
+            seconds = time.perf_counter() - begin
+            flops = step_flops(job.model, tokens, int(area))
+            values = {
+                "step": state.step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "tokens_seen": state.tokens_seen,
+                "supervised_tokens": int(supervised),
+                "tokens_per_s": tokens / seconds,
+                "step_s": seconds,
+                "mfu": flops / seconds / (peak * context.world),
+                "peak_memory_bytes": peak_memory_bytes(context.device),
+            }
+            first_loss = first_loss or loss
+            display.update(values)
+            if log:
+                log.write(values)
+            if every and state.step % every == 0:
+                _save(job, engine, state)
+                saved = state.step
+    if saved != state.step:
+        _save(job, engine, state)
+    if first_loss is not None:
+        display.say(
+            f"loss {first_loss:.3f} -> {loss:.3f} ({loss / math.log(2):.2f} bits per byte) in "
+            f"{time.perf_counter() - began:.0f} s, {state.tokens_seen:,} tokens"
+        )
+    return state
+
+
+def _save(job: Job, engine: DeepSpeedEngine, state: Manifest) -> None:
+    path = checkpoint.folder(job.run_dir, state.step)
+    engine.save(path)
+    dist.barrier()  # the manifest says that every rank's part is there
+    if dist.get_rank() == 0:
+        checkpoint.publish(path, state)
+    dist.barrier()
+
+
+def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
+    """Everything that can be wrong before a model exists is found here. Raises ValueError."""
+    model = ModelConfig(**OmegaConf.to_container(config.model))
+    corpus = Corpus.open(config.data.root, config.data.glob)
+    manifest = Manifest(
+        step=0,
+        sequences_seen=0,
+        tokens_seen=0,
+        world=world,
+        zero_stage=config.engine.zero_stage,
+        precision=config.precision,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        corpus=corpus.fingerprint,
+        model=asdict(model),
+    )
+    resume = checkpoint.find(str(config.checkpoint.resume), run_dir)
+    if resume:
+        checkpoint.check(*resume, manifest)
+        resume = (resume[0], replace(resume[1], world=world))
+    return Job(config, model, corpus, run_dir, resume, manifest)

@@ -1,0 +1,101 @@
+"""The way in: command line to exit status. One process of a torchrun world."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from ringattn.training import settings
+
+USAGE_ERROR = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Runs train.py's command line; returns the exit status.
+
+    Bad input is one line from rank 0 and status 2, before any group or model is made.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, str(value))  # plain `python train.py` is a world of one
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        config = settings.load([a for a in arguments if a not in ("-h", "--help")])
+        if len([a for a in arguments if a in ("-h", "--help")]):
+            if rank == 0:
+                _print_help(config)
+            return 0
+        settings.check(config, world)
+        run_dir = _run_dir(config.run_dir)
+        settings.writable(run_dir)
+        # Only now torch: a mistyped key costs no second.
+        from ringattn.training import loop
+
+        job = loop.prepare(config, run_dir, world)
+    except ValueError as error:
+        if rank == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+    import torch.distributed as dist
+
+    from ringattn.training.engine import pick_device, start_distributed
+
+    device = pick_device(config.device)
+    if rank == 0:
+        print(
+            "starting DeepSpeed (its first start on a machine compiles a small extension, "
+            "about half a minute)",
+            flush=True,
+        )
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    start_distributed(device, config.parallel.timeout_s)
+    try:
+        run(job, device)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def run(job, device) -> None:
+    """Trains one job in an initialised world; rank 0's run directory holds for all."""
+    from dataclasses import replace
+
+    import torch.distributed as dist
+
+    from ringattn.context import Context
+    from ringattn.training import loop
+
+    shared = [str(job.run_dir)]
+    dist.broadcast_object_list(shared)
+    job = replace(job, run_dir=Path(shared[0]))
+    context = Context.create(job.config.parallel.cp, device, job.config.kernel)
+    loop.train(job, context)
+
+
+def _run_dir(given: str | None) -> Path:
+    return Path(given or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser().absolute()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _print_help(config) -> None:
+    from importlib.resources import files
+
+    from omegaconf import OmegaConf
+
+    print("torchrun --nproc-per-node N train.py KEY=VALUE ...\n")
+    for group in ("model", "data", "attention", "engine", "logger"):
+        folder = files("ringattn.configs") / group
+        names = sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if ".yaml" in x.name)
+        print(f"{group}: {', '.join(names)}")
+    print("\nkeys, with the values of this command line:\n")
+    print(OmegaConf.to_yaml(config))

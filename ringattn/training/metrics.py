@@ -1,0 +1,115 @@
+"""What a step costs: FLOPs from the true mask area, MFU, memory, and the metrics of rank 0."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ringattn.models.decoder import ModelConfig
+
+
+def step_flops(model: ModelConfig, tokens: int, area: int) -> int:
+    """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs.
+
+    6 per matmul parameter and token; 12 * area * heads * head_dim per layer for attention
+    (two products forward, four backward). Recomputed work does not count.
+    """
+    return 6 * model.matmul_parameters * tokens + (
+        12 * area * model.layers * model.heads * model.head_dim
+    )
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of this rank's best of several square matrix products: what MFU divides by."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 4 * 2 * size**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def predicted_memory_bytes(
+    model: ModelConfig, config: DictConfig, local_tokens: int, world: int
+) -> int:
+    """Weights, gradients and AdamW state by ZeRO stage, plus activations kept for the backward.
+
+    Activations per token and layer: about 14 values of model width, the projections, and 4 of the
+    feed-forward's width; logits twice, in float32. An estimate, without the framework's own share.
+    """
+    wide = 2 if config.precision == "bf16" else 4
+    masters = 4 if config.precision == "bf16" else 0
+    stage = config.engine.zero_stage
+    states = model.parameters * (
+        wide / (world if stage >= 3 else 1)
+        + wide / (world if stage >= 2 else 1)
+        + (8 + masters) / (world if stage >= 1 else 1)
+    )
+    projections = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    per_token = model.layers * wide * (14 * model.dim + 2 * projections + 4 * model.ffn_dim)
+    return int(states + local_tokens * (per_token + 2 * 4 * model.vocab_size))
+
+
+class MetricsLog:
+    """metrics.jsonl and, if asked for, one wandb run; made on rank 0 only."""
+
+    def __init__(self, run_dir: Path, config: DictConfig, resumed_step: int) -> None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            # Steps after the checkpoint are computed again; a line cut short by a kill goes too.
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
+            path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.run = _wandb_run(run_dir, config) if config.logger.name == "wandb" else None
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        if self.run:
+            self.run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.run:
+            self.run.finish()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _wandb_run(run_dir: Path, config: DictConfig) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.logger.project,
+        name=run_dir.name,
+        dir=str(run_dir),
+        mode=config.logger.mode,
+        config=OmegaConf.to_container(config),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

@@ -1,0 +1,136 @@
+"""One clear line that names the key, before any model is built, and a non-zero exit."""
+
+import json
+
+import pytest
+
+from ringattn.training.main import main
+
+from .processes import TINY, metrics, train
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, text, tmp_path):
+    """Runs train.py's main in this process as rank 0 of ``world``; returns its one line."""
+
+    def run(*arguments, world=2):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setattr("ringattn.models.decoder.Decoder.__init__", None)  # never reached
+        run_dir = f"run_dir={tmp_path / 'run'}"
+        status = main([*TINY, text, run_dir, *arguments])
+        error = capsys.readouterr().err
+        assert status == 2 and not (tmp_path / "run").exists()
+        assert error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("seqlen=5", ["seqlen", "seq_len"]),
+        ("optim.lrr=5", ["optim.lrr", "optim.lr"]),
+        ("model=huge", ["huge", "tiny", "125m"]),
+        ("engine=horovod", ["horovod", "deepspeed"]),
+        ("seq_len", ["KEY=VALUE"]),
+        ("seq_len=-4", ["seq_len", "-4", "at least 1"]),
+        ("seq_len=abc", ["seq_len", "abc", "integer"]),
+        ("batch_size=0", ["batch_size", "at least 1"]),
+        ("train.steps=0", ["train.steps", "at least 1"]),
+        ("checkpoint.every=-1", ["checkpoint.every", "at least 0"]),
+        ("precision=fp8", ["precision=fp8", "fp32, bf16"]),
+        ("optim.lr=nan", ["optim.lr", "finite"]),
+        ("optim.betas=[1]", ["optim.betas"]),
+        ("parallel.cp=3", ["parallel.cp=3", "world of 2", "1, 2"]),
+        ("parallel.schedule=spiral", ["parallel.schedule=spiral", "ring"]),
+        ("parallel.layout=random", ["parallel.layout=random", "contiguous, zigzag, striped"]),
+        ("parallel.ulysses=2", ["parallel.ulysses=2", "1"]),
+        ("engine.zero_stage=4", ["engine.zero_stage=4", "0, 1, 2, 3"]),
+        ("logger.mode=loud", ["logger.mode"]),
+        ("attention.window=0", ["attention.window", "at least 1"]),
+        ("kernel=cudnn", ["kernel=cudnn", "aten"]),
+        ("model.kv_heads=3", ["model.kv_heads", "heads=4"]),
+        ("model.vocab_size=10", ["model.vocab_size", "257"]),
+        ("data.root=/nowhere", ["data.root=/nowhere", "not a directory"]),
+        ("data.glob=*.nothing", ["data.glob", "*.nothing"]),
+        ("checkpoint.resume=/nowhere", ["checkpoint.resume=/nowhere", "no finished checkpoint"]),
+        ("run_dir=/proc/nowhere", ["run_dir=/proc/nowhere"]),
+    ],
+)
+def test_one_line_names_the_key(refused, override, shown):
+    error = refused(override)
+    for word in shown:
+        assert word in error
+
+
+def test_data_files_needs_its_root(refused, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert main(["data=files"]) == 2
+    assert "data.root" in capsys.readouterr().err
+
+
+def test_unreadable_and_empty_files(refused, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"")
+    assert "no text" in refused(f"data.root={folder}")
+    (folder / "loop.txt").symlink_to(folder / "loop.txt")
+    assert "no text" in refused(f"data.root={folder}")
+
+
+def test_unreadable_file_is_named(refused, tmp_path, monkeypatch):
+    # Permissions do not stop root, so the refusal comes from the file system call itself.
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "secret.txt").write_text("x")
+    real = type(folder).open
+
+    def deny(path, *rest, **more):
+        if path.name == "secret.txt":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(type(folder), "open", deny)
+    error = refused(f"data.root={folder}")
+    assert "secret.txt" in error and "Permission denied" in error
+
+
+def test_only_rank_0_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["seq_len=0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_every_group(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("tiny", "125m", "deepspeed", "wandb", "zero_stage", "parallel"):
+        assert word in shown
+
+
+def test_checkpoint_of_another_model_or_run_is_refused(tmp_path, text, refused):
+    run_dir = tmp_path / "first"
+    status, output = train(1, *TINY, text, f"run_dir={run_dir}", "train.steps=2")
+    assert status == 0, output
+    assert len(metrics(run_dir)) == 2
+    resume = f"checkpoint.resume={run_dir}"
+    assert "model.layers is 2 there and 3 here" in refused(resume, "model.layers=3", world=1)
+    assert "seq_len=97" in refused(resume, "seq_len=50", world=1)
+    assert "engine.zero_stage=1" in refused(resume, "engine.zero_stage=2", world=1)
+    assert "1 ranks" in refused(resume, world=2)
+    manifest = run_dir / "checkpoints/step_2/ringattn.json"
+    manifest.write_text(json.dumps({"step": 2}))
+    assert "damaged" in refused(resume, world=1)
+    manifest.unlink()
+    assert "no finished checkpoint" in refused(resume, world=1)
+
+
+def test_a_bad_key_under_torchrun_exits_with_its_line(text):
+    status, output = train(2, *TINY, text, "parallel.cp=5")
+    assert status != 0
+    assert output.count("train.py: parallel.cp=5") == 1
+    assert 'Traceback (most recent call last):\n  File "train.py' not in output

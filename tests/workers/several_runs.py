@@ -1,0 +1,21 @@
+"""Trains several configurations one after the other in one world: python starts are slow.
+
+Arguments: a JSON file with a list of lists of overrides.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from ringattn.training import loop, settings
+from ringattn.training.engine import pick_device, start_distributed
+from ringattn.training.main import run
+
+device = pick_device("cpu")
+start_distributed(device, 60)
+for overrides in json.loads(Path(sys.argv[1]).read_text()):
+    config = settings.load(overrides)
+    world = int(os.environ["WORLD_SIZE"])
+    settings.check(config, world)
+    run(loop.prepare(config, Path(config.run_dir), world), device)
