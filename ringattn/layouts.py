@@ -63,7 +63,7 @@ class Layout:
         if len(parts) != self.world:
             raise ValueError(f"unshard: {len(parts)} parts for a layout of {self.world} ranks")
         dim %= parts[0].ndim
-        shape = tuple(parts[0].shape[:dim]) + (self.n,) + tuple(parts[0].shape[dim + 1 :])
+        shape = (*parts[0].shape[:dim], self.n, *parts[0].shape[dim + 1 :])
         make = getattr(parts[0], "new_empty", None)
         whole = make(shape) if make else np.empty(shape, parts[0].dtype)
         for rank, part in enumerate(parts):
