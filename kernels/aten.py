@@ -36,8 +36,7 @@ def forward(
         return
     q, k, v = (x.to(out.dtype) for x in (q, k, v))
     for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, slices):
-        mask = _mask(piece, q)
-        block_out, block_lse = _attend(q_, k_, v_, piece, mask, scale)
+        block_out, block_lse = _attend(q_, k_, v_, piece, scale)
         # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
         share = torch.sigmoid(block_lse - lse_)
         out_.lerp_(block_out, share[..., None])
@@ -67,8 +66,7 @@ def backward(
         queries = tuple(x[:, :, g::groups] for x in (dout, q, out, dq))
         views = _views(queries, (k, v, dk, dv), lse[:, g::groups], slices)
         for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_), lse_, piece in views:
-            mask = _mask(piece, q)
-            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, mask, scale)
+            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scale)
             dq_.add_(grads[0])
             # Blocks that overlap on the key axis are added in turns.
             turns = -(-piece.keys // piece.stride) if piece.count > 1 else 1
@@ -117,6 +115,13 @@ def _window(x: torch.Tensor, start: int, size: int, piece: Piece) -> torch.Tenso
     return rearrange(blocks, "heads count dim tokens -> count heads tokens dim")
 
 
+def _restriction(piece: Piece, like: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
+    """(is_causal, attn_mask) for the fused operator, which is causal from the top left."""
+    if piece.lo is None and piece.hi == 0:
+        return True, None
+    return False, _mask(piece, like)
+
+
 def _mask(piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
     """Additive [rows, keys] of 0 and -inf; None where every pair exists."""
     if piece.lo is None and piece.hi is None:
@@ -137,15 +142,16 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     piece: Piece,
-    mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one piece; q is [count, heads, rows, head_dim]."""
     if _fused(q, v):
-        return _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        causal, mask = _restriction(piece, q)
+        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     k, v = _repeated(k, q), _repeated(v, q)
+    mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
         scores = q[:, :, rows] @ k.mT * scale
         if mask is not None:
@@ -163,13 +169,14 @@ def _attend_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     piece: Piece,
-    mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
     if _fused(q, v):
-        return _flash_backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        causal, mask = _restriction(piece, q)
+        return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
         scores = q[:, :, rows] @ k.mT * scale
         if mask is not None:

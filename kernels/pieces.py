@@ -34,7 +34,7 @@ class Piece:
 def cut(n_q: int, n_k: int, lo: int, hi: int, tile: int = TILE) -> Iterator[Piece]:
     """The pieces of ``{(i, j): lo <= j - i <= hi}``, i < n_q, j < n_k; every pair exactly once."""
     first, last = max(0, -hi), min(n_q, n_k - lo)  # rows with at least one key
-    lefts, rights = max(first, 1 - lo), min(last, n_k - 1 - hi)
+    lefts, rights = max(first, -lo), min(last, n_k - hi)
     # Rows from `lefts` on have a left edge; rows before `rights` have a right edge.
     marks = sorted({first, last, min(max(lefts, first), last), min(max(rights, first), last)})
     for a, e in pairwise(marks):
