@@ -4,6 +4,8 @@ Every kernel is a module with two functions. Tensors are ``[batch, tokens, heads
 (K/V may have fewer heads: head h reads K/V head ``h // (heads // kv_heads)``), log-sum-exp is
 ``[batch, heads, tokens]``; slices index the tokens of q and of k.
 
+The list of slices is never empty.
+
 ``forward(q, k, v, slices, out, lse, scale)``
     merges the attention over ``slices`` into the running ``(out, lse)``, in place. ``out`` starts
     at 0 and ``lse`` at -inf; both are float32 (float64 for float64 inputs) between all steps.

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 # Rows of the smallest piece. Chosen with benchmarks/attention.py --tile: smaller tiles waste
 # less arithmetic on masked pairs, larger ones merge fewer times.
-TILE = 128
+TILE = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ class _RingAttention(torch.autograd.Function):
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(lse_shape, -torch.inf, dtype=dtype, device=q.device)
         for step, (held_k, held_v) in _walk(steps, (k, v), comm):
-            kernel.forward(q, held_k, held_v, step.slices, out, lse, scale)
+            if step.slices:
+                kernel.forward(q, held_k, held_v, step.slices, out, lse, scale)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.run = (steps, comm, kernel, scale)
@@ -95,9 +96,13 @@ def _backward(
     home: Pair = _zeros((k, v), k.shape[1], lse.dtype)
     arriving: list[tuple[Move, Pair]] = []
     pending = None
+    # Half of the work on the own block is kept for the end, to hide the last gradients' way home.
+    own = steps[0].slices
+    early = own[: len(own) - len(own) // 2] if len(steps) > 1 else own
     for index, (step, held) in enumerate(_walk(steps, (k, v), comm)):
         grads = _zeros(held, step.tokens, lse.dtype) if index else home
-        kernel.backward(dout, q, *held, out, lse, step.slices, dq, *grads, scale)
+        if slices := step.slices if index else early:
+            kernel.backward(dout, q, *held, out, lse, slices, dq, *grads, scale)
         if pending:
             pending.wait()
             _add(arriving, grads, home)
@@ -105,6 +110,8 @@ def _backward(
         arriving = [(move, _empty(held, move.tokens, lse.dtype)) for move in step.grad_recvs]
         recvs = [(x, move.peer) for move, pair in arriving for x in pair]
         pending = comm.start(sends, recvs, f"K/V gradients, step {index}")
+    if late := own[len(early) :]:
+        kernel.backward(dout, q, k, v, out, lse, late, dq, *home, scale)
     if pending:
         pending.wait()
         _add(arriving, home, home)
