@@ -7,9 +7,12 @@ are off by a factor that depends on the ZeRO stage. The loss carries the scaling
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
 import math
 import os
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -33,11 +36,39 @@ def start_distributed(device: torch.device, timeout_s: float) -> None:
     quiet = logging.getLogger("DeepSpeed")
     quiet.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if device.type == "cpu":
+        _build_extension()
     import deepspeed
 
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s)
     )
+
+
+def _build_extension() -> None:
+    """Compiles DeepSpeed's shared-memory extension, one process at a time.
+
+    torch guards a build with a lock file that outlives a killed process, and every later start
+    then waits forever. Here the kernel's own lock decides: who holds it knows that a lock file
+    in this folder is a leftover. The folder belongs to one environment, so two never rebuild
+    each other's. A TORCH_EXTENSIONS_DIR of the user's is left alone.
+    """
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = cache / "ringattn" / "extensions" / environment
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    with (folder / "building").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for leftover in folder.glob("*/lock"):
+            leftover.unlink()
+        from deepspeed.accelerator import get_accelerator
+
+        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+        if builder is not None and builder.is_compatible():
+            builder.load(verbose=False)
 
 
 class DeepSpeedEngine:
