@@ -32,9 +32,7 @@ def forward(
     scale: float,
 ) -> None:
     """See :mod:`ringattn.kernels`."""
-    if not slices:
-        return
-    q, k, v = (x.to(out.dtype) for x in (q, k, v))
+    q, k, v = (_readable(x, out.dtype) for x in (q, k, v))
     for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, slices):
         block_out, block_lse = _attend(q_, k_, v_, piece, scale)
         # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
@@ -58,9 +56,7 @@ def backward(
     scale: float,
 ) -> None:
     """See :mod:`ringattn.kernels`. Grouped heads take one call per member, so nothing repeats."""
-    if not slices:
-        return
-    dout, q, k, v, out = (x.to(dq.dtype) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (_readable(x, dq.dtype) for x in (dout, q, k, v, out))
     groups = q.shape[2] // k.shape[2]
     for g in range(groups):
         queries = tuple(x[:, :, g::groups] for x in (dout, q, out, dq))
@@ -73,6 +69,12 @@ def backward(
             for turn in range(turns):
                 dk_[turn::turns].add_(grads[1][turn::turns])
                 dv_[turn::turns].add_(grads[2][turn::turns])
+
+
+def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In ``dtype``, the last axis dense: the flash operator reads it so, whatever its stride."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _views(

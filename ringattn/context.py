@@ -100,11 +100,13 @@ def check_engaged(
     """Proves with the real model and groups that tokens on one rank reach another.
 
     ``forward(tokens, positions, attend)`` gives logits. The first token of a short sequence is
-    changed; under a causal mask every later logit must move, and under a mask of one-token
-    documents none may. Raises RuntimeError on all ranks when the model ignores the plan.
+    changed; where every token attends itself and the first, every later logit must move, and where
+    each attends itself only, none may. Two keys a row keep the effect far above rounding, however
+    many ranks there are. Raises RuntimeError on all ranks when the model ignores the plan.
     """
     n = 4 * context.cp
-    for mask, reaches in ((masks.causal(n), True), (masks.documents([1] * n), False)):
+    alone = masks.documents([1] * n)
+    for mask, reaches in ((alone | masks.sinks(n, 1), True), (alone, False)):
         plan = make_plan(mask, layouts.BUILDERS[layout](n, context.cp), schedule)
         own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
         logits = []
@@ -118,7 +120,7 @@ def check_engaged(
         if context.total(float(wrong.sum()))[0]:
             raise RuntimeError(
                 "self-check failed: with "
-                + ("a causal mask the first token does not reach every later one"
+                + ("a first token that all attend, it does not reach every later one"
                    if reaches else "separate documents the first token leaks into later ones")
                 + "; the model does not use the attention it is given"
             )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,17 @@ class Layout:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        steps = {run.step for runs in self.runs for run in runs if len(run) > 1}
+        every = [run for runs in self.runs for run in runs if run]
+        steps = {run.step for run in every if len(run) > 1} or {1}
         if len(steps) > 1:
             raise ValueError(f"all runs of a layout must share one step, got {sorted(steps)}")
-        owned = np.concatenate([np.zeros(0, np.int64), *(self.positions(r) for r in self.ranks)])
-        # Sorting n numbers is the price of a custom layout's proof; the built-in ones are small.
-        if len(owned) != self.n or (np.sort(owned) != np.arange(self.n)).any():
+        # With one step, two runs can only meet in the same residue class: n tokens inside of
+        # [0, n) without a meeting are every position once.
+        (step,) = steps
+        order = sorted((run.start % step, run.start, run.last) for run in every)
+        meet = any(a[0] == b[0] and b[1] <= a[2] for a, b in pairwise(order))
+        inside = all(run.start >= 0 and run.last < self.n for run in every)
+        if meet or not inside or sum(map(len, every)) != self.n:
             raise ValueError(f"a layout must own each of the {self.n} positions exactly once")
 
     @property

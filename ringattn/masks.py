@@ -198,6 +198,18 @@ def _count(name: str, value: int, least: int) -> int:
     return int(value)
 
 
+def _parsed(given: Slice | tuple) -> Slice:
+    try:
+        q, k, lo, hi = (given.q, given.k, given.lo, given.hi) if isinstance(given, Slice) else given
+        q, k = (run if isinstance(run, Run) else Run(*run) for run in (q, k))
+        return Slice.make(q, k, lo, hi)
+    except TypeError:
+        raise ValueError(
+            "a slice is Slice(q, k, lo, hi) or ((start, stop[, step]), (start, stop[, step]), "
+            f"lo, hi); got {given!r}"
+        ) from None
+
+
 def full(n_q: int, n_k: int | None = None) -> Mask:
     """Every query sees every key; ``n_k`` defaults to ``n_q``."""
     n_q = _count("n_q", n_q, 0)
@@ -244,12 +256,17 @@ def sinks(n: int, count: int) -> Mask:
     return from_slices([Slice.make(Run(0, n), Run(0, min(n, count)), None, 0)], n, n)
 
 
-def from_slices(slices: Iterable[Slice], n_q: int, n_k: int) -> Mask:
-    """A mask from any slices; overlaps are counted once. Raises ValueError outside the range."""
+def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
+    """A mask from any slices; overlaps are counted once.
+
+    A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or
+    ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
+    anything else, and outside of the range.
+    """
     n_q, n_k = _count("n_q", n_q, 0), _count("n_k", n_k, 0)
     kept: tuple[Slice, ...] = ()
     for given in slices:
-        part = Slice.make(given.q, given.k, given.lo, given.hi)
+        part = _parsed(given)
         if part and (
             part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k
         ):

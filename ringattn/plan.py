@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+
 from ringattn import schedules
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, Slice
@@ -58,6 +60,34 @@ class Plan:
             self._blocks[key] = tuple(_coalesced(parts))
         return self._blocks[key]
 
+    @cached_property
+    def reach(self) -> tuple[int, ...]:
+        """Per rank: how many hops its K/V must make when they pass from rank to rank + 1."""
+        return tuple(self._reach(owner) for owner in self.layout.ranks)
+
+    def _reach(self, owner: int) -> int:
+        starts, lasts, ranks = self._run_ends
+        hops: set[int] = set()
+        for run in self.layout.runs[owner]:
+            column = Slice(Run(0, self.mask.n_q), run, -self.mask.n_q, self.mask.n_k)
+            for part in (part for whole in self.mask.slices if (part := whole & column)):
+                near = ranks[(starts <= part.q.last) & (lasts >= part.q.start)]
+                hops.update(((near - owner) % self.world).tolist())
+        # Ranges of queries say who may attend; with steps they say too much, so it is checked.
+        busy = (hop for hop in sorted(hops, reverse=True) if hop)
+        return next((hop for hop in busy if self.block((owner + hop) % self.world, owner)), 0)
+
+    @cached_property
+    def _run_ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(first position, last position, rank) of every run of the layout."""
+        ends = [
+            (run.start, run.last, rank)
+            for rank in self.layout.ranks
+            for run in self.layout.runs[rank]
+        ]
+        starts, lasts, ranks = np.array(ends, np.int64).reshape(-1, 3).T
+        return starts, lasts, ranks
+
     def _own_rows(self, rank: int) -> list[tuple[int, Run, Slice]]:
         """The mask restricted to the queries of ``rank``, so that cutting by key owner is cheap."""
         if rank not in self._rows:
@@ -73,7 +103,7 @@ class Plan:
 
     def area(self, rank: int) -> int:
         """Number of (query, key) pairs that ``rank`` computes."""
-        return sum(part.area for step in self.steps(rank) for part in step.slices)
+        return sum(part.area for _, _, part in self._own_rows(rank))
 
     def recv_tokens(self, rank: int) -> int:
         """Number of K/V rows that ``rank`` receives in one forward pass."""

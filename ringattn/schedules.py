@@ -52,27 +52,20 @@ def ring(plan: Plan, rank: int) -> tuple[Step, ...]:
     A block stops at the last rank that attends it; its gradient collects there on the way and
     goes home in one message. Gradients cover the same path as the blocks, one step behind.
     """
-    world, count = plan.layout.world, plan.layout.count
-
-    def reach(owner: int) -> int:
-        """How many hops the block of ``owner`` makes."""
-        hops = range(world - 1, 0, -1)
-        busy = (hop for hop in hops if plan.block((owner + hop) % world, owner))
-        return next(busy, 0) if count(owner) else 0
-
+    world, count, reach = plan.layout.world, plan.layout.count, plan.reach
     after, before = (rank + 1) % world, (rank - 1) % world
     steps = []
     for hop in range(world):
         owner, incoming = (rank - hop) % world, (rank - hop - 1) % world
-        held = hop <= reach(owner)
-        onward = hop < reach(owner)
-        arriving = hop < reach(incoming)
+        held = hop <= reach[owner]
+        onward = hop < reach[owner]
+        arriving = hop < reach[incoming]
         grad_sends, grad_recvs = [], []
         if hop and held:
             grad_sends = [Move(after if onward else owner, count(owner), home=not onward)]
         if hop and arriving:
             grad_recvs = [Move(before, count(incoming))]
-        if hop and hop == reach(rank):
+        if hop and hop == reach[rank]:
             grad_recvs.append(Move((rank + hop) % world, count(rank), home=True))
         steps.append(
             Step(

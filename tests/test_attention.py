@@ -106,6 +106,18 @@ def test_log_sum_exp_gaps_stay_finite(kernel):
     assert worst_error(q, k, v, dout, plan, kernel) <= 1e-2
 
 
+@pytest.mark.parametrize("kernel", ["aten", "reference"])
+def test_any_strides(kernel):
+    """Views whose head_dim is not dense, and the gradient of sum(), which has stride 0."""
+    n = 200
+    plan = ra.make_plan(ra.masks.causal(n), ra.layouts.zigzag(n, 3))
+    q, k, v, dout = (
+        x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs(n, heads=4, kv_heads=2)
+    )
+    assert worst_error(q, k, v, dout, plan, kernel) <= 1e-5
+    assert worst_error(q, k, v, torch.ones(1).expand_as(dout), plan, kernel) <= 1e-5
+
+
 def test_rows_without_keys_give_zero_and_minus_infinity():
     mask = ra.masks.full(8) - ra.masks.from_slices([ra.masks.full(4, 8).slices[0]], 8, 8)
     q, k, v, _ = inputs(8)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from ringattn.training.main import main
 
@@ -40,17 +41,28 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("batch_size=0", ["batch_size", "at least 1"]),
         ("train.steps=0", ["train.steps", "at least 1"]),
         ("checkpoint.every=-1", ["checkpoint.every", "at least 0"]),
-        ("precision=fp8", ["precision=fp8", "fp32, bf16"]),
+        ("precision=fp8", ["precision", "fp8", "fp32, bf16"]),
         ("optim.lr=nan", ["optim.lr", "finite"]),
         ("optim.betas=[1]", ["optim.betas"]),
+        ("optim.betas=[0.9,1]", ["optim.betas", "below 1"]),
+        ("optim.min_lr_ratio=2", ["optim.min_lr_ratio", "at most 1"]),
+        ("+optim.momentum=0.9", ["unknown key 'optim.momentum'", "optim."]),
+        ("~optim.clip", ["optim.clip is missing"]),
+        ("parallel=null", ["unknown key 'parallel'"]),
+        ("train.sample_prompt=null", ["train.sample_prompt must be text"]),
         ("parallel.cp=3", ["parallel.cp=3", "world of 2", "1, 2"]),
-        ("parallel.schedule=spiral", ["parallel.schedule=spiral", "ring"]),
-        ("parallel.layout=random", ["parallel.layout=random", "contiguous, zigzag, striped"]),
-        ("parallel.ulysses=2", ["parallel.ulysses=2", "1"]),
-        ("engine.zero_stage=4", ["engine.zero_stage=4", "0, 1, 2, 3"]),
+        ("parallel.schedule=spiral", ["parallel.schedule", "spiral", "ring"]),
+        ("parallel.layout=random", ["parallel.layout", "random", "contiguous, zigzag, striped"]),
+        ("parallel.ulysses=2", ["parallel.ulysses", "one of: 1"]),
+        ("engine.zero_stage=4", ["engine.zero_stage", "0, 1, 2, 3; got 4"]),
         ("logger.mode=loud", ["logger.mode"]),
         ("attention.window=0", ["attention.window", "at least 1"]),
-        ("kernel=cudnn", ["kernel=cudnn", "aten"]),
+        ("attention.name=local", ["attention.name", "documents, causal"]),
+        ("model.dim=wide", ["model.dim", "wide"]),
+        ("model.tied=7", ["model.tied", "True, False"]),
+        ("+model.bias=true", ["unknown key 'model.bias'"]),
+        ("data.root=5", ["data.root", "5"]),
+        ("kernel=cudnn", ["kernel", "cudnn", "aten"]),
         ("model.kv_heads=3", ["model.kv_heads", "heads=4"]),
         ("model.vocab_size=10", ["model.vocab_size", "257"]),
         ("data.root=/nowhere", ["data.root=/nowhere", "not a directory"]),
@@ -63,6 +75,18 @@ def test_one_line_names_the_key(refused, override, shown):
     error = refused(override)
     for word in shown:
         assert word in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(refused):
+    assert "device=cuda: this machine has 0 usable GPUs" in refused("device=cuda")
+
+
+def test_sending_metrics_needs_a_key(refused, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    error = refused("logger=wandb", "logger.mode=online")
+    assert "logger.mode=online" in error and "WANDB_API_KEY" in error
 
 
 def test_data_files_needs_its_root(refused, capsys, monkeypatch):

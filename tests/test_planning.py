@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
+from ringattn.layouts import Layout
 from ringattn.masks import Slice
 from ringattn.runs import Run, floor_sum
 
@@ -75,6 +76,13 @@ def test_builders_match_their_definitions():
     assert ra.masks.full(3, 5).to_dense().shape == (3, 5)
 
 
+def test_slices_may_be_written_as_tuples():
+    written = ra.masks.from_slices([((0, 9), (0, 9, 2), None, 0), ((2, 4), (5, 9), -9, 9)], 9, 9)
+    q, k = np.arange(9)[:, None], np.arange(9)[None, :]
+    block = (q >= 2) & (q < 4) & (k >= 5)
+    assert (written.to_dense() == (((k <= q) & (k % 2 == 0)) | block)).all()
+
+
 def test_area_needs_no_dense_mask():
     n = 2**24
     assert ra.masks.causal(n).area == n * (n + 1) // 2
@@ -89,6 +97,11 @@ def test_area_needs_no_dense_mask():
         (lambda: ra.masks.causal(4) & ra.masks.causal(5), "different size"),
         (lambda: ra.layouts.zigzag(4, 0), "world >= 1"),
         (lambda: ra.masks.from_slices([Slice.make(Run(0, 9), Run(0, 9))], 8, 8), "outside"),
+        (lambda: ra.masks.from_slices([(0, 4, 0, 0)], 4, 4), "a slice is"),
+        (lambda: Layout(4, ((Run(0, 3),), (Run(2, 4),))), "exactly once"),
+        (lambda: Layout(4, ((Run(0, 2),), (Run(3, 4),))), "exactly once"),
+        (lambda: Layout(4, ((Run(0, 2),), (Run(2, 5),))), "exactly once"),
+        (lambda: Layout(6, ((Run(0, 6, 2),), (Run(1, 6, 3),))), "one step"),
         (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(5, 2)), "layout has 5"),
         (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(4, 2), "spiral"), "ring"),
         (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(4, 2), ulysses=2), "ulysses=2"),
@@ -119,7 +132,9 @@ def test_plan_computes_every_pair_once_and_every_receive_has_its_send(data):
     plan = ra.make_plan(mask, layout)
     dense = np.zeros((mask.n_q, mask.n_k), int)
     for rank in range(layout.world):
-        for step in plan.steps(rank):
+        steps = plan.steps(rank)
+        assert plan.area(rank) == sum(part.area for step in steps for part in step.slices)
+        for step in steps:
             own, keys = layout.positions(rank), layout.positions(step.owner)
             shape = (len(own), len(keys))
             local = ra.masks.from_slices(step.slices, *shape)
@@ -139,6 +154,30 @@ def test_plan_computes_every_pair_once_and_every_receive_has_its_send(data):
                     (at, m.peer, rank, m.tokens, m.home) for m in getattr(step, kind + "recvs")
                 ]
         assert sorted(sent) == sorted(received)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_block_stops_at_the_last_rank_that_attends_it(data):
+    mask = data.draw(masks(max_n=40))
+    layout = data.draw(layouts(mask.n_q, max_world=9))
+    plan, dense, world = ra.make_plan(mask, layout), mask.to_dense(), layout.world
+    for owner in range(world):
+        keys = layout.positions(owner)
+        attend = [
+            hop
+            for hop in range(1, world)
+            if dense[np.ix_(layout.positions((owner + hop) % world), keys)].any()
+        ]
+        assert plan.reach[owner] == max(attend, default=0)
+
+
+def test_planning_at_1024_ranks_touches_few_blocks():
+    n, world = 2**20, 1024
+    docs = ra.masks.documents([15_000] * 69 + [n - 69 * 15_000])
+    plan = ra.make_plan(docs, ra.layouts.contiguous(n, world))
+    assert 10 < len(plan.steps(500)) < 17  # a document lies on 15 or 16 ranks
+    assert len(plan._blocks) < 4 * world
 
 
 def test_blocks_that_nobody_needs_are_not_sent():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,35 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Manifest] | None:
         f"checkpoint.resume={resume}: no finished checkpoint there "
         "(give auto, never, a run directory or a checkpoints/step_N folder)"
     )
+
+
+def set_aside(run_dir: Path, resumed: tuple[Path, Manifest] | None) -> Path | None:
+    """Moves what another history left in ``run_dir`` to ``superseded_N``; returns that folder.
+
+    That is everything if this run starts anew or continues a checkpoint from elsewhere, and the
+    checkpoints beyond the resumed step if it goes back. So nothing is lost or overwritten, and
+    ``auto`` finds the checkpoints of one history only.
+    """
+    finished = [path for path in run_dir.glob("checkpoints/step_*") if (path / MANIFEST).is_file()]
+    continues = resumed is not None and resumed[0].resolve() in [p.resolve() for p in finished]
+    if continues:
+        stale = [path for path in finished if _read(path).step > resumed[1].step]
+        if not stale:
+            return None
+    else:
+        stale = finished
+        if not stale and not (run_dir / "metrics.jsonl").exists():
+            return None
+    number = 1 + sum(1 for _ in run_dir.glob("superseded_*"))
+    aside = run_dir / f"superseded_{number}"
+    aside.mkdir()
+    for path in stale:
+        path.rename(aside / path.name)
+    for path in (run_dir / "metrics.jsonl", run_dir / "config.yaml"):
+        if path.exists():
+            # A run that goes back keeps the lines up to its step.
+            shutil.copy(path, aside) if continues else path.rename(aside / path.name)
+    return aside
 
 
 def _read(path: Path) -> Manifest:

@@ -15,8 +15,13 @@ from ringattn.plan import Plan
 from ringattn.training.metrics import predicted_memory_bytes
 
 
-def plan_table(config: DictConfig, model: ModelConfig, context: Context, plan: Plan) -> Table:
-    """The resolved plan of the first batch: what is really engaged."""
+def plan_table(
+    config: DictConfig, model: ModelConfig, context: Context, plan: Plan, peak: float
+) -> Table:
+    """The resolved plan of the first batch: what is really engaged.
+
+    ``peak`` is the FLOP/s of a rank that MFU divides by.
+    """
     ranks = range(context.cp)
     wide = 2 if config.precision == "bf16" else 4
     row = 2 * model.kv_heads * model.head_dim  # values of K and V per token
@@ -36,6 +41,9 @@ def plan_table(config: DictConfig, model: ModelConfig, context: Context, plan: P
         ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),
         ("received per layer", f"forward {_bytes(forward)}, backward {_bytes(backward)} per rank"),
         ("predicted memory", f"about {_bytes(memory)} per rank, states and activations"),
+        ("mfu", f"6 x matmul parameters x tokens + 12 x pairs x heads x head_dim, over "
+                f"{peak / 1e9:,.1f} GFLOP/s per rank"
+                f" ({'peak_flops' if config.peak_flops else 'measured matrix product'})"),
     ):  # fmt: skip
         table.add_row(name, value)
     return table

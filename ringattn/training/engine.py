@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ringattn.context import Attend, Context
+from ringattn.training.settings import ConfigError
 
 
 def start_distributed(device: torch.device, timeout_s: float) -> None:
@@ -79,13 +80,18 @@ class DeepSpeedEngine:
 
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         others = [p for p in model.parameters() if p.ndim < 2]
+        self._groups = [
+            {"weight_decay": decay, "betas": tuple(config.optim.betas)}
+            for decay in (config.optim.weight_decay, 0.0)
+        ]
+        # The learning rate is set before every step. Until then it is 0: with bf16 at ZeRO 0
+        # DeepSpeed makes a step of its own, on gradients of 0, to allocate the optimizer's state.
         optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": config.optim.weight_decay},
-                {"params": others, "weight_decay": 0.0},
+                {"params": params, **group}
+                for params, group in zip((decayed, others), self._groups, strict=True)
             ],
-            lr=config.optim.lr,
-            betas=tuple(config.optim.betas),
+            lr=0.0,
         )
         settings = {
             "train_micro_batch_size_per_gpu": config.batch_size,
@@ -98,6 +104,8 @@ class DeepSpeedEngine:
             "steps_per_print": 2**62,
         }
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].zero_()  # that step must not count in Adam's bias correction
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
@@ -140,17 +148,28 @@ class DeepSpeedEngine:
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
+        # A checkpoint brings its own weight decay and betas; this run's hold.
+        for group, ours in zip(self.engine.optimizer.param_groups, self._groups, strict=True):
+            group.update(ours)
 
     def close(self) -> None:
         self.engine.destroy()
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process for ``device=auto|cpu|cuda``. Must run before DeepSpeed loads."""
-    cuda = torch.cuda.is_available() if name == "auto" else name == "cuda"
-    if not cuda:
+    """The device of this process for ``device=auto|cpu|cuda``. Must run before DeepSpeed loads.
+
+    Raises ConfigError when there is no GPU for this process.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"device={name}: this machine has {count} usable GPUs, and process {index} (of those "
+            "counted from 0) would need one of its own; start fewer processes or give device=cpu"
+        )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -26,7 +26,13 @@ from ringattn.training import checkpoint
 from ringattn.training.checkpoint import Manifest
 from ringattn.training.display import Display, plan_table
 from ringattn.training.engine import DeepSpeedEngine
-from ringattn.training.metrics import MetricsLog, measured_peak, peak_memory_bytes, step_flops
+from ringattn.training.metrics import (
+    MetricsLog,
+    check_login,
+    measured_peak,
+    peak_memory_bytes,
+    step_flops,
+)
 from ringattn.training.sample import generate
 
 
@@ -103,12 +109,13 @@ def load_batch(
 
 
 def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> float:
-    """Linear warm-up, then a cosine from lr to min_lr, both in tokens, whatever the split."""
+    """Linear warm-up, then a cosine to min_lr_ratio * lr, both in tokens, whatever the split."""
     optim = config.optim
     if tokens_seen < optim.warmup_tokens:
         return optim.lr * (tokens_seen + 1) / optim.warmup_tokens
     done = (tokens_seen - optim.warmup_tokens) / max(1, total_tokens - optim.warmup_tokens)
-    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+    falling = (1 + math.cos(math.pi * min(1, done))) / 2
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
 
 
 @contextmanager
@@ -130,6 +137,8 @@ def train(job: Job, context: Context) -> None:
     display = Display(rank == 0, config.train.steps, start.step)
     if rank == 0:
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        if aside := checkpoint.set_aside(job.run_dir, job.resume):
+            display.say(f"what another run left in {job.run_dir} is now in {aside.name}")
         OmegaConf.save(config, job.run_dir / "config.yaml")
     engine = DeepSpeedEngine(Decoder(job.model, config.seed), config, context)
     if job.resume:
@@ -141,10 +150,10 @@ def train(job: Job, context: Context) -> None:
         with stop_requests() as stops:
             _self_check(job, context, engine, stream, start)
             first, _ = load_batch(job, stream, context, list(range(config.batch_size)))
-            display.say(plan_table(config, job.model, context, first.plan))
+            peak = config.peak_flops or measured_peak(context.device, dtype)
+            display.say(plan_table(config, job.model, context, first.plan, peak))
             display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
             display.say(f"run directory: {job.run_dir}")
-            peak = config.peak_flops or measured_peak(context.device, dtype)
             end = _steps(job, context, engine, stream, start, peak, stops, display, log)
             if end.step < config.train.steps:
                 display.say(f"stopped by SIGTERM at step {end.step}; checkpoint saved")
@@ -212,7 +221,10 @@ def _steps(
     accum, every = config.train.grad_accum, config.checkpoint.every
     per_step = config.batch_size * context.dp * accum
     total_tokens = config.train.steps * per_step * config.seq_len
-    first_loss, began, saved = None, time.perf_counter(), -1
+    first_loss, began = None, time.perf_counter()
+    # A run that has nothing left to do must not write its last checkpoint again.
+    at = checkpoint.folder(job.run_dir, state.step)
+    saved = state.step if job.resume and job.resume[0].resolve() == at.resolve() else -1
     with display.progress:
         while state.step < config.train.steps:
             begin = time.perf_counter()
@@ -287,6 +299,7 @@ def _save(job: Job, engine: DeepSpeedEngine, state: Manifest) -> None:
 
 def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
+    check_login(config)
     model = ModelConfig(**OmegaConf.to_container(config.model))
     corpus = Corpus.open(config.data.root, config.data.glob)
     manifest = Manifest(

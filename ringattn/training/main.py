@@ -32,8 +32,10 @@ def main(arguments: list[str]) -> int:
         settings.writable(run_dir)
         # Only now torch: a mistyped key costs no second.
         from ringattn.training import loop
+        from ringattn.training.engine import pick_device, start_distributed
 
         job = loop.prepare(config, run_dir, world)
+        device = pick_device(config.device)
     except ValueError as error:
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
@@ -41,9 +43,6 @@ def main(arguments: list[str]) -> int:
 
     import torch.distributed as dist
 
-    from ringattn.training.engine import pick_device, start_distributed
-
-    device = pick_device(config.device)
     if rank == 0:
         print(
             "starting DeepSpeed (its first start on a machine compiles a small extension, "

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn.models.decoder import ModelConfig
+from ringattn.training.settings import ConfigError
 
 
 def step_flops(model: ModelConfig, tokens: int, area: int) -> int:
@@ -100,6 +101,18 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def check_login(config: DictConfig) -> None:
+    """Raises ConfigError if metrics are to be sent and there is no key to send them with."""
+    if config.logger.name == "wandb" and config.logger.mode == "online":
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise ConfigError(
+                "logger.mode=online: no API key; run `wandb login`, set WANDB_API_KEY, or give "
+                "logger.mode=offline"
+            )
 
 
 def _wandb_run(run_dir: Path, config: DictConfig) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import math
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,115 +25,161 @@ class ConfigError(ValueError):
     """A key with a value that cannot be used."""
 
 
+Rule = Callable[[Any], str | None]  # what is legal, in words, if the value is not; else None
+
+
+def _integer(least: int) -> Rule:
+    def rule(value: Any) -> str | None:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return None if fits else f"an integer of at least {least}"
+
+    return rule
+
+
+def _number(least: float, most: float = math.inf, above: bool = False) -> Rule:
+    """A finite number in [least, most]; with ``above``, ``least`` itself is excluded."""
+
+    def rule(value: Any) -> str | None:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value) and least <= value <= most
+        if fits and not (above and value == least):
+            return None
+        bound = f"above {least:g}" if above else f"of at least {least:g}"
+        return f"a finite number {bound}" + (f" and at most {most:g}" if most < math.inf else "")
+
+    return rule
+
+
+def _choice(*legal: Any) -> Rule:
+    def rule(value: Any) -> str | None:
+        fits = any(value == x and type(value) is type(x) for x in legal)
+        return None if fits else f"one of: {', '.join(map(str, legal))}"
+
+    return rule
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "text"
+
+
+def _betas(value: Any) -> str | None:
+    fits = isinstance(value, list) and len(value) == 2 and not any(map(_number(0, 1), value))
+    return None if fits and max(value) < 1 else "two numbers of at least 0 and below 1"
+
+
+def _or_null(rule: Rule) -> Rule:
+    def either(value: Any) -> str | None:
+        legal = None if value is None else rule(value)
+        return legal and f"null or {legal}"
+
+    return either
+
+
+# Every key of a run and what it may hold. A key that is not here is refused, wherever it came from.
+RULES: dict[str, Rule] = {
+    "seq_len": _integer(1),
+    "batch_size": _integer(1),
+    "precision": _choice("fp32", "bf16"),
+    "seed": _integer(0),
+    "run_dir": _or_null(_text),
+    "kernel": _choice("auto", "aten", "reference"),
+    "device": _choice("auto", "cpu", "cuda"),
+    "peak_flops": _or_null(_number(0, above=True)),
+    "model.dim": _integer(1),
+    "model.layers": _integer(1),
+    "model.heads": _integer(1),
+    "model.kv_heads": _integer(1),
+    "model.head_dim": _integer(1),
+    "model.ffn_dim": _integer(1),
+    "model.vocab_size": _integer(VOCAB_SIZE),  # byte tokens need so many
+    "model.rope_theta": _number(0, above=True),
+    "model.norm_eps": _number(0, above=True),
+    "model.tied": _choice(True, False),
+    "data.root": _or_null(_text),
+    "data.glob": _text,
+    "attention.name": _choice("documents", "causal"),
+    "attention.window": _or_null(_integer(1)),
+    "attention.sinks": _integer(0),
+    "engine.name": _choice("deepspeed"),
+    "engine.zero_stage": _choice(0, 1, 2, 3),
+    "logger.name": _choice("wandb", "none"),
+    "logger.mode": _choice("offline", "online"),
+    "logger.project": _text,
+    "parallel.cp": _or_null(_integer(1)),
+    "parallel.ulysses": _choice(1),
+    "parallel.schedule": _choice(*SCHEDULES),
+    "parallel.layout": _choice(*LAYOUTS),
+    "parallel.timeout_s": _number(1),
+    "optim.lr": _number(0),
+    "optim.min_lr_ratio": _number(0, 1),
+    "optim.warmup_tokens": _integer(0),
+    "optim.weight_decay": _number(0),
+    "optim.betas": _betas,
+    "optim.clip": _number(0),
+    "train.steps": _integer(1),
+    "train.grad_accum": _integer(1),
+    "train.sample_tokens": _integer(0),
+    "train.sample_prompt": _text,
+    "checkpoint.every": _integer(0),
+    "checkpoint.resume": _text,
+}
+PARENTS = {key.split(".")[0] for key in RULES if "." in key}
+
+
 def load(overrides: list[str]) -> DictConfig:
-    """The composed and resolved configuration. Raises ConfigError."""
+    """The composed, resolved configuration with every value checked by itself.
+
+    Raises ConfigError.
+    """
+    for override in overrides:
+        if "=" not in override.lstrip("~")[1:] and not override.startswith("~"):
+            raise ConfigError(f"{override!r} is not an override; write KEY=VALUE")
+        _known(override.split("=", 1)[0].lstrip("+~").split("@")[0], {*RULES, *PARENTS})
     try:
         with initialize_config_module("ringattn.configs", version_base="1.3"):
             config = compose("config", overrides)
             OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(" ".join(lines)) from None
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
+    given = dict(_leaves(OmegaConf.to_container(config)))
+    for key in given:
+        _known(key, set(RULES))
+    for key, rule in RULES.items():
+        if key not in given:
+            raise ConfigError(f"{key} is missing; give it as {key}=VALUE")
+        if legal := rule(given[key]):
+            raise ConfigError(f"{key} must be {legal}; got {given[key]!r}")
     return config
 
 
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """hydra's error in one line, with the nearest legal key where a key is unknown."""
-    with initialize_config_module("ringattn.configs", version_base="1.3"):
-        known = _keys(OmegaConf.to_container(compose("config")))
-    for override in overrides:
-        if "=" not in override:
-            return f"{override!r} is not an override; write KEY=VALUE"
-        key = override.split("=", 1)[0].lstrip("+~")
-        # A group's keys depend on the choice (data.root with data=files): all of them are known.
-        if key.split("@")[0] not in known:
-            near = difflib.get_close_matches(key, known, 3, 0.5) or sorted(
-                k for k in known if "." not in k
-            )
-            return f"unknown key {key!r}; did you mean: {', '.join(near)}?"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)
+def _known(key: str, legal: set[str]) -> None:
+    if key not in legal:
+        near = difflib.get_close_matches(key, legal, 3, 0.5)
+        near = near or sorted({known.split(".")[0] for known in legal})
+        raise ConfigError(f"unknown key {key!r}; did you mean: {', '.join(near)}?")
 
 
-def _keys(tree: dict[Any, Any], prefix: str = "") -> list[str]:
-    keys = []
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        keys.append(prefix + str(key))
         if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
 
 
 def check(config: DictConfig, world: int) -> None:
-    """Ranges, choices and combinations, and the default of ``parallel.cp``. Raises ConfigError."""
-    for key in ("seq_len", "batch_size", "train.steps", "train.grad_accum"):
-        _integer(config, key, 1)
-    for key in (
-        "seed", "checkpoint.every", "train.sample_tokens", "optim.warmup_tokens", "attention.sinks",
-    ):  # fmt: skip
-        _integer(config, key, 0)
-    if config.attention.window is not None:
-        _integer(config, "attention.window", 1)
+    """What depends on the world, and the default of ``parallel.cp``. Raises ConfigError."""
     if config.parallel.cp is None:
         config.parallel.cp = world
-    _integer(config, "parallel.cp", 1)
     if world % config.parallel.cp:
         legal = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
             f"parallel.cp={config.parallel.cp} does not divide the world of {world} ranks; "
             f"choose one of: {', '.join(map(str, legal))}"
-        )
-    _choice(config, "parallel.schedule", [*SCHEDULES])
-    _choice(config, "parallel.layout", [*LAYOUTS])
-    _choice(config, "parallel.ulysses", [1])
-    _choice(config, "precision", ["fp32", "bf16"])
-    _choice(config, "kernel", ["auto", "aten", "reference"])
-    _choice(config, "device", ["auto", "cpu", "cuda"])
-    _choice(config, "engine.name", ["deepspeed"])
-    _choice(config, "engine.zero_stage", [0, 1, 2, 3])
-    _choice(config, "logger.name", ["wandb", "none"])
-    if config.logger.name == "wandb":
-        _choice(config, "logger.mode", ["offline", "online"])
-    for key in ("optim.lr", "optim.min_lr", "optim.weight_decay", "optim.clip"):
-        _number(config, key, 0.0)
-    _number(config, "parallel.timeout_s", 1.0)
-    if config.peak_flops is not None:
-        _number(config, "peak_flops", 1.0)
-    betas = OmegaConf.to_container(config.optim).get("betas")
-    if not (isinstance(betas, list) and len(betas) == 2 and all(
-        isinstance(b, float) and 0 <= b < 1 for b in betas
-    )):  # fmt: skip
-        raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {betas!r}")
-    if isinstance(config.model, str) or "vocab_size" not in config.model:
-        raise ConfigError("model must be one of the groups in configs/model")
-    _integer(config, "model.vocab_size", 1)
-    if config.model.vocab_size < VOCAB_SIZE:
-        raise ConfigError(
-            f"model.vocab_size must be at least {VOCAB_SIZE} for byte tokens, "
-            f"got {config.model.vocab_size}"
-        )
-
-
-def _integer(config: DictConfig, key: str, least: int) -> None:
-    value = OmegaConf.select(config, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key} must be an integer of at least {least}, got {value!r}")
-
-
-def _number(config: DictConfig, key: str, least: float) -> None:
-    value = OmegaConf.select(config, key)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or value < least:
-        raise ConfigError(f"{key} must be a finite number of at least {least:g}, got {value!r}")
-
-
-def _choice(config: DictConfig, key: str, legal: list[Any]) -> None:
-    value = OmegaConf.select(config, key)
-    if value not in legal or isinstance(value, bool):
-        raise ConfigError(
-            f"{key}={value} is not legal; choose one of: {', '.join(map(str, legal))}"
         )
 
 
