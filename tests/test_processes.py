@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -18,43 +18,77 @@ def test_ring_attention_on_processes(world):
     assert status == 0, output
 
 
+def test_a_timeout_names_step_peer_and_shape():
+    status, output = launch(2, ROOT / "tests/workers/silent_peer.py")
+    assert status == 0, output
+    shape = r"\[1, [0-9]+, 2, 8\]"
+    said = rf"said: the exchange of K/V, step 0 failed: to rank 1 {shape}.* from rank 1 {shape}"
+    assert re.search(said, output), output
+
+
+def _case(run_dir, text, cp, batch, accum, stage, *more):
+    return [
+        *TINY, text, f"parallel.cp={cp}", f"batch_size={batch}", f"train.grad_accum={accum}",
+        f"engine.zero_stage={stage}", f"run_dir={run_dir}", "train.steps=3", *more,
+    ]  # fmt: skip
+
+
+def _train_all(tmp_path, worlds):
+    """Trains {world: {name: case}}, one launch a world; {name: metrics}, in the same order."""
+    for world, cases in worlds.items():
+        listing = tmp_path / f"{world}.json"
+        listing.write_text(json.dumps(list(cases.values())))
+        status, output = launch(world, ROOT / "tests/workers/several_runs.py", str(listing))
+        assert status == 0, output
+    return {name: metrics(tmp_path / name) for cases in worlds.values() for name in cases}
+
+
+def _assert_equal(want, got, name, tolerance=1e-4):
+    assert len(want) == len(got) > 0, name
+    for a, b in zip(want, got, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=tolerance), (name, key, a["step"])
+        for key in ("tokens_seen", "lr", "supervised_tokens", "step"):
+            assert b[key] == a[key], (name, key)
+
+
 def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     """Six sequences a step throughout; unequal documents leave ranks unequally supervised."""
 
-    def case(world, name, cp, batch, accum, stage, *more):
-        run_dir = tmp_path / f"world{world}-{name}"
-        keys = [
-            f"parallel.cp={cp}", f"batch_size={batch}", f"train.grad_accum={accum}",
-            f"engine.zero_stage={stage}", f"run_dir={run_dir}", "train.steps=3", *more,
-        ]  # fmt: skip
-        return [*TINY, text, *keys]
+    def case(name, *rest):
+        return {name: _case(tmp_path / name, text, *rest)}
 
+    continued = f"checkpoint.resume={tmp_path / 'base'}/checkpoints/step_2"
     worlds = {
-        1: [case(1, "base", 1, 6, 1, 0), case(1, "accum2", 1, 3, 2, 0)],
-        2: [case(2, f"zero{stage}", 2, 6, 1, stage) for stage in range(4)]
-        + [case(2, f"zero{stage}-accum2", 2, 3, 2, stage) for stage in range(4)]
-        + [case(2, "striped", 2, 6, 1, 1, "parallel.layout=striped")]
-        + [case(2, "dp2", 1, 3, 1, 2)],
-        3: [case(3, f"zero{stage}", 3, 3, 2, stage) for stage in (0, 3)],
-        4: [case(4, f"zero{stage}", 4, 6, 1, stage) for stage in (1, 3)]
-        + [case(4, f"dp2-zero{stage}", 2, 3, 1, stage) for stage in range(4)]
-        + [case(4, "dp2-contiguous", 2, 1, 3, 1, "parallel.layout=contiguous")],
+        1: case("base", 1, 6, 1, 0, "checkpoint.every=2") | case("accum2", 1, 3, 2, 0),
+        2: case("striped", 2, 6, 1, 1, "parallel.layout=striped") | case("dp2", 1, 3, 1, 2),
+        3: {},
+        4: case("dp2-contiguous", 2, 1, 3, 1, "parallel.layout=contiguous"),
     }
-    runs = []
-    for world, cases in worlds.items():
-        listing = tmp_path / f"{world}.json"
-        listing.write_text(json.dumps(cases))
-        status, output = launch(world, ROOT / "tests/workers/several_runs.py", str(listing))
-        assert status == 0, output
-        runs += [Path(k[8:]) for keys in cases for k in keys if k.startswith("run_dir=")]
-    base = metrics(runs[0])
-    assert len(base) == 3 and len(runs) == 21
-    for run in runs[1:]:
-        for want, got in zip(base, metrics(run), strict=True):
-            for key in ("loss", "grad_norm"):
-                assert got[key] == pytest.approx(want[key], rel=1e-4), (run.name, key, want["step"])
-            for key in ("tokens_seen", "lr", "supervised_tokens", "step"):
-                assert got[key] == want[key], (run.name, key)
+    for stage in range(4):
+        worlds[2] |= case(f"cp2-zero{stage}", 2, 6, 1, stage)
+        worlds[2] |= case(f"cp2-zero{stage}-accum2", 2, 3, 2, stage)
+        worlds[4] |= case(f"cp2-dp2-zero{stage}", 2, 3, 1, stage)
+    for stage in (0, 3):
+        worlds[3] |= case(f"cp3-zero{stage}", 3, 3, 2, stage)
+        worlds[4] |= case(f"cp4-zero{stage}", 4, 6, 1, stage)
+    worlds[3] |= case("cp3-continues-cp1", 3, 3, 2, 0, continued)
+    runs = _train_all(tmp_path, worlds)
+    assert len(runs) == 22 and len(runs["base"]) == 3
+    for name, got in runs.items():
+        _assert_equal(runs["base"][-len(got) :], got, name)
+    assert [m["step"] for m in runs["cp3-continues-cp1"]] == [3]
+
+
+def test_bf16_is_the_same_at_every_stage(tmp_path, text):
+    """Adam's bias correction counts: DeepSpeed makes a hidden step with bf16 at ZeRO 0."""
+    lr = ("precision=bf16", "optim.warmup_tokens=0", "train.steps=4")
+    cases = {f"zero{s}": _case(tmp_path / f"zero{s}", text, 2, 3, 2, s, *lr) for s in range(4)}
+    cases["fp32"] = _case(tmp_path / "fp32", text, 2, 3, 2, 0, *lr, "precision=fp32")
+    runs = _train_all(tmp_path, {2: cases})
+    for stage in (0, 2, 3):
+        _assert_equal(runs["zero1"], runs[f"zero{stage}"], f"zero{stage}", 1e-3)
+    _assert_equal(runs["fp32"], runs["zero1"], "fp32", 3e-2)
 
 
 def _job(run_dir, text, *more):
@@ -85,13 +119,16 @@ def _resumed(run_dir, text, *more):
     return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(run_dir)]
 
 
-def test_sigterm_saves_and_exits_zero_and_resume_changes_nothing(tmp_path, text, undisturbed):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_zero_and_resume_changes_nothing(
+    tmp_path, text, undisturbed, number
+):
     run_dir = tmp_path / "run"
     with Launch(2, ROOT / "train.py", *_job(run_dir, text)) as job:
         _wait_for(run_dir / "metrics.jsonl", lambda p: len(p.read_text().splitlines()) > 4, job)
-        os.kill(job.workers()[1], signal.SIGTERM)
+        os.kill(job.workers()[1], number)
         status, output = job.finish()
-    assert status == 0 and "stopped by SIGTERM" in output, output
+    assert status == 0 and "stopped on request" in output, output
     assert 4 < len(metrics(run_dir)) < 60
     assert _resumed(run_dir, text) == undisturbed
 
@@ -104,6 +141,35 @@ def test_sigkill_of_one_rank_and_resume(tmp_path, text, undisturbed):
         os.kill(job.workers()[0], signal.SIGKILL)
         assert job.finish()[0] != 0
     assert _resumed(run_dir, text, *keys) == undisturbed
+
+
+def test_another_history_is_set_aside_and_nothing_is_overwritten(tmp_path, text):
+    run, listing = tmp_path / "run", tmp_path / "cases.json"
+
+    def train_all(*cases):
+        keys = [
+            _case(run, text, 1, 1, 1, 1, "checkpoint.every=1", f"train.steps={steps}", *more)
+            for steps, *more in cases
+        ]
+        listing.write_text(json.dumps(keys))
+        status, output = launch(1, ROOT / "tests/workers/several_runs.py", str(listing))
+        assert status == 0, output
+
+    def contents(folder):
+        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(("config", "zero")))
+
+    train_all([3])
+    written = (run / "checkpoints/step_3/ringattn.json").stat().st_mtime_ns
+    nothing_left_to_do = [3]
+    back = [2, f"checkpoint.resume={run}/checkpoints/step_1"]
+    train_all(nothing_left_to_do, back, [1, "checkpoint.resume=never"])
+    assert contents(run / "superseded_1") == ["metrics.jsonl", "step_2", "step_3"]
+    assert (run / "superseded_1/step_3/ringattn.json").stat().st_mtime_ns == written
+    assert [m["step"] for m in metrics(run / "superseded_1")] == [1, 2, 3]
+    assert contents(run / "superseded_2") == ["metrics.jsonl", "step_1", "step_2"]
+    assert [m["step"] for m in metrics(run / "superseded_2")] == [1, 2]
+    assert contents(run / "checkpoints") == ["step_1"]
+    assert [m["step"] for m in metrics(run)] == [1]
 
 
 def test_four_processes_make_one_run(tmp_path, text):

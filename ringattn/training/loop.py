@@ -120,17 +120,23 @@ def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> fl
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that receives the number of every SIGTERM; the old handler returns afterwards."""
+    """A list that receives every SIGTERM and SIGINT; the old handlers return afterwards."""
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def train(job: Job, context: Context) -> None:
-    """Runs the job on this rank. Returns normally after the last step, or after SIGTERM."""
+def train(job: Job, context: Context, stops: list[int]) -> None:
+    """Runs the job on this rank. Returns normally after the last step, or once any rank's
+    ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
+    """
     config, rank = job.config, dist.get_rank()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     start = job.resume[1] if job.resume else job.manifest
@@ -147,29 +153,28 @@ def train(job: Job, context: Context) -> None:
     stream = Stream(job.corpus, config.seq_len, config.seed)
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
-        with stop_requests() as stops:
-            _self_check(job, context, engine, stream, start)
-            first, _ = load_batch(job, stream, context, list(range(config.batch_size)))
-            peak = config.peak_flops or measured_peak(context.device, dtype)
-            display.say(plan_table(config, job.model, context, first.plan, peak))
-            display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
-            display.say(f"run directory: {job.run_dir}")
-            end = _steps(job, context, engine, stream, start, peak, stops, display, log)
-            if end.step < config.train.steps:
-                display.say(f"stopped by SIGTERM at step {end.step}; checkpoint saved")
-            elif config.train.sample_tokens:
-                text = generate(
-                    engine,
-                    context,
-                    config.train.sample_prompt,
-                    config.train.sample_tokens,
-                    config.seed,
-                    config.parallel.schedule,
-                )
-                display.console.rule("sample", align="left")
-                display.console.print(text, markup=False)
-                display.console.rule()
-            display.say(f"run directory: {job.run_dir}")
+        _self_check(job, context, engine, stream, start)
+        first, _ = load_batch(job, stream, context, list(range(config.batch_size)))
+        peak = config.peak_flops or measured_peak(context.device, dtype)
+        display.say(plan_table(config, job.model, context, first.plan, peak))
+        display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
+        display.say(f"run directory: {job.run_dir}")
+        end = _steps(job, context, engine, stream, start, peak, stops, display, log)
+        if end.step < config.train.steps:
+            display.say(f"stopped on request at step {end.step}; checkpoint saved")
+        elif config.train.sample_tokens:
+            text = generate(
+                engine,
+                context,
+                config.train.sample_prompt,
+                config.train.sample_tokens,
+                config.seed,
+                config.parallel.schedule,
+            )
+            display.console.rule("sample", align="left")
+            display.console.print(text, markup=False)
+            display.console.rule()
+        display.say(f"run directory: {job.run_dir}")
     finally:
         if log:
             log.close()

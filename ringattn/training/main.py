@@ -67,11 +67,12 @@ def run(job, device) -> None:
     from ringattn.context import Context
     from ringattn.training import loop
 
-    shared = [str(job.run_dir)]
-    dist.broadcast_object_list(shared)
-    job = replace(job, run_dir=Path(shared[0]))
-    context = Context.create(job.config.parallel.cp, device, job.config.kernel)
-    loop.train(job, context)
+    with loop.stop_requests() as stops:
+        shared = [str(job.run_dir)]
+        dist.broadcast_object_list(shared)
+        job = replace(job, run_dir=Path(shared[0]))
+        context = Context.create(job.config.parallel.cp, device, job.config.kernel)
+        loop.train(job, context, stops)
 
 
 def _run_dir(given: str | None) -> Path:

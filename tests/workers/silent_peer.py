@@ -1,0 +1,20 @@
+"""Rank 1 never takes part: the error on rank 0 must say what it waited for."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import ringattn as ra
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+ring = dist.new_group(timeout=timedelta(seconds=1))
+if dist.get_rank() == 0:
+    plan = ra.make_plan(ra.masks.causal(10), ra.layouts.zigzag(10, 2))
+    q, k, v = torch.randn(3, 1, plan.layout.count(0), 2, 8).unbind()
+    try:
+        ra.ring_attention(q, k, v, plan, group=ring)
+    except RuntimeError as error:
+        print("said:", error)
+dist.barrier()
+dist.destroy_process_group()
