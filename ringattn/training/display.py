@@ -67,24 +67,23 @@ class Display:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  left"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not speaks or not self.console.is_terminal,
         )
         self.task = self.progress.add_task(
-            "train", total=steps, completed=start, loss=float("nan"), speed=0.0
+            "train", total=steps, completed=start, loss="-", speed="-"
         )
 
     def say(self, what: Any) -> None:
         self.console.print(what)
 
     def update(self, values: dict[str, Any]) -> None:
-        step, speed = values["step"], values["tokens_per_s"]
-        self.progress.update(self.task, completed=step, loss=values["loss"], speed=speed)
+        step, loss, speed = (
+            values["step"], f"{values['loss']:.3f}", f"{values['tokens_per_s']:,.0f}"
+        )  # fmt: skip
+        self.progress.update(self.task, completed=step, loss=loss, speed=speed)
         if not self.console.is_terminal and (step % max(1, self.steps // 20) == 0 or step == 1):
             left = (self.steps - step) * values["step_s"]
-            self.say(
-                f"step {step}/{self.steps}  loss {values['loss']:.3f}  "
-                f"{speed:,.0f} tokens/s  {left:.0f} s left"
-            )
+            self.say(f"step {step}/{self.steps}  loss {loss}  {speed} tokens/s  {left:.0f} s left")

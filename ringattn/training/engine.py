@@ -101,6 +101,8 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": config.engine.zero_stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": config.precision == "bf16"},
+            # Sums over many ranks would lose bits in bf16.
+            "communication_data_type": "fp32",
             "steps_per_print": 2**62,
         }
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
