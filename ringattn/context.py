@@ -1,4 +1,5 @@
-"""The data x context mesh, the loss as a global token mean, and the step-0 self-check.
+"""The data x context mesh, positions and labels of split sequences, the loss as a global token
+mean, and the step-0 self-check.
 
 One place scales the loss: the engine averages gradients over the whole world (and over
 accumulation steps), so a local sum is multiplied by that number and divided by the global count
@@ -7,16 +8,18 @@ of supervised tokens. Nothing else in the project knows about the split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringattn import layouts, masks
 from ringattn.attention import ring_attention
+from ringattn.layouts import Layout
 from ringattn.plan import Plan, make_plan
 
 IGNORED = -100  # the label of a token that is not supervised
@@ -70,6 +73,20 @@ class Context:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def unshard(self, part: torch.Tensor, layout: Layout, dim: int = 1) -> torch.Tensor:
+        """The whole tensor, on every rank of the sequence, from each rank's ``layout.shard`` of it.
+
+        Collective over the sequence's ranks, which may own unequal counts. No gradient flows.
+        """
+        most = max(layout.count(rank) for rank in layout.ranks)
+        own = part.detach().movedim(dim, 0)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in layout.ranks]
+        dist.all_gather(parts, padded, group=self.cp_group)
+        parts = [x[: layout.count(rank)].movedim(0, dim) for rank, x in enumerate(parts)]
+        return layout.unshard(parts, dim)
+
     def scaled_loss(self, loss_sum: torch.Tensor, supervised: float, accum: int) -> torch.Tensor:
         """What to hand to an engine that averages over the world and over ``accum`` micro-steps.
 
@@ -77,6 +94,37 @@ class Context:
         the whole optimizer step. The resulting gradient is that of the global token mean.
         """
         return loss_sum * (self.world * accum / max(supervised, 1.0))
+
+
+def position_ids(layout: Layout, rank: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    """int64 ``[tokens]``: where each token of ``rank`` stands in the sequence, or from 0 in its
+    document if the ``lengths`` of packed documents are given. Raises ValueError if these do not
+    add up to the sequence.
+    """
+    own = layout.positions(rank)
+    if lengths is not None:
+        ends = _ends(lengths, layout.n)
+        own = own - np.concatenate([[0], ends])[np.searchsorted(ends, own, side="right")]
+    return torch.from_numpy(own)
+
+
+def shift_labels(tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    """Labels of whole, not yet split sequences ``[batch, tokens]``: the next token; IGNORED at the
+    end, and at the end of every packed document if their ``lengths`` are given. Shard afterwards:
+    a shard does not know its next token.
+    """
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:, :-1] = tokens[:, 1:]
+    if lengths is not None:
+        labels[:, _ends([x for x in lengths if x], tokens.shape[1]) - 1] = IGNORED
+    return labels
+
+
+def _ends(lengths: Sequence[int], n: int) -> np.ndarray:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if (len(ends) and int(ends[-1])) != n:
+        raise ValueError(f"documents of {sum(lengths)} tokens in a sequence of {n}")
+    return ends
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,18 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ringattn.context import IGNORED, Context, check_engaged, loss_sum
+import ringattn as ra
+from ringattn.context import (
+    IGNORED,
+    Context,
+    check_engaged,
+    loss_sum,
+    position_ids,
+    shift_labels,
+)
 from ringattn.models.decoder import Decoder, ModelConfig
 
 
@@ -55,6 +65,30 @@ def test_a_shard_without_supervised_tokens_is_zero_and_connected():
     loss = loss_sum(logits, torch.full((1, 5), IGNORED))
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0 and math.isfinite(loss.item()) and (grad == 0).all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 5))
+def test_positions_and_labels_follow_the_documents(lengths, world):
+    n = sum(lengths)
+    tokens = torch.arange(1, n + 1)[None]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    whole = torch.cat([tokens[0, 1:], torch.tensor([IGNORED])])[:n]
+    assert torch.equal(shift_labels(tokens)[0], whole)
+    whole[last[last >= 0]] = IGNORED
+    assert torch.equal(shift_labels(tokens, lengths)[0], whole)
+    each = torch.cat([torch.arange(length) for length in lengths])
+    for make in ra.layouts.BUILDERS.values():
+        layout = make(n, world)
+        for given_lengths, want in ((None, torch.arange(n)), (lengths, each)):
+            parts = [position_ids(layout, rank, given_lengths) for rank in range(world)]
+            assert torch.equal(layout.unshard(parts, 0), want)
+
+
+def test_lengths_must_add_up():
+    with pytest.raises(ValueError, match="documents of 5 tokens in a sequence of 6"):
+        position_ids(ra.layouts.zigzag(6, 2), 0, [2, 3])
+    with pytest.raises(ValueError, match="documents of 5 tokens in a sequence of 6"):
+        shift_labels(torch.zeros(1, 6, dtype=torch.long), [2, 3])
 
 
 def test_cp_must_divide_the_world(context):

@@ -8,7 +8,7 @@ import torch
 import ringattn as ra
 from ringattn.attention import ring_attention
 from ringattn.comm import VirtualWorld
-from ringattn.context import IGNORED, loss_sum
+from ringattn.context import IGNORED, loss_sum, shift_labels
 from ringattn.models.decoder import Decoder, ModelConfig
 from ringattn.models.rope import rotate, rotation
 
@@ -49,8 +49,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split():
     lengths = [9, 1, 30, 13]
     n = sum(lengths)
     tokens = torch.randint(50, (1, n), generator=torch.Generator().manual_seed(0))
-    labels = tokens.roll(-1)
-    labels[0, torch.tensor(lengths).cumsum(0) - 1] = IGNORED
+    labels = shift_labels(tokens, lengths)
     labels[0, :14] = IGNORED  # with 4 contiguous ranks, one has nothing supervised
 
     def run(world, make):

@@ -30,7 +30,6 @@ class LocalBatch:
 
     tokens: np.ndarray
     labels: np.ndarray
-    positions: np.ndarray  # from 0 in each document (as far as it lies in the sequence)
 
 
 class Stream:
@@ -83,8 +82,7 @@ class Stream:
     def local(self, spans: list[Span], layout: Layout, rank: int) -> LocalBatch:
         """The tokens that ``rank`` owns, each with the next token of its document as its label."""
         own = layout.positions(rank)
-        tokens, positions = np.zeros_like(own), np.zeros_like(own)
-        labels = np.full_like(own, IGNORED)
+        tokens, labels = np.zeros_like(own), np.full_like(own, IGNORED)
         for span in spans:
             # Runs ascend, so a rank's part of a span is contiguous in its local order.
             a, e = np.searchsorted(own, [span.at, span.at + span.length])
@@ -94,7 +92,7 @@ class Stream:
             first = span.start + int(within[0])
             text = self.corpus.read(span.document, first, span.start + int(within[-1]) + 2)
             index = within - within[0]
-            tokens[a:e], positions[a:e] = text[index], within
+            tokens[a:e] = text[index]
             labelled = index + 1 < len(text)
             labels[a:e][labelled] = text[index[labelled] + 1]
-        return LocalBatch(tokens, labels, positions)
+        return LocalBatch(tokens, labels)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn import layouts, masks
-from ringattn.context import IGNORED, Context, check_engaged, loss_sum
+from ringattn.context import IGNORED, Context, check_engaged, loss_sum, position_ids
 from ringattn.data.corpus import Corpus
 from ringattn.data.stream import Span, Stream
 from ringattn.masks import Mask
@@ -62,50 +63,46 @@ class MicroBatch:
         return int((self.labels != IGNORED).sum())
 
 
-def build_mask(config: DictConfig, spans: list[Span]) -> Mask:
-    """The mask of sequences laid end to end: per document, or per whole sequence."""
-    n = config.batch_size * config.seq_len
+def segments(config: DictConfig, spans: list[Span]) -> list[int]:
+    """The lengths of what attends itself only: documents, or whole sequences."""
     if config.attention.name == "documents":
-        lengths = [span.length for span in spans]
-    else:
-        lengths = [config.seq_len] * config.batch_size
-    whole = masks.documents(lengths)
+        return [span.length for span in spans]
+    return [config.seq_len] * config.batch_size
+
+
+def build_mask(config: DictConfig, lengths: list[int]) -> Mask:
+    """The mask of segments laid end to end: causal, within the window or at the first keys."""
+    whole, n = masks.documents(lengths), sum(lengths)
     if config.attention.window is None:
         return whole
     near = whole & masks.sliding_window(n, config.attention.window)
     if not config.attention.sinks:
         return near
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = accumulate(lengths, initial=0)
     first = [
-        masks.Slice.make(
-            masks.Run(at, at + length),
-            masks.Run(at, at + min(length, config.attention.sinks)),
-            None,
-            0,
-        )
-        for at, length in zip(starts, lengths, strict=True)
+        ((at, at + length), (at, at + min(length, config.attention.sinks)), None, 0)
+        for at, length in zip(starts, lengths, strict=False)
     ]
     return near | masks.from_slices(first, n, n)
 
 
-def load_batch(
-    job: Job, stream: Stream, context: Context, sequences: list[int]
-) -> tuple[MicroBatch, list[Span]]:
+def load_batch(job: Job, stream: Stream, context: Context, sequences: list[int]) -> MicroBatch:
     """This rank's part of ``sequences``; only its own tokens are read."""
     config = job.config
     spans = stream.batch_spans(sequences)
-    layout = layouts.BUILDERS[config.parallel.layout](
-        config.batch_size * config.seq_len, context.cp
-    )
+    lengths = segments(config, spans)
+    layout = layouts.BUILDERS[config.parallel.layout](sum(lengths), context.cp)
     local = stream.local(spans, layout, context.cp_rank)
-    positions = local.positions
-    if config.attention.name != "documents":
-        positions = layout.positions(context.cp_rank) % config.seq_len
     tokens, labels, positions = (
-        torch.from_numpy(x).to(context.device) for x in (local.tokens, local.labels, positions)
+        x.to(context.device)
+        for x in (
+            torch.from_numpy(local.tokens),
+            torch.from_numpy(local.labels),
+            position_ids(layout, context.cp_rank, lengths),
+        )
     )
-    plan = make_plan(build_mask(config, spans), layout, config.parallel.schedule)
-    return MicroBatch(tokens[None], labels[None], positions, plan), spans
+    plan = make_plan(build_mask(config, lengths), layout, config.parallel.schedule)
+    return MicroBatch(tokens[None], labels[None], positions, plan)
 
 
 def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> float:
@@ -154,7 +151,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
         _self_check(job, context, engine, stream, start)
-        first, _ = load_batch(job, stream, context, list(range(config.batch_size)))
+        first = load_batch(job, stream, context, list(range(config.batch_size)))
         peak = config.peak_flops or measured_peak(context.device, dtype)
         display.say(plan_table(config, job.model, context, first.plan, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
@@ -239,16 +236,16 @@ def _steps(
                 )
                 for m in range(accum)
             ]
-            area = sum(batch.plan.mask.area for batch, _ in batches) / context.cp
+            area = sum(batch.plan.mask.area for batch in batches) / context.cp
             supervised, area, stop = context.total(
-                sum(batch.supervised for batch, _ in batches), area, len(stops)
+                sum(batch.supervised for batch in batches), area, len(stops)
             )
             if stop:
                 break
             lr = learning_rate(config, state.tokens_seen, total_tokens)
             engine.set_lr(lr)
             local_loss, norm = torch.zeros((), device=context.device), None
-            for batch, _ in batches:
+            for batch in batches:
                 logits = engine.forward(batch.tokens, batch.positions, context.attend(batch.plan))
                 loss = loss_sum(logits, batch.labels)
                 engine.backward(context.scaled_loss(loss, supervised, accum))
