@@ -18,6 +18,25 @@ def test_ring_attention_on_processes(world):
     assert status == 0, output
 
 
+def test_the_example_in_the_readme_runs(tmp_path):
+    """And its gradient, averaged over the ranks, is that of one rank."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(
+        example
+        + "grad = model.head.weight.grad\n"
+        + "dist.all_reduce(grad)\n"
+        + "if dist.get_rank() == 0:\n"
+        + "    print('norm', grad.norm().item() / context.world)\n"
+    )
+    norms = []
+    for world in (1, 3):
+        status, output = launch(world, script)
+        assert status == 0, output
+        norms += [float(x) for x in re.findall(r"norm ([0-9.]+)", output)]
+    assert len(norms) == 2 and norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
 def test_a_timeout_names_step_peer_and_shape():
     status, output = launch(2, ROOT / "tests/workers/silent_peer.py")
     assert status == 0, output
