@@ -4,7 +4,7 @@ Same total work (forward + backward, causal, float32, 8 heads, head_dim 64), int
 run: every round times each contender once; medians with the smallest and largest are printed.
 A ratio above 1 means that the ring is faster. FLOPs are 12 * area * heads * head_dim.
 
-    python benchmarks/attention.py --lengths 4096 8192 --rounds 7 [--tile 128 256]
+    python benchmarks/attention.py --lengths 4096 8192 --rounds 15 [--tile 128 256]
 """
 
 import argparse
@@ -81,7 +81,7 @@ def report(n, times):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tile", type=int, nargs="+", default=[pieces.TILE])
     parser.add_argument("--layout", choices=list(ra.layouts.BUILDERS), default="zigzag")
     print(f"torch {torch.__version__}, {os.cpu_count()} CPUs")

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ringattn import kernels
 from ringattn.comm import Comm, connect
@@ -75,6 +76,7 @@ class _RingAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _):
         grads = _backward(dout, *ctx.saved_tensors, *ctx.run)
         return *grads, None, None, None, None

@@ -7,8 +7,9 @@ Two carriers with one interface: a torch.distributed process group, and threads 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,7 +52,8 @@ class ProcessRank:
             for op, messages in ((dist.isend, sends), (dist.irecv, recvs))
             for buffer, peer in messages
         ]
-        works = dist.batch_isend_irecv(ops) if ops else []
+        with _named(label, sends, recvs):
+            works = dist.batch_isend_irecv(ops) if ops else []
         return _ProcessPending(works, sends, recvs, label)
 
 
@@ -63,11 +65,17 @@ class _ProcessPending:
     label: str
 
     def wait(self) -> None:
-        try:
+        with _named(self.label, self.sends, self.recvs):
             for work in self.works:
                 work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(_describe(self.label, self.sends, self.recvs)) from error
+
+
+@contextmanager
+def _named(label: str, sends: Sequence[Message], recvs: Sequence[Message]) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(_describe(label, sends, recvs)) from error
 
 
 def _describe(label: str, sends: Sequence[Message], recvs: Sequence[Message]) -> str:

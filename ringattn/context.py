@@ -172,3 +172,22 @@ def check_engaged(
                    if reaches else "separate documents the first token leaks into later ones")
                 + "; the model does not use the attention it is given"
             )  # fmt: skip
+
+
+def check_same_data(context: Context, sequences: list[int], digest: str) -> None:
+    """Proves that ranks which share a sequence read the same text, and others other sequences.
+
+    ``digest`` stands for the text of ``sequences`` as this rank reads it. Raises RuntimeError on
+    all ranks, naming a pair that does not agree.
+    """
+    everyone: list[tuple[int, list[int], str] | None] = [None] * context.world
+    dist.all_gather_object(everyone, (context.dp_rank, sequences, digest))
+    for b, (dp_b, sequences_b, digest_b) in enumerate(everyone):
+        for a, (dp_a, sequences_a, digest_a) in enumerate(everyone[:b]):
+            same = sequences_a == sequences_b
+            if (not same or digest_a != digest_b) if dp_a == dp_b else same:
+                raise RuntimeError(
+                    f"self-check failed: ranks {a} and {b} (data coordinates {dp_a} and {dp_b}) "
+                    f"read sequences {sequences_a} and {sequences_b}, text {digest_a[:8]} and "
+                    f"{digest_b[:8]}"
+                )

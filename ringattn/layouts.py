@@ -38,6 +38,9 @@ class Layout:
         order = sorted((run.start % step, run.start, run.last) for run in every)
         meet = any(a[0] == b[0] and b[1] <= a[2] for a, b in pairwise(order))
         inside = all(run.start >= 0 and run.last < self.n for run in every)
+        for rank, runs in enumerate(self.runs):
+            if any(a.last >= b.start for a, b in pairwise(runs)):
+                raise ValueError(f"the runs of a rank must ascend; those of rank {rank} do not")
         if meet or not inside or sum(map(len, every)) != self.n:
             raise ValueError(f"a layout must own each of the {self.n} positions exactly once")
 

@@ -6,9 +6,11 @@ disjoint slices, so its area (the number of pairs) is a sum, and nothing is ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
+from operator import index
 
 import numpy as np
 
@@ -40,6 +42,10 @@ class Slice:
                 return NOTHING
             low = k.start - q.last if lo is None else max(lo, k.start - q.last)
             high = k.last - q.start if hi is None else min(hi, k.last - q.start)
+            # Of all differences k - q only one residue class occurs.
+            common, first = gcd(q.step, k.step), k.start - q.start
+            low += (first - low) % common
+            high -= (high - first) % common
             if low > high:
                 return NOTHING
             tight_q = q.clip(k.start - high, k.last - low + 1)
@@ -173,7 +179,8 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         self._check(other)
-        parts = (a & b for a in self.slices for b in other.slices)
+        pairs = _meeting(self.slices, other.slices)
+        parts = (part & one for part, near in pairs for one in near)
         return Mask(tuple(part for part in parts if part), self.n_q, self.n_k)
 
     def __or__(self, other: Mask) -> Mask:
@@ -182,14 +189,36 @@ class Mask:
 
     def __sub__(self, other: Mask) -> Mask:
         self._check(other)
-        return Mask(_subtract(self.slices, other.slices), self.n_q, self.n_k)
+        pairs = _meeting(self.slices, other.slices)
+        left = (piece for part, holes in pairs for piece in _without(part, holes))
+        return Mask(tuple(left), self.n_q, self.n_k)
 
 
-def _subtract(slices: Iterable[Slice], taken: Iterable[Slice]) -> tuple[Slice, ...]:
-    left = [part for part in slices if part]
-    for hole in taken:
-        left = [piece for part in left for piece in part - hole]
-    return tuple(left)
+def _meeting(
+    slices: Iterable[Slice], others: Iterable[Slice]
+) -> Iterator[tuple[Slice, list[Slice]]]:
+    """Each slice with those of ``others`` whose queries reach into its own.
+
+    A sweep along the queries: packed documents meet few others, however many there are.
+    """
+    ahead = sorted(others, key=_first_query, reverse=True)
+    active: list[Slice] = []
+    for part in sorted(slices, key=_first_query):
+        while ahead and ahead[-1].q.start <= part.q.last:
+            active.append(ahead.pop())
+        active = [one for one in active if one.q.last >= part.q.start]
+        yield part, [one for one in active if one.q.start <= part.q.last]
+
+
+def _first_query(part: Slice) -> int:
+    return part.q.start
+
+
+def _without(part: Slice, holes: Iterable[Slice]) -> list[Slice]:
+    left = [part]
+    for hole in holes:
+        left = [piece for one in left for piece in one - hole]
+    return left
 
 
 def _count(name: str, value: int, least: int) -> int:
@@ -201,7 +230,8 @@ def _count(name: str, value: int, least: int) -> int:
 def _parsed(given: Slice | tuple) -> Slice:
     try:
         q, k, lo, hi = (given.q, given.k, given.lo, given.hi) if isinstance(given, Slice) else given
-        q, k = (run if isinstance(run, Run) else Run(*run) for run in (q, k))
+        q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
+        lo, hi = (bound if bound is None else index(bound) for bound in (lo, hi))
         return Slice.make(q, k, lo, hi)
     except TypeError:
         raise ValueError(
@@ -264,12 +294,15 @@ def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
     anything else, and outside of the range.
     """
     n_q, n_k = _count("n_q", n_q, 0), _count("n_k", n_k, 0)
-    kept: tuple[Slice, ...] = ()
-    for given in slices:
-        part = _parsed(given)
-        if part and (
-            part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k
-        ):
+    parts = [part for given in slices if (part := _parsed(given))]
+    for part in parts:
+        if part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k:
             raise ValueError(f"{part} reaches outside of {n_q} queries x {n_k} keys")
-        kept += _subtract([part], kept)
-    return Mask(kept, n_q, n_k)
+    kept: list[Slice] = []
+    active: list[Slice] = []
+    for part in sorted(parts, key=_first_query):
+        active = [one for one in active if one.q.last >= part.q.start]
+        new = _without(part, active)
+        active += new
+        kept += new
+    return Mask(tuple(kept), n_q, n_k)

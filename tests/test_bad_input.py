@@ -1,11 +1,17 @@
 """One clear line that names the key, before any model is built, and a non-zero exit."""
 
 import json
+import math
+import os
+import re
 
 import pytest
 import torch
 
+from ringattn.data.corpus import Corpus
+from ringattn.training.engine import pick_device
 from ringattn.training.main import main
+from ringattn.training.settings import ConfigError
 
 from .processes import TINY, metrics, train
 
@@ -16,6 +22,7 @@ def refused(monkeypatch, capsys, text, tmp_path):
 
     def run(*arguments, world=2):
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setattr("ringattn.models.decoder.Decoder.__init__", None)  # never reached
         run_dir = f"run_dir={tmp_path / 'run'}"
@@ -69,6 +76,14 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("data.glob=*.nothing", ["data.glob", "*.nothing"]),
         ("checkpoint.resume=/nowhere", ["checkpoint.resume=/nowhere", "no finished checkpoint"]),
         ("run_dir=/proc/nowhere", ["run_dir=/proc/nowhere"]),
+        (f"data.root=/{'x' * 300}", ["data.root=/xxx", "name too long"]),
+        (f"run_dir=/{'x' * 300}", ["run_dir=/xxx", "name too long"]),
+        (f"checkpoint.resume=/{'x' * 300}", ["checkpoint.resume=/xxx", "name too long"]),
+        ("data.root='~nobody-here/x'", ["data.root=~nobody-here/x", "home directory"]),
+        ("run_dir='~nobody-here/x'", ["run_dir=~nobody-here/x", "home directory"]),
+        ("checkpoint.resume='~nobody-here/x'", ["checkpoint.resume=~nobody", "home directory"]),
+        ("seed=99999999999999999999", ["seed", "below 2**63"]),
+        ("parallel.timeout_s=1e30", ["parallel.timeout_s", "at most 1e+06"]),
     ],
 )
 def test_one_line_names_the_key(refused, override, shown):
@@ -80,6 +95,18 @@ def test_one_line_names_the_key(refused, override, shown):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(refused):
     assert "device=cuda: this machine has 0 usable GPUs" in refused("device=cuda")
+
+
+def test_two_processes_and_one_gpu(monkeypatch):
+    """Every process of the machine must come to the same result."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert pick_device("auto").type == "cpu"
+        with pytest.raises(ConfigError, match="1 usable GPUs for 2 processes"):
+            pick_device("cuda")
 
 
 def test_sending_metrics_needs_a_key(refused, monkeypatch, tmp_path):
@@ -121,8 +148,43 @@ def test_unreadable_file_is_named(refused, tmp_path, monkeypatch):
     assert "secret.txt" in error and "Permission denied" in error
 
 
-def test_only_rank_0_speaks(monkeypatch, capsys):
+def test_unreadable_folder_is_named(refused, tmp_path, monkeypatch):
+    folder = tmp_path / "text"
+    (folder / "secret").mkdir(parents=True)
+    (folder / "a.txt").write_text("x")
+    real = os.scandir
+
+    def deny(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    error = refused(f"data.root={folder}")
+    assert "secret" in error and "Permission denied" in error
+
+
+def test_file_names_may_be_any_bytes(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as file:
+        file.write(b"text")
+    assert Corpus.open(str(tmp_path), "*.txt").fingerprint
+
+
+def test_a_run_that_diverges_stops_with_a_line_and_saves_nothing(tmp_path, text):
+    run_dir = tmp_path / "run"
+    status, output = train(
+        2, *TINY, text, f"run_dir={run_dir}", "train.steps=9", "optim.lr=1e30", "optim.clip=0"
+    )
+    assert status != 0 and "ringattn/training" not in output, output  # no traceback of ours
+    (line,) = re.findall(r"train.py: step [0-9]+: loss .*, gradient norm .*", output)
+    assert str(run_dir) in line
+    assert all(math.isfinite(m["loss"]) for m in metrics(run_dir))
+    assert not list(run_dir.glob("checkpoints/*/ringattn.json"))
+
+
+def test_one_process_of_a_machine_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["seq_len=0"]) == 2
     assert capsys.readouterr().err == ""
@@ -144,11 +206,16 @@ def test_checkpoint_of_another_model_or_run_is_refused(tmp_path, text, refused):
     resume = f"checkpoint.resume={run_dir}"
     assert "model.layers is 2 there and 3 here" in refused(resume, "model.layers=3", world=1)
     assert "seq_len=97" in refused(resume, "seq_len=50", world=1)
+    assert "attention.window is None there and 9 here" in refused(
+        resume, "attention.window=9", world=1
+    )
     assert "engine.zero_stage=1" in refused(resume, "engine.zero_stage=2", world=1)
     assert "1 ranks" in refused(resume, world=2)
     manifest = run_dir / "checkpoints/step_2/ringattn.json"
-    manifest.write_text(json.dumps({"step": 2}))
-    assert "damaged" in refused(resume, world=1)
+    content = json.loads(manifest.read_text())
+    for damage in ({"step": 2}, content | {"step": "2"}, content | {"model": 5}, [1]):
+        manifest.write_text(json.dumps(damage))
+        assert "damaged" in refused(resume, world=1)
     manifest.unlink()
     assert "no finished checkpoint" in refused(resume, world=1)
 

@@ -48,6 +48,34 @@ def test_every_rank_reads_its_own_part(corpus, seq_len, first, world, name):
     assert (layout.unshard([p.labels for p in parts], 0) == labels[window]).all()
 
 
+def test_a_rank_holds_only_its_own_tokens(tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_bytes(bytes(4000))
+    whole = Corpus.open(str(tmp_path), "*.txt")
+    stream = Stream(whole, 4000, seed=0)
+    read, real = [], Corpus.read
+
+    def counting(*arguments):
+        read.append(len(tokens := real(*arguments)))
+        return tokens
+
+    monkeypatch.setattr(Corpus, "read", counting)
+    for name, make in ra.layouts.BUILDERS.items():
+        layout = make(4000, 4)
+        for rank in range(4):
+            read.clear()
+            stream.local(stream.spans(0), layout, rank)
+            assert sum(read) <= 2 * layout.count(rank) + 2, (name, rank)  # tokens and labels
+
+
+def test_digest_follows_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one text")
+    stream = Stream(Corpus.open(str(tmp_path), "*"), 5, seed=0)
+    before = stream.digest([0]), stream.digest([1])
+    (tmp_path / "a.txt").write_text("xxx xxxx")  # as long as before
+    after = stream.digest([0]), stream.digest([1])
+    assert len({*before, *after}) == 4
+
+
 def test_an_epoch_has_every_token_once_and_another_order(corpus):
     stream = Stream(corpus, int(corpus.lengths.sum()), seed=0)
     orders = [[span.document for span in stream.spans(epoch)] for epoch in range(4)]

@@ -187,3 +187,24 @@ def test_blocks_that_nobody_needs_are_not_sent():
     whole = ra.make_plan(ra.masks.causal(n), ra.layouts.zigzag(n, world))
     assert whole.recv_tokens(0) == n - n // world
     assert whole.imbalance < 1.001
+
+
+def test_many_documents_and_long_runs_are_quick_to_combine():
+    """The number of slices compared, not the time: sweeps and residues, no quadratic loops."""
+    calls = 0
+
+    class Counting(Slice):
+        def __and__(self, other):
+            nonlocal calls
+            calls += 1
+            return super().__and__(other)
+
+    many = ra.masks.documents([64] * 1000)
+    counted = tuple(Counting(s.q, s.k, s.lo, s.hi) for s in many.slices)
+    counted = ra.masks.Mask(counted, many.n_q, many.n_k)
+    window = ra.masks.sliding_window(64_000, 10)
+    assert (counted & window).area + (counted - window).area == many.area
+    assert (counted & many).area == many.area
+    assert calls < 10_000
+    # Even queries never meet odd keys at distance 0, and it takes no walk to know.
+    assert not Slice.make(Run(0, 2**40, 2), Run(1, 2**40, 2), 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,13 +34,22 @@ class Corpus:
         Empty files are left out; for the standard library so are installed packages. Raises
         DataError when the root is missing, a file cannot be read, or nothing matches.
         """
-        base = Path(root or sysconfig.get_path("stdlib")).expanduser()
-        if not base.is_dir():
-            raise DataError(f"data.root={base}: not a directory")
+        base = Path(root or sysconfig.get_path("stdlib"))
         try:
+            base = base.expanduser()
+            if not base.is_dir():
+                raise DataError(f"data.root={base}: not a directory")
+            if root is not None and "**" in pattern:
+                _check_readable(base)
             paths = sorted(path for path in base.glob(pattern) if path.is_file())
+        except DataError:
+            raise
+        except OSError as error:
+            raise DataError(f"data.root={base}: {error.strerror}") from None
         except (ValueError, NotImplementedError) as error:
             raise DataError(f"data.glob={pattern!r}: {error}") from None
+        except RuntimeError as error:  # "~nobody"
+            raise DataError(f"data.root={base}: {error}") from None
         if root is None:
             skipped = {"site-packages", "dist-packages", "test", "__pycache__"}
             paths = [path for path in paths if not skipped & set(path.relative_to(base).parts)]
@@ -67,18 +77,32 @@ class Corpus:
     def fingerprint(self) -> str:
         """Changes with any file's name or size."""
         listing = "\n".join(f"{n}\t{s}" for n, s in zip(self.names, self.sizes, strict=True))
-        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
 
-    def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start:stop`` of a document, int64. Raises DataError if the file has changed."""
+    def read(self, document: int, start: int, stop: int, step: int = 1) -> np.ndarray:
+        """Tokens ``start:stop:step`` of a document, int64; shorter where the document ends.
+
+        Raises DataError if the file has changed.
+        """
         size = self.sizes[document]
         wanted = max(0, min(stop, size) - start)
         path = self.root / self.names[document]
         try:
-            found = np.fromfile(path, np.uint8, count=wanted, offset=start) if wanted else ()
+            found = np.fromfile(path, np.uint8, count=wanted, offset=start) if wanted else []
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         if len(found) != wanted:
             raise DataError(f"{path} is shorter than the {size} bytes it had at the start")
-        tail = [END] if start <= size < stop else []
-        return np.concatenate([np.asarray(found, np.int64), np.array(tail, np.int64)])
+        tokens = np.asarray(found[::step], np.int64)
+        ends = start <= size < stop and (size - start) % step == 0
+        return np.append(tokens, END) if ends else tokens
+
+
+def _check_readable(base: Path) -> None:
+    """Raises DataError for a folder that cannot be listed: a glob would pass it over in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data.root={base}: cannot read {error.filename}: {error.strerror}")
+
+    for _ in os.walk(base, onerror=refuse):
+        pass

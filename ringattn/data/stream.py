@@ -4,6 +4,7 @@ sequence number, so a stream's position is one integer and any rank reads only i
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,20 +80,33 @@ class Stream:
             for span in self.spans(sequence)
         ]
 
+    def digest(self, sequences: list[int]) -> str:
+        """Stands for the text of ``sequences``: where it is, and the beginning of every piece."""
+        digest = hashlib.sha256(self.corpus.fingerprint.encode())
+        for span in self.batch_spans(sequences):
+            digest.update(repr(span).encode())
+            until = span.start + min(span.length, 64)
+            digest.update(self.corpus.read(span.document, span.start, until).tobytes())
+        return digest.hexdigest()
+
     def local(self, spans: list[Span], layout: Layout, rank: int) -> LocalBatch:
-        """The tokens that ``rank`` owns, each with the next token of its document as its label."""
-        own = layout.positions(rank)
-        tokens, labels = np.zeros_like(own), np.full_like(own, IGNORED)
-        for span in spans:
-            # Runs ascend, so a rank's part of a span is contiguous in its local order.
-            a, e = np.searchsorted(own, [span.at, span.at + span.length])
-            if a == e:
-                continue
-            within = own[a:e] - span.at
-            first = span.start + int(within[0])
-            text = self.corpus.read(span.document, first, span.start + int(within[-1]) + 2)
-            index = within - within[0]
-            tokens[a:e] = text[index]
-            labelled = index + 1 < len(text)
-            labels[a:e][labelled] = text[index[labelled] + 1]
+        """The tokens that ``rank`` owns, each with the next token of its document as its label.
+
+        Only these are held; where a layout's step is not 1, the bytes between them are read past.
+        """
+        tokens = np.zeros(layout.count(rank), np.int64)
+        labels = np.full_like(tokens, IGNORED)
+        first = 0  # the local index of the run's first token
+        for run in layout.runs[rank]:
+            for span in spans:
+                part = run.clip(span.at, span.at + span.length)
+                if not part:
+                    continue
+                index = first + (part.start - run.start) // run.step
+                start, stop = part.start - span.at + span.start, part.stop - span.at + span.start
+                own = self.corpus.read(span.document, start, stop, run.step)
+                following = self.corpus.read(span.document, start + 1, stop + 1, run.step)
+                tokens[index : index + len(own)] = own
+                labels[index : index + len(following)] = following
+            first += len(run)
         return LocalBatch(tokens, labels)

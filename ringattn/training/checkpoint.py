@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ringattn.training.settings import ConfigError
+from ringattn.training.settings import ConfigError, path_errors
 
 MANIFEST = "ringattn.json"
 
@@ -32,6 +32,7 @@ class Manifest:
     seed: int
     corpus: str
     model: dict[str, Any]
+    attention: dict[str, Any]
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -55,9 +56,10 @@ def find(resume: str, run_dir: Path) -> tuple[Path, Manifest] | None:
     """
     if resume == "never":
         return None
-    where = run_dir if resume == "auto" else Path(resume)
-    candidates = [where, *where.glob("step_*"), *where.glob("checkpoints/step_*")]
-    finished = [(path, _read(path)) for path in candidates if (path / MANIFEST).is_file()]
+    with path_errors("checkpoint.resume", resume):
+        where = run_dir if resume == "auto" else Path(resume).expanduser()
+        candidates = [where, *where.glob("step_*"), *where.glob("checkpoints/step_*")]
+        finished = [(path, _read(path)) for path in candidates if (path / MANIFEST).is_file()]
     if finished:
         return max(finished, key=lambda found: found[1].step)
     if resume == "auto":
@@ -85,12 +87,13 @@ def set_aside(run_dir: Path, resumed: tuple[Path, Manifest] | None) -> Path | No
         stale = finished
         if not stale and not (run_dir / "metrics.jsonl").exists():
             return None
-    number = 1 + sum(1 for _ in run_dir.glob("superseded_*"))
+    taken = [path.name.removeprefix("superseded_") for path in run_dir.glob("superseded_*")]
+    number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
     aside = run_dir / f"superseded_{number}"
     aside.mkdir()
     for path in stale:
         path.rename(aside / path.name)
-    for path in (run_dir / "metrics.jsonl", run_dir / "config.yaml"):
+    for path in (run_dir / name for name in ("metrics.jsonl", "config.yaml", "wandb_id")):
         if path.exists():
             # A run that goes back keeps the lines up to its step.
             shutil.copy(path, aside) if continues else path.rename(aside / path.name)
@@ -99,20 +102,27 @@ def set_aside(run_dir: Path, resumed: tuple[Path, Manifest] | None) -> Path | No
 
 def _read(path: Path) -> Manifest:
     try:
-        return Manifest(**json.loads((path / MANIFEST).read_text()))
+        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
+        kinds = {"precision": str, "corpus": str, "model": dict, "attention": dict}
+        for name, value in asdict(manifest).items():
+            kind = kinds.get(name, int)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}, which is no {kind.__name__}")
+        return manifest
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"checkpoint.resume: {path / MANIFEST} is damaged: {error}") from None
 
 
 def check(path: Path, saved: Manifest, now: Manifest) -> None:
     """Raises ConfigError, naming the first key that keeps ``now`` from continuing ``saved``."""
-    if saved.model != now.model:
-        keys = sorted(set(saved.model) | set(now.model))
-        key = next(k for k in keys if saved.model.get(k) != now.model.get(k))
-        raise ConfigError(
-            f"checkpoint.resume: {path} holds another model: model.{key} is "
-            f"{saved.model.get(key)} there and {now.model.get(key)} here"
-        )
+    for group in ("model", "attention"):
+        there, here = getattr(saved, group), getattr(now, group)
+        for key in sorted(set(there) | set(here)):
+            if there.get(key) != here.get(key):
+                raise ConfigError(
+                    f"checkpoint.resume: {path} holds another model: {group}.{key} is "
+                    f"{there.get(key)} there and {here.get(key)} here"
+                )
     for key, name in (
         ("zero_stage", "engine.zero_stage"),
         ("precision", "precision"),

@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ringattn.context import Context
+from ringattn.kernels import select
 from ringattn.models.decoder import ModelConfig
 from ringattn.plan import Plan
-from ringattn.training.metrics import predicted_memory_bytes
+from ringattn.training.metrics import DTYPES, predicted_memory_bytes
 
 
 def plan_table(
@@ -30,12 +31,13 @@ def plan_table(
     tokens = config.seq_len * config.batch_size * context.dp * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
     memory = predicted_memory_bytes(model, config, local, context.world)
+    kernel = select(config.kernel, DTYPES[config.precision]).__name__.split(".")[-1]
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {config.precision}"),
         ("mesh", f"data {context.dp} x context {context.cp}, {context.device.type}"),
-        ("attention", f"{config.attention.name}, schedule {plan.schedule}, "
-                      f"layout {plan.layout.name}, kernel {config.kernel}"),
+        ("mask", ", ".join(f"{key} {value}" for key, value in config.attention.items())),
+        ("attention", f"schedule {plan.schedule}, layout {plan.layout.name}, kernel {kernel}"),
         ("engine", f"{config.engine.name}, ZeRO {config.engine.zero_stage}"),
         ("tokens per step", f"{tokens:,} ({local:,} per rank and micro-step)"),
         ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),
@@ -77,7 +79,8 @@ class Display:
         )
 
     def say(self, what: Any) -> None:
-        self.console.print(what)
+        # Paths must come out as they are: no markup, no wrapping.
+        self.console.print(what, markup=False, soft_wrap=isinstance(what, str))
 
     def update(self, values: dict[str, Any]) -> None:
         step, loss, speed = (

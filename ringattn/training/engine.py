@@ -61,6 +61,9 @@ def _build_extension() -> None:
     folder = cache / "ringattn" / "extensions" / environment
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # The build calls ninja, which lies beside the Python of an environment that is not activated.
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
     with (folder / "building").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for leftover in folder.glob("*/lock"):
@@ -161,17 +164,19 @@ class DeepSpeedEngine:
 def pick_device(name: str) -> torch.device:
     """The device of this process for ``device=auto|cpu|cuda``. Must run before DeepSpeed loads.
 
-    Raises ConfigError when there is no GPU for this process.
+    ``auto`` takes GPUs if this machine has one for each of its processes. Raises ConfigError if
+    ``cuda`` is asked for and it has not.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    if name == "cuda" and gpus < processes:
+        raise ConfigError(
+            f"device=cuda: this machine has {gpus} usable GPUs for {processes} processes; "
+            "start fewer processes or give device=cpu"
+        )
+    if name == "cpu" or gpus < processes:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if index >= count:
-        raise ConfigError(
-            f"device={name}: this machine has {count} usable GPUs, and process {index} (of those "
-            "counted from 0) would need one of its own; start fewer processes or give device=cpu"
-        )
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

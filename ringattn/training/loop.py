@@ -10,14 +10,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn import layouts, masks
-from ringattn.context import IGNORED, Context, check_engaged, loss_sum, position_ids
+from ringattn.context import (
+    IGNORED,
+    Context,
+    check_engaged,
+    check_same_data,
+    loss_sum,
+    position_ids,
+)
 from ringattn.data.corpus import Corpus
 from ringattn.data.stream import Span, Stream
 from ringattn.masks import Mask
@@ -28,6 +34,7 @@ from ringattn.training.checkpoint import Manifest
 from ringattn.training.display import Display, plan_table
 from ringattn.training.engine import DeepSpeedEngine
 from ringattn.training.metrics import (
+    DTYPES,
     MetricsLog,
     check_login,
     measured_peak,
@@ -35,6 +42,10 @@ from ringattn.training.metrics import (
     step_flops,
 )
 from ringattn.training.sample import generate
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is not finite."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +83,17 @@ def segments(config: DictConfig, spans: list[Span]) -> list[int]:
 
 def build_mask(config: DictConfig, lengths: list[int]) -> Mask:
     """The mask of segments laid end to end: causal, within the window or at the first keys."""
-    whole, n = masks.documents(lengths), sum(lengths)
-    if config.attention.window is None:
-        return whole
-    near = whole & masks.sliding_window(n, config.attention.window)
-    if not config.attention.sinks:
-        return near
-    starts = accumulate(lengths, initial=0)
-    first = [
-        ((at, at + length), (at, at + min(length, config.attention.sinks)), None, 0)
-        for at, length in zip(starts, lengths, strict=False)
-    ]
-    return near | masks.from_slices(first, n, n)
+    window, sinks = config.attention.window, config.attention.sinks
+    n = sum(lengths)
+    if window is None:
+        return masks.documents(lengths)
+    slices = []
+    for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
+        own, first = masks.Run(at, at + length), masks.Run(at, at + min(length, sinks))
+        near = masks.Slice.make(own, own, 1 - window, 0)
+        far = masks.Slice.make(own, first, None, -window)  # the first keys, beyond the window
+        slices += [near, far]
+    return masks.from_slices(slices, n, n)
 
 
 def load_batch(job: Job, stream: Stream, context: Context, sequences: list[int]) -> MicroBatch:
@@ -135,7 +145,6 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
     """
     config, rank = job.config, dist.get_rank()
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     start = job.resume[1] if job.resume else job.manifest
     display = Display(rank == 0, config.train.steps, start.step)
     if rank == 0:
@@ -151,8 +160,9 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
         _self_check(job, context, engine, stream, start)
-        first = load_batch(job, stream, context, list(range(config.batch_size)))
-        peak = config.peak_flops or measured_peak(context.device, dtype)
+        sequences = _sequences(config, context, start.sequences_seen, 0)
+        first = load_batch(job, stream, context, sequences)
+        peak = config.peak_flops or measured_peak(context.device, DTYPES[config.precision])
         display.say(plan_table(config, job.model, context, first.plan, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         display.say(f"run directory: {job.run_dir}")
@@ -192,14 +202,8 @@ def _self_check(
         job.model.vocab_size,
     )
     engine.train(True)
-    mine = (context.dp_rank, _sequences(config, context, start.sequences_seen, 0),
-            job.corpus.fingerprint)  # fmt: skip
-    everyone: list[Any] = [None] * context.world
-    dist.all_gather_object(everyone, mine)
-    for dp_rank, sequences, fingerprint in everyone:
-        same = dp_rank == context.dp_rank
-        if fingerprint != mine[2] or same != (sequences == mine[1]):
-            raise RuntimeError(f"self-check failed: ranks do not agree on their data: {everyone}")
+    sequences = _sequences(config, context, start.sequences_seen, 0)
+    check_same_data(context, sequences, stream.digest(sequences))
 
 
 def _sequences(config: DictConfig, context: Context, seen: int, micro: int) -> list[int]:
@@ -252,6 +256,12 @@ def _steps(
                 local_loss += loss.detach()
                 norm = engine.step()
             loss = context.total(float(local_loss))[0] / max(supervised, 1)
+            # Both numbers are global, so all ranks stop here together.
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(
+                    f"step {state.step + 1}: loss {loss}, gradient norm {norm}; nothing of this "
+                    f"step is saved (run directory: {job.run_dir})"
+                )
             tokens = per_step * config.seq_len
             state = replace(
                 state,
@@ -315,6 +325,7 @@ def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
         seed=config.seed,
         corpus=corpus.fingerprint,
         model=asdict(model),
+        attention=OmegaConf.to_container(config.attention),
     )
     resume = checkpoint.find(str(config.checkpoint.resume), run_dir)
     if resume:

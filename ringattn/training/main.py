@@ -10,6 +10,7 @@ from pathlib import Path
 from ringattn.training import settings
 
 USAGE_ERROR = 2
+FAILED = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -17,10 +18,11 @@ def main(arguments: list[str]) -> int:
 
     Bad input is one line from rank 0 and status 2, before any group or model is made.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1"),
+    ):  # fmt: skip
         os.environ.setdefault(name, str(value))  # plain `python train.py` is a world of one
-    os.environ.setdefault("LOCAL_RANK", "0")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         config = settings.load([a for a in arguments if a not in ("-h", "--help")])
         if len([a for a in arguments if a in ("-h", "--help")]):
@@ -28,8 +30,9 @@ def main(arguments: list[str]) -> int:
                 _print_help(config)
             return 0
         settings.check(config, world)
-        run_dir = _run_dir(config.run_dir)
-        settings.writable(run_dir)
+        with settings.path_errors("run_dir", config.run_dir):
+            run_dir = _run_dir(config.run_dir)
+            settings.writable(run_dir)
         # Only now torch: a mistyped key costs no second.
         from ringattn.training import loop
         from ringattn.training.engine import pick_device, start_distributed
@@ -37,7 +40,8 @@ def main(arguments: list[str]) -> int:
         job = loop.prepare(config, run_dir, world)
         device = pick_device(config.device)
     except ValueError as error:
-        if rank == 0:
+        # What is wrong may be wrong on one machine only, so each has a voice.
+        if os.environ["LOCAL_RANK"] == "0":
             print(f"train.py: {error}", file=sys.stderr)
         return USAGE_ERROR
 
@@ -53,6 +57,10 @@ def main(arguments: list[str]) -> int:
     start_distributed(device, config.parallel.timeout_s)
     try:
         run(job, device)
+    except loop.Diverged as error:
+        if rank == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        return FAILED
     finally:
         dist.destroy_process_group()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ringattn.models.decoder import ModelConfig
 from ringattn.training.settings import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def step_flops(model: ModelConfig, tokens: int, area: int) -> int:
@@ -116,9 +119,15 @@ def check_login(config: DictConfig) -> None:
 
 
 def _wandb_run(run_dir: Path, config: DictConfig) -> Any:
+    """The run of this directory: its id stays there, so that a resumed run is the same one."""
     import wandb
 
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
     return wandb.init(
+        id=path.read_text(),
+        resume="allow" if config.logger.mode == "online" else None,
         project=config.logger.project,
         name=run_dir.name,
         dir=str(run_dir),

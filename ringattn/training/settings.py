@@ -8,6 +8,7 @@ import difflib
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ Rule = Callable[[Any], str | None]  # what is legal, in words, if the value is n
 
 def _integer(least: int) -> Rule:
     def rule(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if fits else f"an integer of at least {least}"
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        if fits and least <= value < 2**63:
+            return None
+        return f"an integer of at least {least}" + (
+            " and below 2**63" if fits and value > 0 else ""
+        )
 
     return rule
 
@@ -109,7 +114,7 @@ RULES: dict[str, Rule] = {
     "parallel.ulysses": _choice(1),
     "parallel.schedule": _choice(*SCHEDULES),
     "parallel.layout": _choice(*LAYOUTS),
-    "parallel.timeout_s": _number(1),
+    "parallel.timeout_s": _number(1, 1e6),
     "optim.lr": _number(0),
     "optim.min_lr_ratio": _number(0, 1),
     "optim.warmup_tokens": _integer(0),
@@ -183,16 +188,23 @@ def check(config: DictConfig, world: int) -> None:
         )
 
 
+@contextmanager
+def path_errors(key: str, given: Any) -> Iterator[None]:
+    """Turns what a file system says about ``key`` into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename and error.filename != given else ""
+        raise ConfigError(f"{key}={given}: {where}{error.strerror}") from None
+    except RuntimeError as error:  # "~nobody"
+        raise ConfigError(f"{key}={given}: {error}") from None
+
+
 def writable(run_dir: Path) -> None:
-    """Raises ConfigError if nothing can be written at ``run_dir``; leaves nothing behind."""
+    """Raises OSError if nothing can be written at ``run_dir``; leaves nothing behind."""
     parent = run_dir
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
-    try:
-        # Only a real attempt tells: access bits say nothing of read-only or special file systems.
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: cannot write in {parent}: {error.strerror}"
-        ) from None
+    # Only a real attempt tells: access bits say nothing of read-only or special file systems.
+    with tempfile.TemporaryDirectory(dir=parent):
+        pass
