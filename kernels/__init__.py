@@ -1,15 +1,15 @@
-"""Block kernels: attention of local queries over one held block of keys, for a list of slices.
+"""Block kernels: attention of local queries over one held block of keys, for a list of bands.
 
 Every kernel is a module with two functions. Tensors are ``[batch, tokens, heads, head_dim]``
 (K/V may have fewer heads: head h reads K/V head ``h // (heads // kv_heads)``), log-sum-exp is
-``[batch, heads, tokens]``; slices index the tokens of q and of k.
+``[batch, heads, tokens]``; bands index the tokens of q and of k.
 
-The list of slices is never empty.
+The list of bands is never empty.
 
-``forward(q, k, v, slices, out, lse, scale)``
-    merges the attention over ``slices`` into the running ``(out, lse)``, in place. ``out`` starts
+``forward(q, k, v, bands, out, lse, scale)``
+    merges the attention over ``bands`` into the running ``(out, lse)``, in place. ``out`` starts
     at 0 and ``lse`` at -inf; both are float32 (float64 for float64 inputs) between all steps.
-``backward(dout, q, k, v, out, lse, slices, dq, dk, dv, scale)``
+``backward(dout, q, k, v, out, lse, bands, dq, dk, dv, scale)``
     takes the final, global ``(out, lse)`` and adds into ``dq``, ``dk``, ``dv``, in place.
 """
 

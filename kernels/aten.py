@@ -1,4 +1,4 @@
-"""torch's own fused attention, given the pieces of a slice: the kernel for CPUs.
+"""torch's own fused attention, given the pieces of a band: the kernel for CPUs.
 
 On the CPU each piece is one call of the flash operator behind scaled_dot_product_attention,
 which returns the log-sum-exp and whose backward accepts the global (out, lse). It is float32
@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from ringattn.kernels.pieces import Piece, cut
 
-from ringattn.masks import Slice
 from ringattn.runs import Run
+from ringattn.slices import Band
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,14 +26,14 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    slices: Sequence[Slice],
+    bands: Sequence[Band],
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
 ) -> None:
     """See :mod:`ringattn.kernels`."""
     q, k, v = (_readable(x, out.dtype) for x in (q, k, v))
-    for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, slices):
+    for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, bands):
         block_out, block_lse = _attend(q_, k_, v_, piece, scale)
         # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
         share = torch.sigmoid(block_lse - lse_)
@@ -49,7 +49,7 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    slices: Sequence[Slice],
+    bands: Sequence[Band],
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
@@ -60,7 +60,7 @@ def backward(
     groups = q.shape[2] // k.shape[2]
     for g in range(groups):
         queries = tuple(x[:, :, g::groups] for x in (dout, q, out, dq))
-        views = _views(queries, (k, v, dk, dv), lse[:, g::groups], slices)
+        views = _views(queries, (k, v, dk, dv), lse[:, g::groups], bands)
         for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_), lse_, piece in views:
             grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scale)
             dq_.add_(grads[0])
@@ -81,27 +81,26 @@ def _views(
     queries: Sequence[torch.Tensor],
     keys: Sequence[torch.Tensor],
     lse: torch.Tensor,
-    slices: Sequence[Slice],
+    bands: Sequence[Band],
 ) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, Piece]]:
     """Per piece, views ``[count, heads, rows or keys, head_dim]`` and lse ``[count, heads, rows]``.
 
     A piece with one rectangle keeps the batch in front instead; one with several goes through
     the batch one by one.
     """
-    for part in slices:
-        for q_run, k_run, lo, hi in part.unit_step():
-            on_q = [_along(x.transpose(1, 2), q_run) for x in queries]
-            on_k = [_along(x.transpose(1, 2), k_run) for x in keys]
-            on_lse = _along(lse[..., None], q_run)
-            for piece in cut(len(q_run), len(k_run), lo, hi):
-                batches = [slice(None)] if piece.count == 1 else range(lse.shape[0])
-                for b in batches:
-                    yield (
-                        [_window(x[b], piece.q, piece.rows, piece) for x in on_q],
-                        [_window(x[b], piece.k, piece.keys, piece) for x in on_k],
-                        _window(on_lse[b], piece.q, piece.rows, piece)[..., 0],
-                        piece,
-                    )
+    for band in bands:
+        on_q = [_along(x.transpose(1, 2), band.q) for x in queries]
+        on_k = [_along(x.transpose(1, 2), band.k) for x in keys]
+        on_lse = _along(lse[..., None], band.q)
+        for piece in cut(len(band.q), len(band.k), band.lo, band.hi):
+            batches = [slice(None)] if piece.count == 1 else range(lse.shape[0])
+            for b in batches:
+                yield (
+                    [_window(x[b], piece.q, piece.rows, piece) for x in on_q],
+                    [_window(x[b], piece.k, piece.keys, piece) for x in on_k],
+                    _window(on_lse[b], piece.q, piece.rows, piece)[..., 0],
+                    piece,
+                )
 
 
 def _along(x: torch.Tensor, run: Run) -> torch.Tensor:

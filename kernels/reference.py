@@ -1,4 +1,4 @@
-"""Dense attention over any slices: the definition of correct, in float64 when given float64.
+"""Dense attention over any bands: the definition of correct, in float64 when given float64.
 
 Memory is batch x heads x queries x keys; meant for tests and short sequences.
 """
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import torch
 from einops import einsum, rearrange, repeat
 
-from ringattn.masks import Slice
+from ringattn.slices import Band
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    slices: Sequence[Slice],
+    bands: Sequence[Band],
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
 ) -> None:
     """See :mod:`ringattn.kernels`; v may have another head_dim than q and k."""
-    scores = _scores(q, k, slices, scale, out.dtype)
+    scores = _scores(q, k, bands, scale, out.dtype)
     block_lse = torch.logsumexp(scores, -1)
     total = torch.logaddexp(lse, block_lse)
     # A row without any key so far has total = -inf; 0 in its place keeps exp() free of NaN.
@@ -40,7 +40,7 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    slices: Sequence[Slice],
+    bands: Sequence[Band],
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
@@ -48,7 +48,7 @@ def backward(
 ) -> None:
     """See :mod:`ringattn.kernels`."""
     dout = dout.to(dq.dtype)
-    scores = _scores(q, k, slices, scale, dq.dtype)
+    scores = _scores(q, k, bands, scale, dq.dtype)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     delta = rearrange((dout * out.to(dq.dtype)).sum(-1), "b q h -> b h q 1")
     dweights = einsum(dout, _heads(v, q, dq.dtype), "b q h d, b k h d -> b h q k")
@@ -59,18 +59,17 @@ def backward(
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, slices: Sequence[Slice], scale: float, dtype: torch.dtype
+    q: torch.Tensor, k: torch.Tensor, bands: Sequence[Band], scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[batch, heads, queries, keys]; -inf outside of the slices."""
+    """[batch, heads, queries, keys]; -inf outside of the bands."""
     allowed = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-    rows = torch.arange(q.shape[1], device=q.device)[:, None]
-    cols = torch.arange(k.shape[1], device=q.device)[None, :]
-    for part in slices:
-        inside = (cols - rows >= part.lo) & (cols - rows <= part.hi)
-        for run, index in ((part.q, rows), (part.k, cols)):
-            inside &= (index >= run.start) & (index < run.stop)
-            inside &= (index - run.start) % run.step == 0
-        allowed |= inside
+    for band in bands:
+        apart = torch.arange(len(band.k), device=q.device) - torch.arange(
+            len(band.q), device=q.device
+        ).unsqueeze(1)
+        rows = slice(band.q.start, band.q.stop, band.q.step)
+        cols = slice(band.k.start, band.k.stop, band.k.step)
+        allowed[rows, cols] |= (apart >= band.lo) & (apart <= band.hi)
     scores = einsum(q.to(dtype), _heads(k, q, dtype), "b q h d, b k h d -> b h q k") * scale
     return scores.masked_fill(~allowed, -torch.inf)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ class Pending(Protocol):
         """Returns when every buffer is sent and filled; RuntimeError names what did not come."""
 
 
+@runtime_checkable
 class Comm(Protocol):
     rank: int
     world: int
@@ -33,8 +34,8 @@ class Comm(Protocol):
 
 
 def connect(group: Any) -> Comm:
-    """The carrier for ``group``: a process group (None: the default one) or a virtual rank."""
-    return group if isinstance(group, VirtualRank) else ProcessRank(group)
+    """The carrier for ``group``: a process group (None: the default one), or a carrier itself."""
+    return group if isinstance(group, Comm) else ProcessRank(group)
 
 
 class ProcessRank:
@@ -130,3 +131,16 @@ class _VirtualPending:
                 buffer.copy_(box.get(timeout=self.at.home.timeout))
             except queue.Empty:
                 raise TimeoutError(_describe(self.label, [], [(buffer, peer)])) from None
+
+
+class Counted:
+    """Another carrier, with the bytes that it receives and the exchanges that it starts counted."""
+
+    def __init__(self, carrier: Comm) -> None:
+        self.carrier, self.rank, self.world = carrier, carrier.rank, carrier.world
+        self.received = self.exchanges = 0
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
+        self.received += sum(buffer.nbytes for buffer, _ in recvs)
+        self.exchanges += 1
+        return self.carrier.start(sends, recvs, label)

@@ -1,18 +1,22 @@
 """Layouts: which rank owns which tokens of a sequence, as a short list of runs per rank.
 
-Local order follows the runs, and the runs of a rank ascend, so a rank's tokens always lie in
-the order of their global positions. Ranks may own unequal counts, or nothing.
+Local order follows the runs, which ascend by their starts. Ranks may own unequal counts, or
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from heapq import heappop, heapreplace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from ringattn.joins import Side, Table, meet
+from ringattn.masks import Mask
 from ringattn.runs import Run
 
 
@@ -39,7 +43,7 @@ class Layout:
         meet = any(a[0] == b[0] and b[1] <= a[2] for a, b in pairwise(order))
         inside = all(run.start >= 0 and run.last < self.n for run in every)
         for rank, runs in enumerate(self.runs):
-            if any(a.last >= b.start for a, b in pairwise(runs)):
+            if any(a.start >= b.start for a, b in pairwise(runs)):
                 raise ValueError(f"the runs of a rank must ascend; those of rank {rank} do not")
         if meet or not inside or sum(map(len, every)) != self.n:
             raise ValueError(f"a layout must own each of the {self.n} positions exactly once")
@@ -52,6 +56,21 @@ class Layout:
     def ranks(self) -> range:
         return range(len(self.runs))
 
+    @cached_property
+    def step(self) -> int:
+        """The step that all runs share."""
+        return max((run.step for runs in self.runs for run in runs), default=1)
+
+    @property
+    def owned(self) -> Iterator[tuple[Run, int]]:
+        """Every run with its rank."""
+        return ((run, rank) for rank, runs in enumerate(self.runs) for run in runs)
+
+    def numbered(self, rank: int) -> list[tuple[int, Run]]:
+        """The runs of ``rank``, each with the local index of its first token."""
+        runs = self.runs[rank]
+        return list(zip(accumulate(map(len, runs), initial=0), runs, strict=False))
+
     def count(self, rank: int) -> int:
         """Number of tokens that ``rank`` owns."""
         return sum(len(run) for run in self.runs[rank])
@@ -60,6 +79,13 @@ class Layout:
         """int64 array: the global position of each local token of ``rank``."""
         parts = [run.to_array() for run in self.runs[rank]]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def merged(self, size: int) -> Layout:
+        """The layout of groups of ``size`` neighbouring ranks, each as if it were one rank."""
+        groups = range(0, self.world, size)
+        runs = (sorted(sum(self.runs[g : g + size], ()), key=lambda run: run.start) for g in groups)
+        join = _joined if self.step == 1 else tuple  # neighbours made one would have another step
+        return Layout(self.n, tuple(map(join, runs)), self.name)
 
     def shard(self, x: Any, rank: int, dim: int = 1) -> Any:
         """The part of ``x`` (NumPy array or torch tensor) that ``rank`` owns along ``dim``."""
@@ -132,4 +158,90 @@ def striped(n: int, world: int) -> Layout:
     return Layout(n, tuple(_joined([Run(r, n, world)]) for r in range(world)), "striped")
 
 
+def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
+    """Equal token counts (to one chunk) and near-equal work for ``mask``.
+
+    The queries are cut into near-equal chunks of at most ``chunk`` tokens. Heavy chunks go first,
+    each to the rank with the least work that still has room; then chunks are exchanged between the
+    most loaded rank and others while that helps. With ``chunk=None`` chunks are halved, from two a
+    rank on, until the largest work is within 1 % of the mean, or there are 32 a rank.
+
+    Queries only: for unequal lengths give the keys a layout of their own. Raises ValueError for
+    a chunk below 1.
+    """
+    n = mask.n_q
+    _checked(n, world)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    table = Table(mask.slices)
+    if chunk is not None:
+        return _balanced(table, n, world, max(1, -(-n // chunk)))[0]
+    best, least = None, float("inf")
+    for per_rank in (2, 4, 8, 16, 32):
+        layout, imbalance = _balanced(table, n, world, min(per_rank * world, max(n, 1)))
+        if imbalance < least:
+            best, least = layout, imbalance
+        if least <= 1.01 or per_rank * world >= n:
+            break
+    return best
+
+
+def _balanced(table: Table, n: int, world: int, chunks: int) -> tuple[Layout, float]:
+    """(layout, largest work over the mean) for a number of chunks."""
+    edges = np.array(_cuts(n, chunks), np.int64)
+    index = np.arange(chunks)
+    filled = edges[1:] > edges[:-1]
+    side = Side(edges[:-1][filled], edges[1:][filled] - 1, index[filled], 1)
+    meetings = meet(table, side)
+    work = np.zeros(chunks, np.int64)
+    np.add.at(work, meetings.tags, meetings.areas())
+    owner = _assigned(work, world)
+    load = np.bincount(owner, work, world)
+    runs: list[list[Run]] = [[] for _ in range(world)]
+    for at, rank in enumerate(owner.tolist()):
+        runs[rank].append(Run(int(edges[at]), int(edges[at + 1])))
+    imbalance = float(load.max() / load.mean()) if load.any() else 1.0
+    return Layout(n, tuple(_joined(some) for some in runs), "balanced"), imbalance
+
+
+def _assigned(work: np.ndarray, world: int) -> np.ndarray:
+    """The rank of every chunk: equal numbers of chunks, near-equal sums of work."""
+    room = np.full(world, len(work) // world)
+    room[: len(work) % world] += 1
+    owner = np.zeros(len(work), np.int64)
+    least = [(0, rank) for rank in range(world)]
+    for chunk in np.argsort(-work, kind="stable").tolist():
+        while not room[least[0][1]]:
+            heappop(least)
+        load, rank = least[0]
+        owner[chunk] = rank
+        room[rank] -= 1
+        heapreplace(least, (load + int(work[chunk]), rank))
+    load = np.bincount(owner, work, world).astype(np.int64)
+    for _ in range(4 * world):
+        # The exchange that takes most off the fullest rank without filling another as far.
+        full = int(load.argmax())
+        mine, others = np.flatnonzero(owner == full), np.flatnonzero(owner != full)
+        if not len(others):
+            break
+        moved = work[mine][:, None] - work[others][None, :]
+        after = np.maximum(load[full] - moved, load[owner[others]][None, :] + moved)
+        give, take = np.unravel_index(after.argmin(), after.shape)
+        if after[give, take] >= load[full]:
+            break
+        rank, change = owner[others[take]], moved[give, take]
+        owner[mine[give]], owner[others[take]] = rank, full
+        load[full] -= change
+        load[rank] += change
+    return owner
+
+
 BUILDERS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+
+
+def build(name: str, mask: Mask, world: int) -> Layout:
+    """The layout called ``name`` (of :data:`NAMES`) for the queries of ``mask``."""
+    return balanced(mask, world) if name == "balanced" else BUILDERS[name](mask.n_q, world)
+
+
+NAMES = (*BUILDERS, "balanced")

@@ -9,137 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from itertools import accumulate, pairwise
 from operator import index
 
 import numpy as np
 
-from ringattn.runs import EMPTY, Run, floor_sum
+from ringattn.joins import union
+from ringattn.runs import Run
+from ringattn.slices import Slice
 
 _DENSE_LIMIT = 2**28
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """The pairs (q, k) with q in run ``q``, k in run ``k`` and ``lo <= k - q <= hi``.
-
-    ``lo`` and ``hi`` are clipped to what the runs can reach; an empty slice is falsy.
-    """
-
-    q: Run
-    k: Run
-    lo: int
-    hi: int
-
-    @classmethod
-    def make(cls, q: Run, k: Run, lo: int | None = None, hi: int | None = None) -> Slice:
-        """The slice in tight form: no row or key at either end is without a pair (step-1 runs).
-
-        ``None`` leaves that side of the band open.
-        """
-        while True:
-            if not q or not k:
-                return NOTHING
-            low = k.start - q.last if lo is None else max(lo, k.start - q.last)
-            high = k.last - q.start if hi is None else min(hi, k.last - q.start)
-            # Of all differences k - q only one residue class occurs.
-            common, first = gcd(q.step, k.step), k.start - q.start
-            low += (first - low) % common
-            high -= (high - first) % common
-            if low > high:
-                return NOTHING
-            tight_q = q.clip(k.start - high, k.last - low + 1)
-            tight_k = k.clip(q.start + low, q.last + high + 1)
-            if tight_q == q and tight_k == k:
-                return cls(q, k, low, high)
-            q, k, lo, hi = tight_q, tight_k, low, high
-
-    def __bool__(self) -> bool:
-        return bool(self.q)
-
-    @property
-    def is_full(self) -> bool:
-        """True when the band excludes nothing: a plain rectangle."""
-        return self.lo <= self.k.start - self.q.last and self.hi >= self.k.last - self.q.start
-
-    @property
-    def area(self) -> int:
-        """Number of pairs, in closed form."""
-        if not self:
-            return 0
-        if self.is_full:
-            return len(self.q) * len(self.k)
-        return self._pairs_below(self.hi) - self._pairs_below(self.lo - 1)
-
-    def _pairs_below(self, bound: int) -> int:
-        """Pairs with ``k - q <= bound``: a sum of clipped floors, cut where the clip starts."""
-        # Keys for query q: clip((q + bound - k.start) // k.step + 1, 0, len(k)).
-        nothing_until = self.k.start - bound  # the first q with a key
-        everything_from = self.k.start + (len(self.k) - 1) * self.k.step - bound
-        sloped = self.q.clip(nothing_until, everything_from)
-        saturated = len(self.q.clip(max(nothing_until, everything_from), self.q.stop))
-        offset = sloped.start + bound - self.k.start + self.k.step
-        return saturated * len(self.k) + floor_sum(len(sloped), self.k.step, sloped.step, offset)
-
-    def __and__(self, other: Slice) -> Slice:
-        if (
-            self.q.start > other.q.last
-            or other.q.start > self.q.last
-            or self.k.start > other.k.last
-            or other.k.start > self.k.last
-        ):
-            return NOTHING
-        lo, hi = max(self.lo, other.lo), min(self.hi, other.hi)
-        if lo > hi:
-            return NOTHING
-        return Slice.make(self.q & other.q, self.k & other.k, lo, hi)
-
-    def __sub__(self, other: Slice) -> list[Slice]:
-        """The pairs of this slice that ``other`` lacks, as disjoint slices."""
-        inner = self & other
-        if not inner:
-            return [self] if self else []
-        parts = [Slice.make(q, self.k, self.lo, self.hi) for q in self.q - inner.q]
-        parts += [Slice.make(inner.q, k, self.lo, self.hi) for k in self.k - inner.k]
-        parts.append(Slice.make(inner.q, inner.k, self.lo, inner.lo - 1))
-        parts.append(Slice.make(inner.q, inner.k, inner.hi + 1, self.hi))
-        return [part for part in parts if part]
-
-    def unit_step(self) -> list[tuple[Run, Run, int, int]]:
-        """The slice as ``(q, k, lo, hi)`` with equal steps, the band counted in elements of the
-        runs: element j of ``k`` belongs to element i of ``q`` iff ``lo <= j - i <= hi``.
-
-        Kernels index tensors with the two runs and then see an ordinary band.
-        """
-        if not self:
-            return []
-        if len(self.q) == 1 or len(self.k) == 1 or self.is_full:
-            # Any step will do where only one row or column exists, or the band is idle.
-            if self.is_full:
-                return [(self.q, self.k, -len(self.q), len(self.k))]
-            runs = [(Run(x, x + 1), self.k) for x in self.q.to_array().tolist()]
-            if len(self.k) == 1:
-                runs = [(self.q.clip(self.k.start - self.hi, self.k.start - self.lo + 1), self.k)]
-            pairs = [
-                (q, k.clip(q.start + self.lo, q.last + self.hi + 1) if len(q) == 1 else k)
-                for q, k in runs
-            ]
-            return [(q, k, -len(q), len(k)) for q, k in pairs if q and k]
-        step = int(np.lcm(self.q.step, self.k.step))
-        parts = []
-        for q_from in range(self.q.start, min(self.q.stop, self.q.start + step), self.q.step):
-            for k_from in range(self.k.start, min(self.k.stop, self.k.start + step), self.k.step):
-                part = Slice.make(
-                    Run(q_from, self.q.stop, step), Run(k_from, self.k.stop, step), self.lo, self.hi
-                )
-                if part:
-                    shift = part.k.start - part.q.start
-                    lo, hi = -((shift - part.lo) // step), (part.hi - shift) // step
-                    parts.append((part.q, part.k, lo, hi))
-        return parts
-
-
-NOTHING = Slice(EMPTY, EMPTY, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +31,14 @@ class Mask:
     slices: tuple[Slice, ...]
     n_q: int
     n_k: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Plans are kept by mask: thousands of slices are hashed once.
+        return hash((self.slices, self.n_q, self.n_k))
 
     @cached_property
     def area(self) -> int:
@@ -247,10 +134,12 @@ def full(n_q: int, n_k: int | None = None) -> Mask:
     return from_slices([Slice.make(Run(0, n_q), Run(0, n_k))], n_q, n_k)
 
 
-def causal(n: int) -> Mask:
-    """n queries over n keys, ``k <= q``."""
+def causal(n: int, n_k: int | None = None) -> Mask:
+    """n queries over n keys, ``k <= q``. With ``n_k`` keys, the queries are the last n of n_k
+    tokens, so the last query sees the last key: ``k <= q + n_k - n``."""
     n = _count("n", n, 0)
-    return from_slices([Slice.make(Run(0, n), Run(0, n), None, 0)], n, n)
+    n_k = n if n_k is None else _count("n_k", n_k, 0)
+    return from_slices([Slice.make(Run(0, n), Run(0, n_k), None, n_k - n)], n, n_k)
 
 
 def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
@@ -262,13 +151,41 @@ def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
 
 def documents(lengths: Sequence[int], causal: bool = True) -> Mask:
     """Packed documents: each sees itself only (causally or whole)."""
-    slices, start = [], 0
-    for length in lengths:
-        stop = start + _count("every document length", length, 0)
-        run = Run(start, stop)
-        slices.append(Slice.make(run, run, None, 0 if causal else None))
-        start = stop
-    return Mask(tuple(part for part in slices if part), start, start)
+    lengths = [_count("every document length", length, 0) for length in lengths]
+    runs = [Run(at, at + x) for at, x in zip(accumulate(lengths, initial=0), lengths, strict=False)]
+    n = sum(lengths)
+    return Mask(tuple(Slice.make(r, r, None, 0 if causal else None) for r in runs if r), n, n)
+
+
+def from_cu_seqlens(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
+    """Packed documents from their boundaries ``[0, end, end, ..., n]``, as varlen kernels take
+    them (a list, an array or a CPU tensor)."""
+    ends = np.asarray(cu_seqlens)
+    if ends.ndim != 1 or not len(ends) or ends[0] or (np.diff(ends.astype(np.int64)) < 0).any():
+        raise ValueError(f"cu_seqlens must ascend from 0, got {cu_seqlens!r}")
+    return documents(np.diff(ends).tolist(), causal)
+
+
+def from_document_ids(ids: Sequence[int], causal: bool = True) -> Mask:
+    """Tokens with equal ids see each other; ``ids`` ``[n]`` need not be sorted. A negative id is
+    padding: it sees nothing and is seen by nothing."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise ValueError(f"document ids must be n integers, got {array.dtype} {list(array.shape)}")
+    firsts = np.flatnonzero(np.diff(array, prepend=array[:1] - 1)) if len(array) else array
+    stops = [*firsts[1:].tolist(), len(array)]
+    places: dict[int, list[Run]] = {}
+    for start, stop in zip(firsts.tolist(), stops, strict=False):
+        places.setdefault(int(array[start]), []).append(Run(start, stop))
+    hi = 0 if causal else None
+    pairs = (
+        Slice.make(q, k, None, hi)
+        for document, runs in places.items()
+        if document >= 0
+        for q in runs
+        for k in runs
+    )
+    return Mask(tuple(part for part in pairs if part), len(array), len(array))
 
 
 def prefix_lm(n: int, prefix: int) -> Mask:
@@ -280,10 +197,109 @@ def prefix_lm(n: int, prefix: int) -> Mask:
     return head | causal(n)
 
 
+def shared_question(prompt: int, answers: Sequence[int]) -> Mask:
+    """A prompt of ``prompt`` tokens, then several answers laid end to end: each sees the prompt and
+    itself, causally, and no other answer."""
+    prompt = _count("prompt", prompt, 0)
+    answers = [_count("every answer length", length, 0) for length in answers]
+    n = prompt + sum(answers)
+    shared = Slice.make(Run(0, n), Run(0, prompt), None, 0)
+    ends = accumulate(answers, initial=prompt)
+    own = [Run(at, at + x) for at, x in zip(ends, answers, strict=False)]
+    parts = [shared, *(Slice.make(run, run, None, 0) for run in own)]
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
 def sinks(n: int, count: int) -> Mask:
     """Causal pairs whose key is one of the first ``count``."""
     n, count = _count("n", n, 0), _count("count", count, 0)
     return from_slices([Slice.make(Run(0, n), Run(0, min(n, count)), None, 0)], n, n)
+
+
+def global_tokens(n: int, tokens: int | Sequence[int], causal: bool = False) -> Mask:
+    """Pairs whose query or key is a global token (Beltagy et al. 2020, "Longformer"): the first
+    ``tokens`` of the sequence, or the positions listed. Combine with a local mask by ``|``."""
+    n = _count("n", n, 0)
+    if isinstance(tokens, (int, np.integer)):
+        tokens = range(min(n, _count("tokens", tokens, 0)))
+    marked = union([Run(x, x + 1) for x in sorted({index(x) for x in tokens})])
+    everything, hi = Run(0, n), 0 if causal else None
+    parts = [Slice.make(everything, run, None, hi) for run in marked]
+    return from_slices(parts + [Slice.make(run, everything, None, hi) for run in marked], n, n)
+
+
+def block_local(n: int, block: int, causal: bool = True) -> Mask:
+    """Blocks of ``block`` tokens, each of which sees itself only."""
+    return shifted_block(n, block, 0, causal)
+
+
+def shifted_block(n: int, block: int, shift: int | None = None, causal: bool = True) -> Mask:
+    """Like block_local, all boundaries moved by ``shift`` (default: half a block), so that layers
+    which alternate between the two let neighbours meet (Liu et al. 2021, "Swin Transformer")."""
+    n, block = _count("n", n, 0), _count("block", block, 1)
+    shift = block // 2 if shift is None else _count("shift", shift, 0) % block
+    ends = [0, *range(shift or block, n, block), n]
+    return documents([b - a for a, b in pairwise(ends)], causal)
+
+
+def block_causal(n: int, block: int) -> Mask:
+    """Each token sees its own block of ``block`` tokens whole, and all blocks before it."""
+    n, block = _count("n", n, 0), _count("block", block, 1)
+    starts = range(0, n, block)
+    parts = (Slice.make(Run(at, min(at + block, n)), Run(0, min(at + block, n))) for at in starts)
+    return Mask(tuple(parts), n, n)
+
+
+def dilated(n: int, window: int, dilation: int, causal: bool = True) -> Mask:
+    """Every ``dilation``-th of the keys up to ``(window - 1) * dilation`` away, the token itself
+    included: a window with gaps (Beltagy et al. 2020, "Longformer"); ``dilation`` slices."""
+    n, window, dilation = (
+        _count("n", n, 0),
+        _count("window", window, 1),
+        _count("dilation", dilation, 1),
+    )
+    far = (window - 1) * dilation
+    classes = [Run(start, n, dilation) for start in range(min(n, dilation))]
+    return Mask(tuple(Slice.make(r, r, -far, 0 if causal else far) for r in classes), n, n)
+
+
+def strided(n: int, stride: int, causal: bool = True) -> Mask:
+    """The last ``stride`` keys, and every ``stride``-th before them: ``q - k < stride`` or
+    ``(q - k) % stride == 0`` (Child et al. 2019, "Sparse Transformers")."""
+    local = sliding_window(n, stride, causal)
+    return local | dilated(n, max(1, -(-n // stride)), stride, causal)
+
+
+def big_bird(
+    n: int,
+    block: int = 64,
+    window: int = 3,
+    random: int = 3,
+    global_blocks: int = 2,
+    seed: int = 0,
+    causal: bool = False,
+) -> Mask:
+    """In blocks of ``block`` tokens: the ``window`` nearest blocks (an odd number, the own one in
+    the middle), ``random`` blocks drawn for each block of queries, and the first ``global_blocks``,
+    which see and are seen by all (Zaheer et al. 2020, "Big Bird"). One ``seed``, one mask."""
+    n, block, window = _count("n", n, 0), _count("block", block, 1), _count("window", window, 1)
+    random = _count("random", random, 0)
+    global_blocks, seed = _count("global_blocks", global_blocks, 0), _count("seed", seed, 0)
+    if window % 2 == 0:
+        raise ValueError(f"window must be an odd number of blocks, got {window}")
+    blocks, generator = -(-n // block), np.random.default_rng(seed)
+    edge = min(n, global_blocks * block)
+    hi = 0 if causal else None
+    parts = [Slice.make(Run(0, edge), Run(0, n), None, hi)]
+    for row in range(global_blocks, blocks):
+        seen = set(range(global_blocks))
+        seen |= set(range(max(0, row - window // 2), min(blocks, row + window // 2 + 1)))
+        others = np.setdiff1d(np.arange(row if causal else blocks), list(seen), assume_unique=True)
+        seen |= set(generator.choice(others, min(random, len(others)), replace=False).tolist())
+        q = Run(row * block, min(n, (row + 1) * block))
+        keys = union([Run(x * block, min(n, (x + 1) * block)) for x in seen])
+        parts += [Slice.make(q, k, None, hi) for k in keys]
+    return Mask(tuple(part for part in parts if part), n, n)
 
 
 def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
@@ -306,3 +322,13 @@ def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
         active += new
         kept += new
     return Mask(tuple(kept), n_q, n_k)
+
+
+BUILDERS = {
+    build.__name__: build
+    for build in (
+        full, causal, sliding_window, documents, from_cu_seqlens, from_document_ids, prefix_lm,
+        shared_question, sinks, global_tokens, block_local, shifted_block, block_causal, dilated,
+        strided, big_bird, from_slices,
+    )
+}  # fmt: skip

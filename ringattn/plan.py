@@ -1,180 +1,235 @@
-"""Plans: a mask cut by a layout, for a schedule, as plain data that any executor can walk.
+"""Plans: a mask cut by layouts, for a schedule, as plain data that any executor can walk.
 
-Per rank a list of steps; per step what is computed (slices in local indices), what is sent to
-whom, and what arrives. Work, bytes and balance are read off the same object.
+Per rank a list of steps; per step what is computed (bands of local rows), what is sent to whom,
+and what arrives. Work, bytes, memory and balance are read off the same object.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
-import numpy as np
-
-from ringattn import schedules
+from ringattn import cost, schedules
+from ringattn import heads as heads_
+from ringattn.cost import Shape
+from ringattn.cuts import Cut
+from ringattn.heads import HeadSplit
 from ringattn.layouts import Layout
-from ringattn.masks import Mask, Slice
-from ringattn.runs import Run
-from ringattn.schedules import Step
+from ringattn.masks import Mask
+from ringattn.schedules import RankPlan, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What every rank computes and exchanges for one mask on one layout.
 
-    Make it with :func:`make_plan`, once per batch; all layers share it.
+    Make it with :func:`make_plan`, once per batch; all layers share it. ``reason`` says why an
+    automatic choice fell as it did.
     """
 
     mask: Mask
     layout: Layout
+    key_layout: Layout
     schedule: str
-    _steps: dict[int, tuple[Step, ...]] = field(default_factory=dict, compare=False, repr=False)
-    _rows: dict[int, list[tuple[int, Run, Slice]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    _blocks: dict[tuple[int, int], tuple[Slice, ...]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    ulysses: int
+    node_size: int
+    reason: str = ""
+    _ranks: dict[int, RankPlan] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.schedule} over {self.world} ranks, ulysses {self.ulysses}, layout "
+            f"{self.layout.name}, {self.mask.n_q} x {self.mask.n_k} tokens, {self.mask.area} pairs"
+        )
+        return f"{text} ({self.reason})" if self.reason else text
 
     @property
     def world(self) -> int:
         return self.layout.world
 
+    @cached_property
+    def cut(self) -> Cut:
+        """The mask cut by groups of ``ulysses`` ranks, which the schedule sees as one rank each."""
+        return _cut(self.mask, self.layout, self.key_layout, self.ulysses)
+
+    def rank(self, rank: int) -> RankPlan:
+        """The blocks and steps of ``rank``; worked out on first use and kept."""
+        if rank not in self._ranks:
+            group, member = divmod(rank, self.ulysses)
+            inside = max(1, self.node_size // self.ulysses)
+            own = schedules.BUILDERS[self.schedule](self.cut, group, inside)
+            if self.ulysses > 1:
+                own = own.with_peers(lambda peer: peer * self.ulysses + member)
+            self._ranks[rank] = own
+        return self._ranks[rank]
+
     def steps(self, rank: int) -> tuple[Step, ...]:
-        """The steps of ``rank``; worked out on first use and kept."""
-        if rank not in self._steps:
-            self._steps[rank] = schedules.BUILDERS[self.schedule](self, rank)
-        return self._steps[rank]
+        """The steps of ``rank``."""
+        return self.rank(rank).steps
 
-    def block(self, q_rank: int, k_rank: int) -> tuple[Slice, ...]:
-        """The pairs between the queries of one rank and the keys of another, in local indices."""
-        key = (q_rank, k_rank)
-        if key not in self._blocks:
-            parts = [
-                local
-                for q_first, q_run, part in self._own_rows(q_rank)
-                for k_first, k_run in _numbered(self.layout.runs[k_rank])
-                if (local := _localised(part, q_first, q_run, k_first, k_run))
-            ]
-            self._blocks[key] = tuple(_coalesced(parts))
-        return self._blocks[key]
-
-    @cached_property
-    def reach(self) -> tuple[int, ...]:
-        """Per rank: how many hops its K/V must make when they pass from rank to rank + 1."""
-        return tuple(self._reach(owner) for owner in self.layout.ranks)
-
-    def _reach(self, owner: int) -> int:
-        starts, lasts, ranks = self._run_ends
-        hops: set[int] = set()
-        for run in self.layout.runs[owner]:
-            column = Slice(Run(0, self.mask.n_q), run, -self.mask.n_q, self.mask.n_k)
-            for part in (part for whole in self.mask.slices if (part := whole & column)):
-                near = ranks[(starts <= part.q.last) & (lasts >= part.q.start)]
-                hops.update(((near - owner) % self.world).tolist())
-        # Ranges of queries say who may attend; with steps they say too much, so it is checked.
-        busy = (hop for hop in sorted(hops, reverse=True) if hop)
-        return next((hop for hop in busy if self.block((owner + hop) % self.world, owner)), 0)
-
-    @cached_property
-    def _run_ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(first position, last position, rank) of every run of the layout."""
-        ends = [
-            (run.start, run.last, rank)
-            for rank in self.layout.ranks
-            for run in self.layout.runs[rank]
-        ]
-        starts, lasts, ranks = np.array(ends, np.int64).reshape(-1, 3).T
-        return starts, lasts, ranks
-
-    def _own_rows(self, rank: int) -> list[tuple[int, Run, Slice]]:
-        """The mask restricted to the queries of ``rank``, so that cutting by key owner is cheap."""
-        if rank not in self._rows:
-            all_keys = Run(0, self.mask.n_k)
-            bounds = (-self.mask.n_q, self.mask.n_k)
-            self._rows[rank] = [
-                (first, run, part)
-                for first, run in _numbered(self.layout.runs[rank])
-                for whole in self.mask.slices
-                if (part := whole & Slice(run, all_keys, *bounds))
-            ]
-        return self._rows[rank]
+    def heads(self, rank: int) -> HeadSplit | None:
+        """How the heads of ``rank`` are split within its group; None without ulysses."""
+        if self.ulysses == 1:
+            return None
+        return heads_.split(rank, self.ulysses, self.layout, self.key_layout)
 
     def area(self, rank: int) -> int:
-        """Number of (query, key) pairs that ``rank`` computes."""
-        return sum(part.area for _, _, part in self._own_rows(rank))
+        """Number of (query, key) pairs that ``rank`` computes, of all heads: with ulysses u a group
+        of u ranks shares its pairs, each for a part of the heads."""
+        group, member = divmod(rank, self.ulysses)
+        share, rest = divmod(int(self.cut.areas[group]), self.ulysses)
+        return share + (member < rest)
 
     def recv_tokens(self, rank: int) -> int:
-        """Number of K/V rows that ``rank`` receives in one forward pass."""
-        return sum(move.tokens for step in self.steps(rank) for move in step.recvs)
+        """Number of K/V rows that ``rank`` receives in one forward pass, rows of a part of the
+        heads included; :mod:`ringattn.cost` has the bytes."""
+        rows = sum(move.tokens for step in self.steps(rank) for move in step.recvs)
+        if split := self.heads(rank):
+            rows += sum(self.key_layout.count(r) for r in split.members if r != rank)
+        return rows
 
     def grad_recv_tokens(self, rank: int) -> int:
-        """Number of dK/dV rows (float32) that ``rank`` receives in one backward pass."""
+        """Number of dK/dV rows (float32) that ``rank`` receives in one backward pass, without
+        those of the ulysses group."""
         return sum(move.tokens for step in self.steps(rank) for move in step.grad_recvs)
 
     @cached_property
     def imbalance(self) -> float:
         """Largest area of a rank over the mean area; 1.0 is perfect, and so is no work at all."""
-        areas = [self.area(rank) for rank in self.layout.ranks]
-        return max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
+        areas = self.cut.areas
+        return float(areas.max() / areas.mean()) if areas.any() else 1.0
 
 
-def make_plan(mask: Mask, layout: Layout, schedule: str = "ring", ulysses: int = 1) -> Plan:
-    """Plan ``mask`` on ``layout``.
+def make_plan(
+    mask: Mask,
+    layout: Layout,
+    schedule: str = "ring",
+    ulysses: int | None = None,
+    *,
+    key_layout: Layout | None = None,
+    node_size: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int = 128,
+    **unsupported: Any,
+) -> Plan:
+    """Plan ``mask`` on ``layout``. The same arguments give the same plan object, which is kept.
 
-    Raises ValueError when the mask does not fit the layout, or when the schedule or the ulysses
-    degree is not one that this version executes: nothing is ever dropped in silence.
+    Args:
+        layout: who owns which queries; ``key_layout``: who owns which keys, by default the same.
+        schedule: one of :data:`ringattn.schedules.BUILDERS`, or "auto" for the cheapest by
+            :mod:`ringattn.cost`; then ``plan.reason`` says why.
+        ulysses: over how many neighbouring ranks heads are split; 1 unless given. "auto"
+            chooses it too where it is not given and ``heads`` are.
+        node_size: neighbouring ranks with a fast link, for ``double_ring`` and "auto".
+        heads, kv_heads, head_dim: of the model; checked against ulysses here instead of at the
+            first call if given, and what "auto" counts with.
+
+    Raises ValueError when mask, layouts, schedule, ulysses and node size do not fit, and for any
+    argument that no schedule honours: nothing is ever dropped in silence.
     """
-    if schedule not in schedules.BUILDERS:
-        legal = ", ".join(schedules.BUILDERS)
-        raise ValueError(f"schedule={schedule!r} is not available; choose one of: {legal}")
-    if ulysses != 1:
-        raise ValueError(f"ulysses={ulysses} is not available; choose one of: 1")
-    if mask.n_q != layout.n or mask.n_k != layout.n:
+    if unsupported:
         raise ValueError(
-            f"the mask is {mask.n_q} queries x {mask.n_k} keys, the layout has {layout.n} tokens"
+            f"{', '.join(sorted(unsupported))}: not supported by any schedule; what limits who "
+            "attends whom (a window, packed documents) belongs into the mask; dropout and biases "
+            "do not exist here"
         )
-    return Plan(mask, layout, schedule)
+    if schedule not in (*schedules.BUILDERS, "auto"):
+        legal = ", ".join((*schedules.BUILDERS, "auto"))
+        raise ValueError(f"schedule={schedule!r} is not available; choose one of: {legal}")
+    key_layout = layout if key_layout is None else key_layout
+    _check_layouts(mask, layout, key_layout)
+    world = layout.world
+    for name, value in (("ulysses", ulysses), ("node_size", node_size)):
+        if value is not None and (value < 1 or world % value):
+            legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+            raise ValueError(
+                f"{name}={value} does not divide the {world} ranks; choose one of: {legal}"
+            )
+    if heads is not None:
+        kv_heads = heads if kv_heads is None else kv_heads
+        heads_.check_degree(ulysses or 1, world, heads)
+    if schedule == "double_ring" and node_size is None:
+        raise ValueError("schedule='double_ring' needs node_size=, the ranks of one node")
+    if node_size and ulysses and node_size % ulysses and ulysses % node_size:
+        raise ValueError(f"node_size={node_size} and ulysses={ulysses}: one must divide the other")
+    if schedule == "auto":
+        # Without heads only degree 1 is known to be legal.
+        degrees = (
+            (ulysses or 1,)
+            if heads is None or ulysses
+            else tuple(
+                u for u in heads_.legal_degrees(world, heads) if not node_size or node_size % u == 0
+            )
+        )
+        shape = Shape(heads or 1, kv_heads or heads or 1, head_dim)
+        return _cheapest(mask, layout, key_layout, node_size, shape, degrees)
+    return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
 
 
-def _numbered(runs: tuple[Run, ...]) -> list[tuple[int, Run]]:
-    """Each run with the local index of its first token."""
-    return list(zip(accumulate((len(run) for run in runs), initial=0), runs, strict=False))
+@lru_cache(maxsize=32)
+def _cheapest(
+    mask: Mask,
+    layout: Layout,
+    key_layout: Layout,
+    node_size: int | None,
+    shape: Shape,
+    degrees: tuple[int, ...],
+) -> Plan:
+    """The plan with the least estimated time of its slowest rank, among a few ranks: those at the
+    ends of the sequence and of the work. Every rank of a world chooses the same."""
+    world = layout.world
+    names = [name for name in schedules.BUILDERS if name != "double_ring" or node_size]
+    estimates: list[tuple[float, str, int]] = []
+    for ulysses in degrees:
+        areas = _cut(mask, layout, key_layout, ulysses).areas
+        groups = {0, world // ulysses - 1, int(areas.argmax()), int(areas.argmin())}
+        for name in names:
+            plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
+            times = (
+                cost.seconds(plan, group * ulysses, shape, cost.Machine(), node_size or world)
+                for group in groups
+            )
+            estimates.append((max(times), name, ulysses))
+    estimates.sort()
+    (best, name, ulysses), others = estimates[0], estimates[1:]
+    reason = f"auto: estimated {best * 1e6:.0f} us per layer"
+    if others:
+        reason += ", against " + ", ".join(
+            f"{time * 1e6:.0f} ({other}, ulysses {u})" for time, other, u in others[:4]
+        )
+    plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
+    return replace(plan, reason=reason)
 
 
-def _localised(part: Slice, q_first: int, q_run: Run, k_first: int, k_run: Run) -> Slice:
-    """``part`` on two runs of a layout, its positions replaced by local indices."""
-    step = max(q_run.step, k_run.step)
-    q, k = part.q & q_run, part.k & k_run
-
-    def local(run: Run, owner: Run, first: int) -> Run:
-        begin = first + (run.start - owner.start) // step
-        stop = first + (run.last - owner.start) // step + 1
-        return Run(begin, stop, max(1, run.step // step))
-
-    if not q or not k:
-        return Slice.make(q, k)
-    # k - q = step * (k_local - q_local) + shift for every pair of these two runs.
-    shift = (k_run.start - step * k_first) - (q_run.start - step * q_first)
-    lo, hi = -((shift - part.lo) // step), (part.hi - shift) // step
-    return Slice.make(local(q, q_run, q_first), local(k, k_run, k_first), lo, hi)
+@lru_cache(maxsize=32)
+def _plan(
+    mask: Mask, layout: Layout, key_layout: Layout, schedule: str, ulysses: int, node_size: int
+) -> Plan:
+    return Plan(mask, layout, key_layout, schedule, ulysses, node_size)
 
 
-def _coalesced(parts: list[Slice]) -> list[Slice]:
-    """Neighbouring full rectangles over the same queries made one: fewer, larger kernel calls."""
-    joined: list[Slice] = []
-    for part in parts:
-        before = joined[-1] if joined else None
-        if (
-            before
-            and before.q == part.q
-            and before.is_full
-            and part.is_full
-            and before.k.step == part.k.step == 1
-            and before.k.stop == part.k.start
-        ):
-            joined[-1] = Slice.make(part.q, Run(before.k.start, part.k.stop))
-        else:
-            joined.append(part)
-    return joined
+@lru_cache(maxsize=32)
+def _cut(mask: Mask, layout: Layout, key_layout: Layout, ulysses: int) -> Cut:
+    if ulysses > 1:
+        layout, key_layout = layout.merged(ulysses), key_layout.merged(ulysses)
+    return Cut(mask, layout, key_layout)
+
+
+def _check_layouts(mask: Mask, layout: Layout, key_layout: Layout) -> None:
+    if mask.n_q != layout.n:
+        raise ValueError(f"the mask has {mask.n_q} queries, the layout has {layout.n} tokens")
+    if mask.n_k != key_layout.n:
+        hint = "" if key_layout is not layout else "; give the keys a layout with key_layout="
+        raise ValueError(
+            f"the mask has {mask.n_k} keys, their layout has {key_layout.n} tokens{hint}"
+        )
+    if layout.world != key_layout.world:
+        raise ValueError(
+            f"queries are laid out over {layout.world} ranks, keys over {key_layout.world}"
+        )
+    if layout.step != key_layout.step and min(layout.n, key_layout.n) > layout.world:
+        raise ValueError(
+            f"queries and keys need layouts with one step, got {layout.step} and {key_layout.step}"
+        )

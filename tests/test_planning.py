@@ -1,16 +1,21 @@
 """Masks, layouts and plans against dense NumPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
+from ringattn import cost
+from ringattn.check import check
 from ringattn.layouts import Layout
-from ringattn.masks import Slice
 from ringattn.runs import Run, floor_sum
+from ringattn.slices import Slice
 
-from .cases import layouts, masks
+from .cases import masks, plans
 
 runs = st.builds(Run, st.integers(-5, 25), st.integers(-5, 40), st.integers(1, 6))
 
@@ -46,9 +51,10 @@ def test_mask_algebra(first, second):
 
 
 @given(slices())
-def test_unit_step_covers_the_slice_once(part):
+def test_bands_cover_the_slice_once(part):
     dense = np.zeros((24, 24), int)
-    for q, k, lo, hi in part.unit_step():
+    for band in part.bands():
+        q, k, lo, hi = band.q, band.k, band.lo, band.hi
         for i, row in enumerate(q.to_array()):
             for j, col in enumerate(k.to_array()):
                 dense[row, col] += lo <= j - i <= hi
@@ -60,6 +66,8 @@ def test_builders_match_their_definitions():
     q, k = np.arange(n)[:, None], np.arange(n)[None, :]
     doc = np.repeat([0, 1, 3], [4, 6, 7])
     same = doc[:, None] == doc[None, :]
+    answer = np.repeat([0, 1, 3], [5, 4, 8])
+    same_answer = answer[:, None] == answer[None, :]
     expected = [
         (ra.masks.causal(n), k <= q),
         (ra.masks.full(n), q == q + 0 * k),
@@ -69,11 +77,54 @@ def test_builders_match_their_definitions():
         (ra.masks.documents([4, 6, 7], causal=False), same),
         (ra.masks.prefix_lm(n, 6), (k <= q) | ((q < 6) & (k < 6))),
         (ra.masks.sinks(n, 3), (k <= q) & (k < 3)),
+        (ra.masks.from_cu_seqlens([0, 4, 10, 17]), same & (k <= q)),
+        (ra.masks.from_cu_seqlens(torch.tensor([0, 4, 4, 10, 17]), causal=False), same),
+        (ra.masks.from_document_ids(torch.from_numpy(doc)), same & (k <= q)),
+        (ra.masks.from_document_ids(-doc), (doc == 0) & same & (k <= q)),
+        (ra.masks.from_document_ids([5, 3, 5], causal=False), None),
+        (ra.masks.global_tokens(n, 2), (q < 2) | (k < 2)),
+        (
+            ra.masks.global_tokens(n, [16, 4], causal=True),
+            np.isin(q, [4, 16]) | np.isin(k, [4, 16]),
+        ),
+        (ra.masks.block_local(n, 5), (q // 5 == k // 5) & (k <= q)),
+        (ra.masks.block_local(n, 5, causal=False), q // 5 == k // 5),
+        (ra.masks.shifted_block(n, 6), ((q + 3) // 6 == (k + 3) // 6) & (k <= q)),
+        (ra.masks.shifted_block(n, 5, 2), ((q + 3) // 5 == (k + 3) // 5) & (k <= q)),
+        (ra.masks.block_causal(n, 5), k // 5 <= q // 5),
+        (ra.masks.dilated(n, 3, 4), (k <= q) & ((q - k) % 4 == 0) & (q - k <= 8)),
+        (ra.masks.dilated(n, 3, 4, causal=False), ((q - k) % 4 == 0) & (abs(q - k) <= 8)),
+        (ra.masks.strided(n, 4), (k <= q) & ((q - k < 4) | ((q - k) % 4 == 0))),
+        (ra.masks.strided(n, 4, causal=False), (abs(q - k) < 4) | ((q - k) % 4 == 0)),
+        (ra.masks.shared_question(5, [4, 0, 8]), (k <= q) & ((k < 5) | same_answer)),
     ]
+    expected[12] = (expected[12][0], np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], bool))
+    expected[14] = (expected[14][0], expected[14][1] & (k <= q))
     for mask, dense in expected:
         assert (mask.to_dense() == dense).all()
         assert mask.area == dense.sum()
     assert ra.masks.full(3, 5).to_dense().shape == (3, 5)
+    assert (ra.masks.causal(3, 5).to_dense() == (k[:, :5] <= q[:3] + 2)).all()
+    assert (ra.masks.causal(5, 3).to_dense() == (k[:, :3] <= q[:5] - 2)).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_big_bird_is_local_global_and_seeded(causal):
+    n, block = 100, 8
+    mask = ra.masks.big_bird(n, block, window=3, random=2, global_blocks=1, seed=7, causal=causal)
+    dense = mask.to_dense()
+    assert mask.area == dense.sum()
+    rows = np.arange(n)[:, None] // block
+    cols = np.arange(n)[None, :] // block
+    seen = np.tril(np.ones((n, n), bool)) if causal else np.ones((n, n), bool)
+    sure = (abs(rows - cols) <= 1) | (rows == 0) | (cols == 0)
+    assert (dense[sure] == seen[sure]).all() and not (dense & ~seen).any()
+    for row in range(1, -(-n // block)):
+        blocks = np.unique(cols[0, (dense & ~sure)[row * block]])
+        possible = sum(abs(row - c) > 1 for c in range(1, row if causal else -(-n // block)))
+        assert len(blocks) == min(2, possible)
+    assert mask == ra.masks.big_bird(n, block, 3, 2, 1, 7, causal)
+    assert mask != ra.masks.big_bird(n, block, 3, 2, 1, 8, causal) or causal
 
 
 def test_slices_may_be_written_as_tuples():
@@ -86,6 +137,10 @@ def test_slices_may_be_written_as_tuples():
 def test_area_needs_no_dense_mask():
     n = 2**24
     assert ra.masks.causal(n).area == n * (n + 1) // 2
+
+
+def planned(mask=None, **options):
+    return ra.make_plan(mask or ra.masks.causal(8), ra.layouts.zigzag(8, 4), **options)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +159,28 @@ def test_area_needs_no_dense_mask():
         (lambda: Layout(6, ((Run(0, 6, 2),), (Run(1, 6, 3),))), "one step"),
         (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(5, 2)), "layout has 5"),
         (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(4, 2), "spiral"), "ring"),
-        (lambda: ra.make_plan(ra.masks.causal(4), ra.layouts.zigzag(4, 2), ulysses=2), "ulysses=2"),
+        (
+            lambda: planned(ulysses=3),
+            "ulysses=3 does not divide the 4 ranks; choose one of: 1, 2, 4",
+        ),
+        (lambda: planned(ulysses=4, heads=6), "4 ranks and 6 heads; choose one of: 1, 2"),
+        (lambda: planned(schedule="double_ring"), "needs node_size"),
+        (lambda: planned(schedule="double_ring", node_size=3), "node_size=3 does not divide"),
+        (lambda: planned(dropout=0.1), "dropout: not supported"),
+        (lambda: planned(window=4, bias=None), "bias, window: not supported"),
+        (lambda: planned(ra.masks.full(8, 9)), "8 queries|key_layout="),
+        (lambda: planned(ra.masks.full(8, 9), key_layout=ra.layouts.zigzag(9, 2)), "keys over 2"),
+        (
+            lambda: planned(ra.masks.full(8, 9), key_layout=ra.layouts.striped(9, 4)),
+            "layouts with one step",
+        ),
+        (lambda: ra.layouts.balanced(ra.masks.causal(8), 2, 0), "chunk must be at least 1"),
+        (lambda: ra.masks.from_cu_seqlens([1, 2]), "cu_seqlens must ascend from 0"),
+        (lambda: ra.masks.from_cu_seqlens([0, 3, 2]), "cu_seqlens must ascend"),
+        (lambda: ra.masks.from_document_ids([0.5, 1.0]), "ids must be n integers"),
+        (lambda: ra.masks.big_bird(8, 2, window=2), "odd number"),
+        (lambda: ra.masks.dilated(8, 2, 0), "dilation must be"),
+        (lambda: ra.masks.global_tokens(8, [9]), "outside"),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -112,9 +188,9 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
-@given(st.integers(0, 50), st.integers(1, 9), st.sampled_from(list(ra.layouts.BUILDERS)))
+@given(st.integers(0, 50), st.integers(1, 9), st.sampled_from(ra.layouts.NAMES))
 def test_layouts_partition_and_round_trip(n, world, name):
-    layout = ra.layouts.BUILDERS[name](n, world)
+    layout = ra.layouts.build(name, ra.masks.causal(n), world)
     x = np.arange(n * 3).reshape(1, n, 3)
     parts = [layout.shard(x, rank) for rank in range(world)]
     assert (layout.unshard(parts) == x).all()
@@ -124,60 +200,192 @@ def test_layouts_partition_and_round_trip(n, world, name):
         assert (np.diff(layout.positions(rank)) > 0).all()
 
 
-@settings(max_examples=60)
-@given(st.data())
-def test_plan_computes_every_pair_once_and_every_receive_has_its_send(data):
-    mask = data.draw(masks(max_n=40))
-    layout = data.draw(layouts(mask.n_q, max_world=9))
-    plan = ra.make_plan(mask, layout)
-    dense = np.zeros((mask.n_q, mask.n_k), int)
-    for rank in range(layout.world):
-        steps = plan.steps(rank)
-        assert plan.area(rank) == sum(part.area for step in steps for part in step.slices)
-        for step in steps:
-            own, keys = layout.positions(rank), layout.positions(step.owner)
-            shape = (len(own), len(keys))
-            local = ra.masks.from_slices(step.slices, *shape)
-            assert sum(part.area for part in step.slices) == local.area
-            dense[np.ix_(own, keys)] += local.to_dense()
-    assert (dense == mask.to_dense()).all()
-    assert sum(plan.area(rank) for rank in range(layout.world)) == mask.area
-
-    for kind in ("", "grad_"):
-        sent, received = [], []
-        for rank in range(layout.world):
-            for at, step in enumerate(plan.steps(rank)):
-                sent += [
-                    (at, rank, m.peer, m.tokens, m.home) for m in getattr(step, kind + "sends")
-                ]
-                received += [
-                    (at, m.peer, rank, m.tokens, m.home) for m in getattr(step, kind + "recvs")
-                ]
-        assert sorted(sent) == sorted(received)
+@settings(max_examples=300, deadline=None)
+@given(plans(max_world=12))
+def test_the_checker_proves_every_plan(plan):
+    """And the checker is right: the plan's own numbers agree with dense NumPy."""
+    report = check(plan)
+    assert report.ok, report.problems
+    dense = plan.mask.to_dense()
+    assert sum(plan.area(rank) for rank in range(plan.world)) == plan.mask.area
+    for rank in range(plan.world):
+        group = rank // plan.ulysses
+        own = dense[plan.cut.q_layout.positions(group)]
+        assert report.ranks[rank].area == own.sum()
+        for owner in range(plan.cut.world):
+            keys = own[:, plan.cut.k_layout.positions(owner)].any(0)
+            assert plan.cut.need[group, owner] == keys.sum()
+            rows = [i for run in plan.cut.rows(group, owner) for i in run.to_array().tolist()]
+            assert sorted(rows) == np.flatnonzero(keys).tolist()
 
 
-@settings(max_examples=60)
+def _drop_recv(rank):
+    step = next(i for i, step in enumerate(rank.steps) if step.recvs)
+    return _with(rank, step, recvs=rank.steps[step].recvs[1:])
+
+
+def _with(rank, index, **changes):
+    steps = list(rank.steps)
+    steps[index] = replace(steps[index], **changes)
+    return replace(rank, steps=tuple(steps))
+
+
+def _shift_band(rank):
+    band = rank.steps[1].bands[0]
+    moved = replace(band, hi=min(band.hi, len(band.k) - 1) - 1)
+    return _with(rank, 1, bands=(moved, *rank.steps[1].bands[1:]))
+
+
+def _wrong_rows(rank):
+    """A part of the rows that a reader asks for, and as many beside them."""
+    index, move = next(
+        (i, m) for i, step in enumerate(rank.steps) for m in step.sends if m.tokens < 10
+    )
+    other = replace(move, rows=tuple(Run(r.start + 1, r.stop + 1) for r in move.rows))
+    sends = tuple(other if m is move else m for m in rank.steps[index].sends)
+    return _with(rank, index, sends=sends)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_drop_recv, "does not receive"),
+        (lambda rank: _with(rank, 1, grad_recvs=rank.steps[1].grad_recvs[1:]), "does not receive"),
+        (lambda rank: _with(rank, 1, bands=rank.steps[1].bands * 2), "each of their keys once"),
+        (lambda rank: _with(rank, 1, bands=()), "each of their keys once"),
+        (_shift_band, "each of their keys once"),
+        (_wrong_rows, "each of their keys once"),
+        (lambda rank: _with(rank, 1, grad_sends=rank.steps[2].grad_sends), "gradient"),
+        (lambda rank: replace(rank, steps=(*rank.steps, rank.steps[0])), "equally often"),
+    ],
+)
+def test_the_checker_sees_every_kind_of_damage(damage, says):
+    mask = ra.masks.sliding_window(40, 25, causal=False)
+    plan = make_fresh(mask, ra.layouts.contiguous(40, 4), "direct")
+    assert check(plan).ok
+    plan._ranks[3] = damage(plan.rank(3))
+    assert says in "; ".join(check(plan).problems)
+
+
+def make_fresh(mask, layout, schedule):
+    """A plan that is not the kept one, to be damaged."""
+    return replace(ra.make_plan(mask, layout, schedule), _ranks={})
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_block_stops_at_the_last_rank_that_attends_it(data):
-    mask = data.draw(masks(max_n=40))
-    layout = data.draw(layouts(mask.n_q, max_world=9))
-    plan, dense, world = ra.make_plan(mask, layout), mask.to_dense(), layout.world
+    plan = data.draw(plans(max_n=40, max_world=9, schedules=["ring"], ulysses=False))
+    dense, world = plan.mask.to_dense(), plan.world
+    passed = dict.fromkeys(range(world), 0)  # hops that each rank's block makes
+    for rank in range(world):
+        for hop, step in enumerate(plan.steps(rank)):
+            passed[(rank - hop) % world] += len(step.sends)
     for owner in range(world):
-        keys = layout.positions(owner)
+        keys = plan.key_layout.positions(owner)
         attend = [
             hop
             for hop in range(1, world)
-            if dense[np.ix_(layout.positions((owner + hop) % world), keys)].any()
+            if dense[np.ix_(plan.layout.positions((owner + hop) % world), keys)].any()
         ]
-        assert plan.reach[owner] == max(attend, default=0)
+        assert passed[owner] == max(attend, default=0)
 
 
-def test_planning_at_1024_ranks_touches_few_blocks():
+@settings(max_examples=60, deadline=None)
+@given(masks(max_n=200), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 40)))
+def test_balanced_owns_equal_counts(mask, world, chunk):
+    layout = ra.layouts.balanced(mask, world, chunk)
+    counts = [layout.count(rank) for rank in range(world)]
+    # Chunks are equal to one token, and every rank has as many of them, to one.
+    assert max(counts) - min(counts) <= (chunk or -(-mask.n_q // world)) + mask.n_q // world
+
+
+def heavy_tailed(n, seed=0):
+    """Document lengths: log-normal, median about 600, up to 128k."""
+    draw = np.random.default_rng(seed)
+    lengths = []
+    while (left := n - sum(lengths)) > 0:
+        lengths.append(min(left, 2**17, max(1, int(draw.lognormal(np.log(600), 1.6)))))
+    return lengths
+
+
+@pytest.mark.parametrize("world", [8, 16, 32, 64])
+def test_balance(world):
+    n = 2**20
+    causal, docs = ra.masks.causal(n), ra.masks.documents(heavy_tailed(n))
+    for layout in (ra.layouts.zigzag(n, world), ra.layouts.balanced(causal, world)):
+        assert ra.make_plan(causal, layout).imbalance <= 1.01
+    assert ra.make_plan(docs, ra.layouts.balanced(docs, world)).imbalance <= 1.05
+    assert ra.make_plan(docs, ra.layouts.zigzag(n, world)).imbalance > 2
+
+
+def test_direct_moves_what_is_attended_and_ring_moves_blocks():
+    n, world = 4096, 8
+    mask = ra.masks.sliding_window(n, 100) | ra.masks.sinks(n, 4)
+    rows = {
+        schedule: [
+            ra.make_plan(mask, ra.layouts.contiguous(n, world), schedule).recv_tokens(rank)
+            for rank in range(world)
+        ]
+        for schedule in ("ring", "direct", "all_gather")
+    }
+    assert rows["direct"] == [0, *[103] * 7]
+    assert rows["all_gather"] == [0, 512, *[1024] * 6]
+    assert rows["ring"] == rows["all_gather"]  # the first block passes through every rank
+
+
+def test_double_ring_crosses_nodes_once_per_node():
+    n, world, node = 1024, 16, 4
+    plan = ra.make_plan(
+        ra.masks.full(n), ra.layouts.contiguous(n, world), "double_ring", node_size=4
+    )
+    for rank in range(world):
+        moves = [move for step in plan.steps(rank) for move in step.recvs]
+        assert sum(m.tokens for m in moves) == n - n // world
+        far = sum(m.tokens for m in moves if m.peer // node != rank // node)
+        assert far == (world // node - 1) * n // world  # a ring would carry all but its own
+
+
+def test_no_block_is_as_large_as_all_keys_but_in_all_gather():
+    n = 2**14
+    for world in (8, 16, 64):
+        for mask in (ra.masks.causal(n), ra.masks.full(n), ra.masks.strided(n, 8)):
+            for schedule in ("ring", "double_ring", "direct"):
+                plan = ra.make_plan(mask, ra.layouts.zigzag(n, world), schedule, node_size=4)
+                peak = max(cost.buffers(plan.rank(rank)).kv for rank in range(world))
+                assert peak <= 5 * n // world
+
+
+def test_plans_are_kept():
+    lengths = [64] * 20
+    first, again = (
+        ra.make_plan(ra.masks.documents(lengths), ra.layouts.zigzag(1280, 4)) for _ in range(2)
+    )
+    assert first is again
+    assert first is not ra.make_plan(ra.masks.causal(1280), ra.layouts.zigzag(1280, 4))
+
+
+def test_auto_chooses_by_mask_and_heads_and_says_why():
+    n, world = 2**17, 16
+    window = ra.masks.sliding_window(n, 512)
+    plan = ra.make_plan(window, ra.layouts.contiguous(n, world), "auto", heads=8, kv_heads=2)
+    assert plan.schedule == "direct" and "auto: estimated" in str(plan)
+    fixed = ra.make_plan(window, ra.layouts.contiguous(n, world), "auto", ulysses=4, heads=8)
+    assert fixed.ulysses == 4
+    alone = ra.make_plan(ra.masks.causal(n), ra.layouts.zigzag(n, 1), "auto", heads=8)
+    assert alone.world == 1 and alone.ulysses == 1
+    # Few tokens per rank: compute hides no exchange, and an all-to-all moves less than a ring.
+    full = ra.masks.full(4096)
+    many = ra.make_plan(full, ra.layouts.contiguous(4096, 8), "auto", heads=64, node_size=8)
+    assert many.ulysses > 1
+
+
+def test_planning_one_of_1024_ranks_cuts_no_other():
     n, world = 2**20, 1024
     docs = ra.masks.documents([15_000] * 69 + [n - 69 * 15_000])
     plan = ra.make_plan(docs, ra.layouts.contiguous(n, world))
     assert 10 < len(plan.steps(500)) < 17  # a document lies on 15 or 16 ranks
-    assert len(plan._blocks) < 4 * world
+    assert len(plan.cut._blocks) == 1
 
 
 def test_blocks_that_nobody_needs_are_not_sent():

@@ -1,0 +1,190 @@
+"""What a plan costs: bytes, buffers, FLOPs and an estimate of time, all read off its steps.
+
+Conventions: bytes are those that a rank receives; a K/V row is ``kv_heads * (head_dim + v_dim)``
+elements of its head share; gradients of K/V rows travel as float32. A pair costs ``2 * heads *
+(head_dim + v_dim)`` FLOPs forward, and 2.5 times that in the backward, which recomputes the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ringattn.heads import HeadSplit
+from ringattn.schedules import Move, RankPlan
+
+if TYPE_CHECKING:
+    from ringattn.plan import Plan
+
+_STATE_BYTES = 4  # partial states and K/V gradients are float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one attention layer. ``itemsize``: bytes of an element of q, k and v; ``v_dim``: the
+    head_dim of v, by default that of k."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int | None = None
+    itemsize: int = 2
+    batch: int = 1
+
+    @property
+    def dims(self) -> int:
+        return self.head_dim + self.values
+
+    @property
+    def values(self) -> int:
+        return self.head_dim if self.v_dim is None else self.v_dim
+
+    def pair_flops(self) -> float:
+        """FLOPs of one (query, key) pair over all heads, forward and backward together."""
+        return 3.5 * 2 * self.heads * self.dims * self.batch
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What one rank receives in one forward and one backward."""
+
+    forward: int
+    backward: int
+
+
+def received(plan: Plan, rank: int, shape: Shape) -> Bytes:
+    """Bytes that ``rank`` receives; the log-sum-exp of ``return_lse`` with ulysses comes on top."""
+    split, batch = plan.heads(rank), shape.batch
+    kv_heads = _kv_heads(split, shape)
+    row = batch * kv_heads * shape.dims
+    steps = plan.steps(rank)
+    rows = sum(move.tokens for step in steps for move in step.recvs)
+    grads = sum(move.tokens for step in steps for move in step.grad_recvs)
+    forward = rows * row * shape.itemsize
+    backward = forward + grads * row * _state(shape)
+    if split:
+        into, back = _group_bytes(split, shape)
+        forward += into.forward + back.forward
+        backward += into.backward + back.backward
+    return Bytes(forward, backward)
+
+
+def _state(shape: Shape) -> int:
+    return max(_STATE_BYTES, shape.itemsize)
+
+
+def _kv_heads(split: HeadSplit | None, shape: Shape) -> int:
+    """K/V heads that a rank holds in its ring."""
+    return (
+        len(split.kv_heads(split.member, shape.heads, shape.kv_heads)) if split else shape.kv_heads
+    )
+
+
+def _group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
+    """The all-to-all over heads: (to all tokens, back to own tokens)."""
+    heads, item, member = shape.heads, shape.itemsize * shape.batch, split.member
+    others = [m for m in range(split.degree) if m != member]
+    kv = [len(split.kv_heads(m, heads, shape.kv_heads)) for m in range(split.degree)]
+    share = heads // split.degree
+
+    def tokens(rows, m: int) -> int:
+        return sum(map(len, rows[m]))
+
+    q_in = sum(tokens(split.q_rows, m) for m in others) * share
+    kv_in = sum(tokens(split.k_rows, m) for m in others) * kv[member]
+    q_back = tokens(split.q_rows, member) * share * len(others)
+    kv_back = tokens(split.k_rows, member) * sum(kv[m] for m in others)
+    grad = _state(shape) * shape.batch if split.replicates(heads, shape.kv_heads) else item
+    into = Bytes((q_in * shape.head_dim + kv_in * shape.dims) * item, q_in * shape.values * item)
+    back = Bytes(
+        q_back * shape.values * item, q_back * shape.head_dim * item + kv_back * shape.dims * grad
+    )
+    return into, back
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Largest number of rows alive at a time beyond the rank's own K/V.
+
+    ``kv``: rows of K/V. ``grads``: rows of float32 gradients of blocks that are not its own,
+    buffers on their way included. Both peak together at most.
+    """
+
+    kv: int
+    grads: int
+
+
+def buffers(plan: RankPlan) -> Buffers:
+    """The peaks of the executor's walk through the steps."""
+    kv_alive, grads_alive, kv_peak, grads_peak = {0}, {0}, 0, 0
+    arriving = flying = 0
+
+    def rows(alive: set[int]) -> int:
+        return sum(plan.blocks[block] for block in alive if block)
+
+    for index, step in enumerate(plan.steps):
+        kv_alive |= {move.block for move in step.recvs}
+        kv_peak = max(kv_peak, rows(kv_alive))
+        kv_alive -= set(plan.blocks_done(index))
+        # The gradient of this step's block is made while the last exchange is still under way.
+        if step.bands or step.grad_sends:
+            grads_alive.add(step.block)
+        grads_alive |= {move.block for move in step.grad_recvs}
+        grads_peak = max(grads_peak, rows(grads_alive) + arriving + flying)
+        arriving, flying = _rows(step.grad_recvs), _rows(step.grad_sends)
+        grads_peak = max(grads_peak, rows(grads_alive) + arriving)
+        grads_alive -= set(plan.grads_done(index))
+    return Buffers(kv_peak, max(grads_peak, arriving + flying))
+
+
+def _rows(moves: tuple[Move, ...]) -> int:
+    return sum(move.tokens for move in moves)
+
+
+def lower_bound(plan: Plan, rank: int) -> int:
+    """K/V rows that ``rank`` cannot do without: attended, not owned, each once."""
+    need = plan.cut.need[rank // plan.ulysses]
+    return int(need.sum() - need[rank // plan.ulysses])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What :func:`seconds` counts with: achieved attention FLOP/s of a device, bytes/s received
+    over the links inside a node and between nodes, seconds per exchange. The defaults are round
+    numbers for an H100 node (half of the dense bf16 peak, NVLink, one 400 Gb/s port per GPU); only
+    their ratios matter for a choice."""
+
+    flops: float = 450e12
+    inside: float = 300e9
+    between: float = 40e9
+    latency: float = 15e-6
+
+
+def seconds(plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int) -> float:
+    """Estimated forward + backward time of ``rank``: per step the longer of compute and exchange,
+    then what the ulysses group adds, which nothing hides."""
+    split = plan.heads(rank)
+    row = shape.batch * _kv_heads(split, shape) * shape.dims
+    pair = shape.pair_flops() / plan.ulysses
+    node = rank // node_size
+
+    def moving(moves: tuple[Move, ...], width: int) -> float:
+        near = sum(move.tokens for move in moves if move.peer // node_size == node)
+        far = sum(move.tokens for move in moves) - near
+        wait = machine.latency if moves else 0.0
+        return wait + row * width * (near / machine.inside + far / machine.between)
+
+    total, grads = 0.0, 0.0
+    for step in plan.steps(rank):
+        compute = sum(band.area for band in step.bands) * pair / machine.flops
+        rows = moving(step.recvs, shape.itemsize)
+        # 1 part of the FLOPs is forward, 2.5 backward; gradients move one step behind.
+        total += max(compute / 3.5, rows) + max(compute * 2.5 / 3.5, rows + grads)
+        grads = moving(step.grad_recvs, _state(shape))
+    total += grads
+    if split:
+        far = {m for m in split.members if m // node_size != node}
+        link = machine.between if far else machine.inside
+        moved = sum(b.forward + b.backward for b in _group_bytes(split, shape))
+        total += moved / link + 4 * machine.latency
+    return total
