@@ -9,7 +9,7 @@ of supervised tokens. Nothing else in the project knows about the split.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringattn import layouts, masks
 from ringattn.attention import ring_attention
 from ringattn.layouts import Layout
+from ringattn.masks import Mask
 from ringattn.plan import Plan, make_plan
 
 IGNORED = -100  # the label of a token that is not supervised
@@ -96,6 +97,38 @@ class Context:
         return loss_sum * (self.world * accum / max(supervised, 1.0))
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """How to split any mask over ``cp`` ranks: a layout by name, and what
+    :func:`ringattn.make_plan` takes."""
+
+    cp: int
+    layout: str = "zigzag"
+    schedule: str = "ring"
+    ulysses: int | None = None
+    node_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int = 128
+
+    def plan(self, mask: Mask) -> Plan:
+        """The plan of ``mask``; the same on every rank."""
+        return make_plan(
+            mask,
+            layouts.build(self.layout, mask, self.cp),
+            self.schedule,
+            self.ulysses,
+            node_size=self.node_size,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+        )
+
+    def like(self, plan: Plan) -> Strategy:
+        """This strategy with what "auto" chose for ``plan``, so that it is chosen once."""
+        return replace(self, schedule=plan.schedule, ulysses=plan.ulysses)
+
+
 def position_ids(layout: Layout, rank: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
     """int64 ``[tokens]``: where each token of ``rank`` stands in the sequence, or from 0 in its
     document if the ``lengths`` of packed documents are given. Raises ValueError if these do not
@@ -140,8 +173,7 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def check_engaged(
     context: Context,
-    layout: str,
-    schedule: str,
+    strategy: Strategy,
     forward: Callable[[torch.Tensor, torch.Tensor, Attend], torch.Tensor],
     vocab_size: int,
 ) -> None:
@@ -155,7 +187,7 @@ def check_engaged(
     n = 4 * context.cp
     alone = masks.documents([1] * n)
     for mask, reaches in ((alone | masks.sinks(n, 1), True), (alone, False)):
-        plan = make_plan(mask, layouts.BUILDERS[layout](n, context.cp), schedule)
+        plan = strategy.plan(mask)
         own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
         logits = []
         for first in (1, 2):

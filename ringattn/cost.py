@@ -16,6 +16,7 @@ from ringattn.schedules import Move, RankPlan
 if TYPE_CHECKING:
     from ringattn.plan import Plan
 
+_PASSES = 3.5  # forward and backward together, in forwards
 _STATE_BYTES = 4  # partial states and K/V gradients are float32
 
 
@@ -41,7 +42,7 @@ class Shape:
 
     def pair_flops(self) -> float:
         """FLOPs of one (query, key) pair over all heads, forward and backward together."""
-        return 3.5 * 2 * self.heads * self.dims * self.batch
+        return _PASSES * 2 * self.heads * self.dims * self.batch
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,22 @@ class Machine:
     latency: float = 15e-6
 
 
-def seconds(plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int) -> float:
-    """Estimated forward + backward time of ``rank``: per step the longer of compute and exchange,
-    then what the ulysses group adds, which nothing hides."""
-    split = plan.heads(rank)
-    row = shape.batch * _kv_heads(split, shape) * shape.dims
-    pair = shape.pair_flops() / plan.ulysses
+@dataclass(frozen=True)
+class StepTime:
+    """Estimated seconds of one step: forward compute, the exchange of K/V rows that it hides, and
+    the exchange of gradients that starts after it."""
+
+    compute: float
+    exchange: float
+    gradients: float
+
+
+def timeline(
+    plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int
+) -> list[StepTime]:
+    """The steps of ``rank`` on ``machine``, whose nodes hold ``node_size`` ranks."""
+    row = shape.batch * _kv_heads(plan.heads(rank), shape) * shape.dims
+    pair = shape.pair_flops() / _PASSES / plan.ulysses
     node = rank // node_size
 
     def moving(moves: tuple[Move, ...], width: int) -> float:
@@ -174,17 +185,28 @@ def seconds(plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: in
         wait = machine.latency if moves else 0.0
         return wait + row * width * (near / machine.inside + far / machine.between)
 
-    total, grads = 0.0, 0.0
-    for step in plan.steps(rank):
-        compute = sum(band.area for band in step.bands) * pair / machine.flops
-        rows = moving(step.recvs, shape.itemsize)
-        # 1 part of the FLOPs is forward, 2.5 backward; gradients move one step behind.
-        total += max(compute / 3.5, rows) + max(compute * 2.5 / 3.5, rows + grads)
-        grads = moving(step.grad_recvs, _state(shape))
-    total += grads
-    if split:
-        far = {m for m in split.members if m // node_size != node}
-        link = machine.between if far else machine.inside
+    return [
+        StepTime(
+            sum(band.area for band in step.bands) * pair / machine.flops,
+            moving(step.recvs, shape.itemsize),
+            moving(step.grad_recvs, _state(shape)),
+        )
+        for step in plan.steps(rank)
+    ]
+
+
+def seconds(plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int) -> float:
+    """Estimated forward + backward time of ``rank``: per step the longer of compute and exchange,
+    then what the ulysses group adds, which nothing hides."""
+    total, gradients = 0.0, 0.0
+    for step in timeline(plan, rank, shape, machine, node_size):
+        total += max(step.compute, step.exchange)
+        total += max((_PASSES - 1) * step.compute, step.exchange + gradients)
+        gradients = step.gradients  # they move one step behind
+    total += gradients
+    if split := plan.heads(rank):
+        crosses = any(member // node_size != rank // node_size for member in split.members)
+        link = machine.between if crosses else machine.inside
         moved = sum(b.forward + b.backward for b in _group_bytes(split, shape))
         total += moved / link + 4 * machine.latency
     return total

@@ -12,6 +12,7 @@ import ringattn as ra
 from ringattn.context import (
     IGNORED,
     Context,
+    Strategy,
     check_engaged,
     loss_sum,
     position_ids,
@@ -35,7 +36,7 @@ def model():
 
 def test_self_check_passes_for_a_model_that_uses_its_plan(context, model):
     for layout in ("zigzag", "contiguous", "striped"):
-        check_engaged(context, layout, "ring", model, 50)
+        check_engaged(context, Strategy(context.cp, layout), model, 50)
 
 
 def test_self_check_sees_attention_that_is_not_engaged(context, model):
@@ -43,7 +44,7 @@ def test_self_check_sees_attention_that_is_not_engaged(context, model):
         return model(tokens, positions, lambda q, k, v: v.repeat_interleave(2, 2))
 
     with pytest.raises(RuntimeError, match="does not reach every later one"):
-        check_engaged(context, "zigzag", "ring", own_token_only, 50)
+        check_engaged(context, Strategy(context.cp), own_token_only, 50)
 
 
 def test_self_check_sees_a_mask_that_is_dropped(context, model):
@@ -57,7 +58,7 @@ def test_self_check_sees_a_mask_that_is_dropped(context, model):
         return model(tokens, positions, dense)
 
     with pytest.raises(RuntimeError, match="leaks into later ones"):
-        check_engaged(context, "zigzag", "ring", always_causal, 50)
+        check_engaged(context, Strategy(context.cp), always_causal, 50)
 
 
 def test_a_shard_without_supervised_tokens_is_zero_and_connected():

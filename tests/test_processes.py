@@ -84,6 +84,13 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
         3: {},
         4: case("dp2-contiguous", 2, 1, 3, 1, "parallel.layout=contiguous"),
     }
+    worlds[2] |= case("all-gather", 2, 6, 1, 0, "parallel.schedule=all_gather")
+    worlds[2] |= case("auto", 2, 6, 1, 0, "parallel.schedule=auto", "parallel.layout=balanced")
+    worlds[4] |= case("ulysses-direct", 4, 6, 1, 1, "parallel.schedule=direct",
+                      "parallel.ulysses=2", "parallel.layout=balanced")  # fmt: skip
+    worlds[4] |= case("double-ring", 4, 6, 1, 0, "parallel.schedule=double_ring",
+                      "parallel.node_size=2")  # fmt: skip
+    worlds[4] |= case("dp2-ulysses", 2, 3, 1, 2, "parallel.ulysses=2")
     for stage in range(4):
         worlds[2] |= case(f"cp2-zero{stage}", 2, 6, 1, stage)
         worlds[2] |= case(f"cp2-zero{stage}-accum2", 2, 3, 2, stage)
@@ -93,7 +100,7 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
         worlds[4] |= case(f"cp4-zero{stage}", 4, 6, 1, stage)
     worlds[3] |= case("cp3-continues-cp1", 3, 3, 2, 0, continued)
     runs = _train_all(tmp_path, worlds)
-    assert len(runs) == 22 and len(runs["base"]) == 3
+    assert len(runs) == 27 and len(runs["base"]) == 3
     for name, got in runs.items():
         _assert_equal(runs["base"][-len(got) :], got, name)
     assert [m["step"] for m in runs["cp3-continues-cp1"]] == [3]

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ringattn import cost
 from ringattn.context import Context
+from ringattn.cost import Shape
 from ringattn.kernels import select
 from ringattn.models.decoder import ModelConfig
 from ringattn.plan import Plan
@@ -25,9 +27,10 @@ def plan_table(
     """
     ranks = range(context.cp)
     wide = 2 if config.precision == "bf16" else 4
-    row = 2 * model.kv_heads * model.head_dim  # values of K and V per token
-    forward = max(plan.recv_tokens(rank) for rank in ranks) * row * wide
-    backward = forward + max(plan.grad_recv_tokens(rank) for rank in ranks) * row * 4
+    shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
+    received = [cost.received(plan, rank, shape) for rank in ranks]
+    forward = max(bytes_.forward for bytes_ in received)
+    backward = max(bytes_.backward for bytes_ in received)
     tokens = config.seq_len * config.batch_size * context.dp * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
     memory = predicted_memory_bytes(model, config, local, context.world)
@@ -37,7 +40,9 @@ def plan_table(
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {config.precision}"),
         ("mesh", f"data {context.dp} x context {context.cp}, {context.device.type}"),
         ("mask", ", ".join(f"{key} {value}" for key, value in config.attention.items())),
-        ("attention", f"schedule {plan.schedule}, layout {plan.layout.name}, kernel {kernel}"),
+        ("attention", f"schedule {plan.schedule}, ulysses {plan.ulysses}, "
+                      f"layout {plan.layout.name}, kernel {kernel}"),
+        *([("chosen", plan.reason)] if plan.reason else []),
         ("engine", f"{config.engine.name}, ZeRO {config.engine.zero_stage}"),
         ("tokens per step", f"{tokens:,} ({local:,} per rank and micro-step)"),
         ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),

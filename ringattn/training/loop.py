@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn import layouts, masks
+from ringattn import masks
 from ringattn.context import (
     IGNORED,
     Context,
+    Strategy,
     check_engaged,
     check_same_data,
     loss_sum,
@@ -28,7 +29,7 @@ from ringattn.data.corpus import Corpus
 from ringattn.data.stream import Span, Stream
 from ringattn.masks import Mask
 from ringattn.models.decoder import Decoder, ModelConfig
-from ringattn.plan import Plan, make_plan
+from ringattn.plan import Plan
 from ringattn.training import checkpoint
 from ringattn.training.checkpoint import Manifest
 from ringattn.training.display import Display, plan_table
@@ -96,22 +97,38 @@ def build_mask(config: DictConfig, lengths: list[int]) -> Mask:
     return masks.from_slices(slices, n, n)
 
 
-def load_batch(job: Job, stream: Stream, context: Context, sequences: list[int]) -> MicroBatch:
+def strategy(config: DictConfig, model: ModelConfig) -> Strategy:
+    """How this run splits its masks."""
+    parallel = config.parallel
+    return Strategy(
+        cp=parallel.cp,
+        layout=parallel.layout,
+        schedule=parallel.schedule,
+        ulysses=parallel.ulysses,
+        node_size=parallel.node_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
+def load_batch(
+    job: Job, stream: Stream, context: Context, split: Strategy, sequences: list[int]
+) -> MicroBatch:
     """This rank's part of ``sequences``; only its own tokens are read."""
     config = job.config
     spans = stream.batch_spans(sequences)
     lengths = segments(config, spans)
-    layout = layouts.BUILDERS[config.parallel.layout](sum(lengths), context.cp)
-    local = stream.local(spans, layout, context.cp_rank)
+    plan = split.plan(build_mask(config, lengths))
+    local = stream.local(spans, plan.layout, context.cp_rank)
     tokens, labels, positions = (
         x.to(context.device)
         for x in (
             torch.from_numpy(local.tokens),
             torch.from_numpy(local.labels),
-            position_ids(layout, context.cp_rank, lengths),
+            position_ids(plan.layout, context.cp_rank, lengths),
         )
     )
-    plan = make_plan(build_mask(config, lengths), layout, config.parallel.schedule)
     return MicroBatch(tokens[None], labels[None], positions, plan)
 
 
@@ -159,14 +176,16 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     stream = Stream(job.corpus, config.seq_len, config.seed)
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
-        _self_check(job, context, engine, stream, start)
+        split = strategy(config, job.model)
         sequences = _sequences(config, context, start.sequences_seen, 0)
-        first = load_batch(job, stream, context, sequences)
+        first = load_batch(job, stream, context, split, sequences)
+        split = split.like(first.plan)
+        _self_check(job, context, engine, stream, split, start)
         peak = config.peak_flops or measured_peak(context.device, DTYPES[config.precision])
         display.say(plan_table(config, job.model, context, first.plan, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         display.say(f"run directory: {job.run_dir}")
-        end = _steps(job, context, engine, stream, start, peak, stops, display, log)
+        end = _steps(job, context, engine, stream, split, start, peak, stops, display, log)
         if end.step < config.train.steps:
             display.say(f"stopped on request at step {end.step}; checkpoint saved")
         elif config.train.sample_tokens:
@@ -176,7 +195,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
                 config.train.sample_prompt,
                 config.train.sample_tokens,
                 config.seed,
-                config.parallel.schedule,
+                replace(split, layout="contiguous"),
             )
             display.console.rule("sample", align="left")
             display.console.print(text, markup=False)
@@ -189,18 +208,17 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
 
 
 def _self_check(
-    job: Job, context: Context, engine: DeepSpeedEngine, stream: Stream, start: Manifest
+    job: Job,
+    context: Context,
+    engine: DeepSpeedEngine,
+    stream: Stream,
+    split: Strategy,
+    start: Manifest,
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
     config = job.config
     engine.train(False)
-    check_engaged(
-        context,
-        config.parallel.layout,
-        config.parallel.schedule,
-        engine.forward,
-        job.model.vocab_size,
-    )
+    check_engaged(context, split, engine.forward, job.model.vocab_size)
     engine.train(True)
     sequences = _sequences(config, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))
@@ -217,6 +235,7 @@ def _steps(
     context: Context,
     engine: DeepSpeedEngine,
     stream: Stream,
+    split: Strategy,
     state: Manifest,
     peak: float,
     stops: list[int],
@@ -235,10 +254,10 @@ def _steps(
         while state.step < config.train.steps:
             begin = time.perf_counter()
             batches = [
-                load_batch(
-                    job, stream, context, _sequences(config, context, state.sequences_seen, m)
+                load_batch(job, stream, context, split, sequences)
+                for sequences in (
+                    _sequences(config, context, state.sequences_seen, m) for m in range(accum)
                 )
-                for m in range(accum)
             ]
             area = sum(batch.plan.mask.area for batch in batches) / context.cp
             supervised, area, stop = context.total(

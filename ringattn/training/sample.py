@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ringattn import layouts, masks
-from ringattn.context import Context
+from ringattn import masks
+from ringattn.context import Context, Strategy
 from ringattn.data.corpus import END
-from ringattn.plan import make_plan
 from ringattn.training.engine import DeepSpeedEngine
 
 
@@ -18,20 +17,21 @@ def generate(
     prompt: str,
     count: int,
     seed: int,
-    schedule: str,
+    split: Strategy,
     temperature: float = 0.7,
 ) -> str:
     """``prompt`` continued by up to ``count`` bytes, or to the end of the document. Collective.
 
     Every token is one forward over the text so far, which stays right at any ZeRO stage and
-    split; the rank that owns the last position draws, and tells the others.
+    split whose layout is contiguous; the rank that owns the last position draws, and tells the
+    others.
     """
     tokens = [END, *prompt.encode()]
     generator = torch.Generator().manual_seed(seed)
     engine.train(False)
     for _ in range(count):
         n = len(tokens)
-        plan = make_plan(masks.causal(n), layouts.contiguous(n, context.cp), schedule)
+        plan = split.plan(masks.causal(n))
         own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
         text = torch.tensor(tokens, device=context.device)
         with torch.no_grad():

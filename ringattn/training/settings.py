@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.data.corpus import VOCAB_SIZE
-from ringattn.layouts import BUILDERS as LAYOUTS
+from ringattn.heads import check_degree
+from ringattn.layouts import NAMES as LAYOUTS
 from ringattn.schedules import BUILDERS as SCHEDULES
 
 
@@ -111,8 +113,9 @@ RULES: dict[str, Rule] = {
     "logger.mode": _choice("offline", "online"),
     "logger.project": _text,
     "parallel.cp": _or_null(_integer(1)),
-    "parallel.ulysses": _choice(1),
-    "parallel.schedule": _choice(*SCHEDULES),
+    "parallel.ulysses": _or_null(_integer(1)),
+    "parallel.schedule": _choice(*SCHEDULES, "auto"),
+    "parallel.node_size": _or_null(_integer(1)),
     "parallel.layout": _choice(*LAYOUTS),
     "parallel.timeout_s": _number(1, 1e6),
     "optim.lr": _number(0),
@@ -177,7 +180,10 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def check(config: DictConfig, world: int) -> None:
-    """What depends on the world, and the default of ``parallel.cp``. Raises ConfigError."""
+    """What depends on the world, and the defaults of ``parallel.cp`` and ``node_size``.
+
+    Raises ConfigError.
+    """
     if config.parallel.cp is None:
         config.parallel.cp = world
     if world % config.parallel.cp:
@@ -186,6 +192,25 @@ def check(config: DictConfig, world: int) -> None:
             f"parallel.cp={config.parallel.cp} does not divide the world of {world} ranks; "
             f"choose one of: {', '.join(map(str, legal))}"
         )
+    parallel = config.parallel
+    if parallel.node_size is None:
+        parallel.node_size = math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", world)), parallel.cp)
+    if parallel.cp % parallel.node_size:
+        legal = [d for d in range(1, parallel.cp + 1) if parallel.cp % d == 0]
+        raise ConfigError(
+            f"parallel.node_size={parallel.node_size} does not divide parallel.cp={parallel.cp}; "
+            f"choose one of: {', '.join(map(str, legal))}"
+        )
+    if parallel.ulysses is not None:
+        try:
+            check_degree(parallel.ulysses, parallel.cp, config.model.heads)
+        except ValueError as error:
+            raise ConfigError(f"parallel.{error}") from None
+        if parallel.node_size % parallel.ulysses and parallel.ulysses % parallel.node_size:
+            raise ConfigError(
+                f"parallel.ulysses={parallel.ulysses} and parallel.node_size="
+                f"{parallel.node_size}: one must divide the other"
+            )
 
 
 @contextmanager

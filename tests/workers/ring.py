@@ -11,11 +11,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oracle
 
 import ringattn as ra
+from ringattn import cost
+from ringattn.comm import Counted, connect
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.set_num_threads(1)
 worst = 0.0
+# Every schedule, with and without a split of the heads, also where these are replicated.
+variants = [("ring", 1, 1), ("all_gather", 1, 1), ("direct", 1, 1), ("double_ring", 1, world)]
+variants += [(name, world, 1) for name in ("ring", "direct")] if world > 1 else []
+if world == 4:
+    variants += [("double_ring", 1, 2), ("double_ring", 2, 2), ("direct", 2, 1)]
 for n in (world - 1 or 1, 50, 333):
     masks = [
         ra.masks.causal(n),
@@ -24,10 +31,14 @@ for n in (world - 1 or 1, 50, 333):
         ra.masks.documents([n // 3, 1, n - n // 3 - 1] if n > 3 else [n]),
         ra.masks.prefix_lm(n, n // 2) - ra.masks.sinks(n, 1),
     ]
-    for mask in masks:
-        for make in ra.layouts.BUILDERS.values():
-            for heads, kv_heads in ((2, 2), (6, 2)):
-                plan = ra.make_plan(mask, make(n, world))
+    for at, mask in enumerate(masks):
+        for number, (schedule, ulysses, node) in enumerate(variants):
+            for layout in (ra.layouts.NAMES[(number + at + shift) % 4] for shift in (0, 1)):
+                heads, kv_heads = ((2, 2), (6, 2), (6, 1))[(number + n) % 3]
+                heads, kv_heads = (heads * ulysses, kv_heads) if ulysses > 1 else (heads, kv_heads)
+                plan = ra.make_plan(
+                    mask, ra.layouts.build(layout, mask, world), schedule, ulysses, node_size=node
+                )
                 gen = torch.Generator().manual_seed(n)
                 whole = [
                     torch.randn(2, n, h, 16, generator=gen)
@@ -35,8 +46,11 @@ for n in (world - 1 or 1, 50, 333):
                 ]
                 *own, dout = (plan.layout.shard(x, rank) for x in whole)
                 own = [x.requires_grad_() for x in own]
-                out = ra.ring_attention(*own, plan)
+                counted = Counted(connect(None))
+                out = ra.ring_attention(*own, plan, group=counted)
                 got = [out.detach(), *torch.autograd.grad(out, own, dout)]
+                bytes_ = cost.received(plan, rank, cost.Shape(heads, kv_heads, 16, None, 4, 2))
+                assert counted.received == bytes_.forward + bytes_.backward, plan
                 want = oracle.attention(*whole[:3], mask.to_dense(), whole[3])
                 for a, b in zip(got, want, strict=True):
                     scale = b.abs().max().clamp(min=0.5)
@@ -47,7 +61,7 @@ assert worst <= 1e-5, f"rank {rank}: relative error {worst}"
 
 # The self-check must see attention that stays on its rank, and data that does not follow the mesh.
 if world == 2:
-    from ringattn.context import Context, check_engaged, check_same_data
+    from ringattn.context import Context, Strategy, check_engaged, check_same_data
     from ringattn.models.decoder import Decoder, ModelConfig
 
     context = Context.create(2, torch.device("cpu"))
@@ -68,8 +82,8 @@ if world == 2:
         return False
 
     alone = [dist.new_group([r]) for r in range(2)][rank]
-    check_engaged(context, "zigzag", "ring", model, 50)
-    assert refused(check_engaged, context, "zigzag", "ring", local_only, 50)
+    check_engaged(context, Strategy(2), model, 50)
+    assert refused(check_engaged, context, Strategy(2), local_only, 50)
     check_same_data(context, [0, 1], "text")
     assert refused(check_same_data, context, [0, 1], f"text of rank {rank}")
     assert refused(check_same_data, context, [rank], "text")
@@ -78,14 +92,19 @@ if world == 2:
 
 # context x data: two rings side by side in one world
 if world == 4:
-    from ringattn.context import Context
+    from ringattn.context import Context, Strategy
 
     context = Context.create(2, torch.device("cpu"))
     assert (context.dp_rank, context.cp_rank) == divmod(rank, 2)
-    plan = ra.make_plan(ra.masks.causal(41), ra.layouts.zigzag(41, 2))
     gen = torch.Generator().manual_seed(context.dp_rank)
-    whole = [torch.randn(1, 41, 2, 16, generator=gen) for _ in range(4)]
-    out = context.attend(plan)(*(plan.layout.shard(x, context.cp_rank) for x in whole[:3]))
-    want = oracle.attention(*whole[:3], plan.mask.to_dense(), whole[3])[0]
-    assert oracle.error(context.unshard(out, plan.layout), want) <= 1e-5
+    *whole, dout = (torch.randn(1, 41, 2, 16, generator=gen) for _ in range(4))
+    for schedule, ulysses in (("ring", 1), ("direct", 1), ("all_gather", 1), ("ring", 2)):
+        strategy = Strategy(2, "balanced", schedule, ulysses, heads=2)
+        plan = strategy.plan(ra.masks.prefix_lm(41, 7))
+        own = [plan.layout.shard(x, context.cp_rank).requires_grad_() for x in whole]
+        out = context.attend(plan)(*own)
+        grads = torch.autograd.grad(out, own, plan.layout.shard(dout, context.cp_rank))
+        wants = oracle.attention(*whole, plan.mask.to_dense(), dout)
+        for got, want in zip((out, *grads), wants, strict=True):
+            assert oracle.error(context.unshard(got, plan.layout), want) <= 1e-5
 dist.destroy_process_group()

@@ -1,0 +1,36 @@
+"""The console script ``ringattn``: one module per command, each a parser of its own arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ringattn.cli.request import RequestError
+
+COMMANDS = {
+    "plan": "what every rank computes and receives for a mask, a layout and a schedule",
+    "verify": "compare distributed attention with float64, on your device, backend and shapes",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status. Bad input is one line and status 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: ringattn COMMAND KEY=VALUE... (ringattn COMMAND --help lists the keys)\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:8s} {text}")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"ringattn: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = import_module("ringattn.cli." + name)
+    try:
+        return module.run(rest)
+    except RequestError as error:
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts many, one speaks
+            print(f"ringattn {name}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,316 @@
+"""``ringattn verify``: distributed attention against float64, where you are going to run it.
+
+Under torchrun every process is a rank; otherwise all ranks are threads of this process. The same
+inputs go through the plan, through one kernel call on the whole sequence, and through dense
+float64. The verdict: out, dq, dk and dv are no further from float64 than the one call, times 1.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from datetime import timedelta
+from math import gcd
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ringattn import kernels
+from ringattn.attention import ring_attention
+from ringattn.cli.request import (
+    PLAN_KEYS,
+    Key,
+    RequestError,
+    choice,
+    count,
+    keys_of,
+    layout_of,
+    parse,
+    planned,
+)
+from ringattn.comm import VirtualWorld
+from ringattn.kernels import reference
+from ringattn.layouts import contiguous
+from ringattn.masks import Mask
+from ringattn.plan import Plan, make_plan
+from ringattn.runs import Run
+from ringattn.slices import Band, Slice
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+# Below this an error is rounding of the partial states, whose order the plan may change.
+FLOORS = {"bf16": 1e-6, "fp16": 1e-6, "fp32": 1e-6, "fp64": 1e-12}
+LIMIT = 1.1
+NAMES = ("out", "dq", "dk", "dv")
+_TOKENS = 1024  # where neither n nor the mask says how many
+_ORACLE_SCORES = 2**24  # that the oracle holds at a time
+
+KEYS = PLAN_KEYS | {
+    "n": Key(count, None, "tokens, where the mask does not say; 1024 unless given"),
+    "ranks": Key(count, None, "virtual ranks without torchrun; 4 unless given"),
+    "dtype": Key(choice(*DTYPES), "bf16", f"one of {', '.join(DTYPES)}"),
+    "kernel": Key(str, "auto", f"auto, {', '.join(kernels.KERNELS)}"),
+    "device": Key(choice("auto", "cpu", "cuda"), "auto", "auto, cpu, cuda"),
+    "backend": Key(str, None, "of torch.distributed; by default nccl on cuda, gloo on cpu"),
+    "timeout_s": Key(count, 300, "seconds until a silent rank is an error"),
+    "seed": Key(int, 0, "of the inputs"),
+}
+
+
+def _flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="FILE", help="error against number of ranks (PNG, SVG)")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; 0 if the verdict is good, 1 if not."""
+    values, options = parse("verify", KEYS, arguments, _flags)
+    device = _device(values["device"])
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and values["ranks"]:
+        raise RequestError("ranks= is for one process; torchrun has set the number of ranks")
+    world = int(os.environ["WORLD_SIZE"]) if launched else values["ranks"] or 4
+    plan = planned(values, world, _TOKENS)
+    try:
+        kernels.select(values["kernel"], DTYPES[values["dtype"]])
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    if launched:
+        backend = values["backend"] or ("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=timedelta(seconds=values["timeout_s"]))
+    try:
+        return _verified(values, options, plan, device, launched)
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise RequestError("device=cuda, but torch sees no GPU here; use device=cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _verified(
+    values: dict[str, Any], options: Namespace, plan: Plan, device: torch.device, launched: bool
+) -> int:
+    inputs = _inputs(values, plan.mask, device)
+    got = _over_processes(plan, inputs, values) if launched else _over_threads(plan, inputs, values)
+    if got is None:  # this is not the rank that reports; it learns the verdict all the same
+        return _shared_verdict(None, device)
+    want = oracle(plan.mask, *inputs)
+    whole = _over_threads(_one_call(plan.mask), inputs, values)
+    errors = {
+        name: (rms_error(a, c), rms_error(b, c))
+        for name, a, b, c in zip(NAMES, got, whole, want, strict=True)
+    }
+    passed = all(within(*pair, values["dtype"]) for pair in errors.values())
+    facts = {
+        "plan": str(plan),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "ranks": plan.world,
+        "processes": launched,
+        "dtype": values["dtype"],
+        "errors": {
+            name: {"plan": ours, "one_call": one, "ok": within(ours, one, values["dtype"])}
+            for name, (ours, one) in errors.items()
+        },
+        "passed": passed,
+    }
+    if options.plot:
+        facts["curve"] = _curve(values, plan, inputs, want, whole, options.plot)
+    print(json.dumps(facts)) if options.json else _print(facts)
+    return _shared_verdict(passed, device) if launched else int(not passed)
+
+
+def _inputs(values: dict[str, Any], mask: Mask, device: torch.device) -> list[torch.Tensor]:
+    """[q, k, v, dout] of the whole sequence, alike on every rank."""
+    generator = torch.Generator().manual_seed(values["seed"])
+    heads, dim = values["heads"], values["head_dim"]
+    kv_heads, v_dim = values["kv_heads"] or heads, values["v_dim"] or dim
+    dtype = DTYPES[values["dtype"]]
+    shapes = [
+        (mask.n_q, heads, dim),
+        (mask.n_k, kv_heads, dim),
+        (mask.n_k, kv_heads, v_dim),
+        (mask.n_q, heads, v_dim),
+    ]
+    return [
+        torch.randn(values["batch"], *shape, generator=generator).to(device, dtype)
+        for shape in shapes
+    ]
+
+
+def _local(plan: Plan, rank: int, group: Any, inputs: Sequence[torch.Tensor], kernel: str):
+    """(out, dq, dk, dv) of one rank."""
+    q, k, v, dout = inputs
+    own = [
+        layout.shard(x, rank).requires_grad_()
+        for layout, x in ((plan.layout, q), (plan.key_layout, k), (plan.key_layout, v))
+    ]
+    out = ring_attention(*own, plan, group=group, kernel=kernel)
+    return out.detach(), *torch.autograd.grad(out, own, plan.layout.shard(dout, rank))
+
+
+def _together(plan: Plan, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    layouts = (plan.layout, plan.layout, plan.key_layout, plan.key_layout)
+    return [
+        layout.unshard(some) for layout, some in zip(layouts, zip(*parts, strict=True), strict=True)
+    ]
+
+
+def _over_threads(
+    plan: Plan, inputs: Sequence[torch.Tensor], values: dict[str, Any]
+) -> list[torch.Tensor]:
+    work = VirtualWorld(plan.world, values["timeout_s"]).run(
+        lambda rank: _local(plan, rank.rank, rank, inputs, values["kernel"])
+    )
+    return _together(plan, work)
+
+
+def _over_processes(
+    plan: Plan, inputs: Sequence[torch.Tensor], values: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """The result on rank 0, None elsewhere."""
+    rank = dist.get_rank()
+    own = [x.cpu() for x in _local(plan, rank, None, inputs, values["kernel"])]
+    parts = [None] * plan.world if rank == 0 else None
+    dist.gather_object(own, parts)
+    if parts is None:
+        return None
+    return [x.to(inputs[0].device) for x in _together(plan, parts)]
+
+
+def _shared_verdict(passed: bool | None, device: torch.device) -> int:
+    """The exit status, the same on every rank."""
+    failed = torch.tensor([int(passed is False)], device=device)
+    dist.broadcast(failed, 0)
+    return int(failed)
+
+
+def _one_call(mask: Mask) -> Plan:
+    keys = contiguous(mask.n_k, 1)
+    return make_plan(mask, contiguous(mask.n_q, 1), key_layout=keys)
+
+
+def oracle(
+    mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
+) -> list[torch.Tensor]:
+    """[out, dq, dk, dv] in float64 by the dense reference kernel, a head and some rows at a time;
+    no plan, no layout and no executor is involved."""
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+    together, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    height = max(1, _ORACLE_SCORES // max(1, mask.n_k))
+    for low in range(0, mask.n_q, height):
+        rows = Run(low, min(mask.n_q, low + height))
+        parts = (part & Slice(rows, part.k, part.lo, part.hi) for part in mask.slices)
+        bands = [
+            Band(Run(b.q.start - low, b.q.stop - low, b.q.step), b.k, b.lo, b.hi)
+            for part in parts
+            for b in part.bands()
+        ]
+        if not bands:
+            continue
+        at = slice(rows.start, rows.stop)
+        for batch in range(q.shape[0]):
+            for head in range(q.shape[2]):
+                here = (slice(batch, batch + 1), at, slice(head, head + 1))
+                kv = (
+                    slice(batch, batch + 1),
+                    slice(None),
+                    slice(head // together, head // together + 1),
+                )
+                lse = q.new_full((1, 1, len(rows)), -torch.inf)
+                reference.forward(q[here], k[kv], v[kv], bands, out[here], lse, scale)
+                reference.backward(
+                    dout[here], q[here], k[kv], v[kv], out[here], lse, bands,
+                    dq[here], dk[kv], dv[kv], scale,
+                )  # fmt: skip
+    return [out, dq, dk, dv]
+
+
+def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Root mean square of the difference over that of float64; NaN counts as infinite."""
+    error = (got.double() - want).norm() / want.norm().clamp(min=1e-30)
+    return float(error.nan_to_num(torch.inf, torch.inf))
+
+
+def within(ours: float, one_call: float, dtype: str) -> bool:
+    """Whether an error is as small as it must be."""
+    return ours <= max(LIMIT * one_call, FLOORS[dtype])
+
+
+def _curve(
+    values: dict[str, Any],
+    plan: Plan,
+    inputs: Sequence[torch.Tensor],
+    want: Sequence[torch.Tensor],
+    whole: Sequence[torch.Tensor],
+    file: str,
+) -> dict[str, Any]:
+    """Errors over those of one call for 1, 2, 4, 8, 16 virtual ranks on this device, drawn too."""
+    try:
+        from ringattn.cli.pictures import draw_errors
+    except ImportError:
+        raise RequestError("--plot needs matplotlib: pip install matplotlib") from None
+    ranks = (1, 2, 4, 8, 16)
+    curves: dict[str, list[float]] = {name: [] for name in NAMES}
+    for world in ranks:
+        mask = plan.mask
+        some = make_plan(
+            mask,
+            layout_of(values["layout"], mask, world, values["chunk"]),
+            plan.schedule,
+            gcd(plan.ulysses, world),
+            key_layout=None if mask.n_q == mask.n_k else keys_of(values["layout"], mask, world),
+            node_size=gcd(plan.node_size, world),
+        )
+        for name, a, b, c in zip(
+            NAMES, _over_threads(some, inputs, values), whole, want, strict=True
+        ):
+            curves[name].append(rms_error(a, c) / max(rms_error(b, c), FLOORS[values["dtype"]]))
+    title = f"{plan.schedule}, {plan.layout.name}, {values['dtype']}, mask {values['mask']}"
+    try:
+        draw_errors(curves, ranks, title, file)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--plot {file}: {error}") from None
+    return {"ranks": list(ranks), **curves}
+
+
+def _print(facts: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    kind = "processes" if facts["processes"] else "virtual ranks of one process"
+    console.print(facts["plan"], soft_wrap=True)
+    console.print(
+        f"{facts['ranks']} {kind}, {facts['dtype']}, {facts['device']}, torch {facts['torch']}"
+    )
+    table = Table()
+    for title in ("", "RMS error of the plan", "of one kernel call", "ratio", ""):
+        table.add_column(title, justify="right")
+    for name, error in facts["errors"].items():
+        ratio = error["plan"] / error["one_call"] if error["one_call"] else 1.0
+        verdict = "[green]ok[/green]" if error["ok"] else "[red]WRONG[/red]"
+        table.add_row(
+            name, f"{error['plan']:.3e}", f"{error['one_call']:.3e}", f"{ratio:.3f}", verdict
+        )
+    console.print(table)
+    if facts["passed"]:
+        console.print(f"[green]PASSED[/green]: as close to float64 as one call (x {LIMIT})")
+    else:
+        console.print(f"[red]FAILED[/red]: further from float64 than {LIMIT} x one kernel call")
