@@ -6,6 +6,7 @@ ARGS ?=
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 
 .PHONY: setup train test lint bench clean
 
@@ -33,8 +34,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup
-	$(BIN)/python benchmarks/attention.py $(ARGS)
+# The peers bring their own dependencies, so they live in an environment of their own.
+$(BENCH)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python tools/install_torch.py constraints.txt $(TORCH_INDEX)
+	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(BENCH)/ready
+	$(BENCH)/bin/python benchmarks/peers.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(BENCH) build *.egg-info

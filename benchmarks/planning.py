@@ -1,8 +1,9 @@
-"""Seconds to plan the steps of one rank, for masks, layouts and numbers of ranks.
+"""Milliseconds to plan the steps of one rank, for masks, layouts, schedules and numbers of ranks.
 
-    python benchmarks/planning.py --worlds 64 1024 --tokens 1048576
+    python benchmarks/planning.py [--repeat 5]
 
-One process, no torch: plans are pure Python and NumPy. Medians of three fresh plans.
+One process, no torch: plans are pure Python and NumPy. Every plan is fresh: mask, layout and plan
+caches are emptied before it is timed. Medians (smallest-largest).
 """
 
 import argparse
@@ -10,37 +11,48 @@ import statistics
 import time
 
 import ringattn as ra
+from ringattn import plan as plans
+
+
+def timed(work, repeat):
+    times = []
+    for _ in range(repeat):
+        plans.forget()
+        begin = time.perf_counter()
+        result = work()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return f"{statistics.median(times):.1f} ms ({min(times):.1f}-{max(times):.1f})", result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[64, 1024])
-    parser.add_argument("--tokens", type=int, default=2**20)
-    parser.add_argument("--document", type=int, default=15_000, help="tokens of a document")
-    arguments = parser.parse_args()
-    n = arguments.tokens
-    count, rest = divmod(n, arguments.document)
-    masks = {
-        "causal": ra.masks.causal(n),
-        f"{count + bool(rest)} documents": ra.masks.documents(
-            [arguments.document] * count + [rest]
-        ),
-    }
-    for world in arguments.worlds:
-        for mask_name, mask in masks.items():
-            for layout_name, make in ra.layouts.BUILDERS.items():
-                times = []
-                for _ in range(3):
-                    begin = time.perf_counter()
-                    plan = ra.make_plan(mask, make(n, world))
-                    steps = plan.steps(world // 2)
-                    times.append(time.perf_counter() - begin)
-                print(
-                    f"{n} tokens  {world:5d} ranks  {mask_name:14s} {layout_name:11s} "
-                    f"{statistics.median(times):7.3f} s ({min(times):.3f}-{max(times):.3f})  "
-                    f"{len(steps)} steps",
-                    flush=True,
-                )
+    parser.add_argument("--repeat", type=int, default=5)
+    repeat = parser.parse_args().repeat
+    draws = [
+        ("1,000 documents", 2**20, 64, [2**20 // 1000] * 999 + [2**20 - 999 * (2**20 // 1000)]),
+        ("70 documents", 2**20, 1024, [15_000] * 69 + [2**20 - 69 * 15_000]),
+        ("causal", 2**20, 64, [2**20]),
+        ("causal", 2**24, 1024, [2**24]),
+    ]
+    print("| tokens | ranks | mask | layout | layout made in | schedule | plan of one rank in |")
+    print("|---|---|---|---|---|---|---|")
+    for name, n, world, lengths in draws:
+        for layout_name in ra.layouts.NAMES:
+            made, layout = timed(
+                lambda layout_name=layout_name, lengths=lengths, world=world: ra.layouts.build(
+                    layout_name, ra.masks.documents(lengths), world
+                ),
+                repeat,
+            )
+            for schedule in ("ring", "direct"):
+                mask = ra.masks.documents(lengths)
+
+                def plan_one(mask=mask, layout=layout, schedule=schedule, world=world):
+                    return ra.make_plan(mask, layout, schedule).steps(world // 2)
+
+                took, _ = timed(plan_one, repeat)
+                cells = (f"{n:,}", f"{world:,}", name, layout_name, made, schedule, took)
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from ringattn.cli.request import RequestError
 
@@ -27,9 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"ringattn: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = import_module("ringattn.cli." + name)
     try:
-        return module.run(rest)
+        if name == "plan":  # imported here: planning needs no torch
+            from ringattn.cli.plan import run
+        else:
+            from ringattn.cli.verify import run
+        return run(rest)
     except RequestError as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts many, one speaks
             print(f"ringattn {name}: {error}", file=sys.stderr)
