@@ -1,6 +1,6 @@
 """Peak extra memory of attention per rank, by number of ranks at fixed length.
 
-    python benchmarks/memory.py [--tokens 32768] [--worlds 2 4 8]
+    python benchmarks/memory.py [--tokens 16384] [--worlds 4 8 16]
 
 Real gloo processes; in each, torch's profiler records every allocation of one forward + backward,
 and the largest running sum counts, less the results (out, dq, dk, dv), which anyone must hold.
@@ -47,8 +47,8 @@ def worker(rank, world, n, names, rendezvous, peaks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[4, 8, 16])
     arguments = parser.parse_args()
     n, names = arguments.tokens, list(schedules.BUILDERS)
     table = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import heappop, heapreplace
+from heapq import heappop, heappush, heapreplace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -80,12 +80,14 @@ class Layout:
         parts = [run.to_array() for run in self.runs[rank]]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def merged(self, size: int) -> Layout:
-        """The layout of groups of ``size`` neighbouring ranks, each as if it were one rank."""
+    def merged(self, size: int, join: bool = False) -> Layout:
+        """The layout of groups of ``size`` neighbouring ranks, each as if it were one rank.
+
+        ``join`` makes neighbouring runs one, which gives single tokens a step of 1.
+        """
         groups = range(0, self.world, size)
         runs = (sorted(sum(self.runs[g : g + size], ()), key=lambda run: run.start) for g in groups)
-        join = _joined if self.step == 1 else tuple  # neighbours made one would have another step
-        return Layout(self.n, tuple(map(join, runs)), self.name)
+        return Layout(self.n, tuple(_joined(r) if join else tuple(r) for r in runs), self.name)
 
     def shard(self, x: Any, rank: int, dim: int = 1) -> Any:
         """The part of ``x`` (NumPy array or torch tensor) that ``rank`` owns along ``dim``."""
@@ -161,10 +163,11 @@ def striped(n: int, world: int) -> Layout:
 def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     """Equal token counts (to one chunk) and near-equal work for ``mask``.
 
-    The queries are cut into near-equal chunks of at most ``chunk`` tokens. Heavy chunks go first,
-    each to the rank with the least work that still has room; then chunks are exchanged between the
-    most loaded rank and others while that helps. With ``chunk=None`` chunks are halved, from two a
-    rank on, until the largest work is within 1 % of the mean, or there are 32 a rank.
+    The queries are cut into chunks of ``chunk`` tokens, the last one shorter. Heavy chunks go
+    first, each to the rank with the least work that still has room; then chunks are exchanged
+    between the most loaded rank and others while that helps. With ``chunk=None`` there are two
+    near-equal chunks a rank, then four, eight, ... up to 32, until the largest work is within 1 %
+    of the mean.
 
     Queries only: for unequal lengths give the keys a layout of their own. Raises ValueError for
     a chunk below 1.
@@ -175,23 +178,24 @@ def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     table = Table(mask.slices)
     if chunk is not None:
-        return _balanced(table, n, world, max(1, -(-n // chunk)))[0]
-    best, least = None, float("inf")
+        return _dealt(table, [*range(0, n, chunk), n], world)[0]
+    best, least = _dealt(table, _cuts(n, world), world)
     for per_rank in (2, 4, 8, 16, 32):
-        layout, imbalance = _balanced(table, n, world, min(per_rank * world, max(n, 1)))
+        # Chunks differ by a token; as many of them as tokens in one would add up to a chunk.
+        if least <= 1.01 or per_rank * per_rank * world > n:
+            break
+        layout, imbalance = _dealt(table, _cuts(n, per_rank * world), world)
         if imbalance < least:
             best, least = layout, imbalance
-        if least <= 1.01 or per_rank * world >= n:
-            break
     return best
 
 
-def _balanced(table: Table, n: int, world: int, chunks: int) -> tuple[Layout, float]:
-    """(layout, largest work over the mean) for a number of chunks."""
-    edges = np.array(_cuts(n, chunks), np.int64)
-    index = np.arange(chunks)
+def _dealt(table: Table, cuts: list[int], world: int) -> tuple[Layout, float]:
+    """(layout, largest work over the mean) for the chunks between the cuts."""
+    edges = np.array(cuts, np.int64)
+    chunks = len(cuts) - 1
     filled = edges[1:] > edges[:-1]
-    side = Side(edges[:-1][filled], edges[1:][filled] - 1, index[filled], 1)
+    side = Side(edges[:-1][filled], edges[1:][filled] - 1, np.arange(chunks)[filled], 1)
     meetings = meet(table, side)
     work = np.zeros(chunks, np.int64)
     np.add.at(work, meetings.tags, meetings.areas())
@@ -201,16 +205,22 @@ def _balanced(table: Table, n: int, world: int, chunks: int) -> tuple[Layout, fl
     for at, rank in enumerate(owner.tolist()):
         runs[rank].append(Run(int(edges[at]), int(edges[at + 1])))
     imbalance = float(load.max() / load.mean()) if load.any() else 1.0
-    return Layout(n, tuple(_joined(some) for some in runs), "balanced"), imbalance
+    return Layout(cuts[-1], tuple(_joined(some) for some in runs), "balanced"), imbalance
 
 
 def _assigned(work: np.ndarray, world: int) -> np.ndarray:
-    """The rank of every chunk: equal numbers of chunks, near-equal sums of work."""
+    """The rank of every chunk: equal numbers of chunks, to one, and near-equal sums of work.
+
+    The last chunk, which may be short, stays with rank 0, which has the most chunks: so token
+    counts differ by one chunk at most.
+    """
     room = np.full(world, len(work) // world)
     room[: len(work) % world] += 1
     owner = np.zeros(len(work), np.int64)
-    least = [(0, rank) for rank in range(world)]
-    for chunk in np.argsort(-work, kind="stable").tolist():
+    least = [(0, rank) for rank in range(1, world)]
+    heappush(least, (int(work[-1:].sum()), 0))
+    room[0] -= len(work) > 0
+    for chunk in np.argsort(-work[:-1], kind="stable").tolist():
         while not room[least[0][1]]:
             heappop(least)
         load, rank = least[0]
@@ -221,8 +231,8 @@ def _assigned(work: np.ndarray, world: int) -> np.ndarray:
     for _ in range(4 * world):
         # The exchange that takes most off the fullest rank without filling another as far.
         full = int(load.argmax())
-        mine, others = np.flatnonzero(owner == full), np.flatnonzero(owner != full)
-        if not len(others):
+        mine, others = np.flatnonzero(owner[:-1] == full), np.flatnonzero(owner[:-1] != full)
+        if not len(others) or not len(mine):
             break
         moved = work[mine][:, None] - work[others][None, :]
         after = np.maximum(load[full] - moved, load[owner[others]][None, :] + moved)

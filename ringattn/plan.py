@@ -213,7 +213,8 @@ def _plan(
 @lru_cache(maxsize=32)
 def _cut(mask: Mask, layout: Layout, key_layout: Layout, ulysses: int) -> Cut:
     if ulysses > 1:
-        layout, key_layout = layout.merged(ulysses), key_layout.merged(ulysses)
+        join = layout.step == key_layout.step == 1  # both in the same way
+        layout, key_layout = (x.merged(ulysses, join) for x in (layout, key_layout))
     return Cut(mask, layout, key_layout)
 
 
