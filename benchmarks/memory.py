@@ -53,6 +53,7 @@ def main():
     n, names = arguments.tokens, list(schedules.BUILDERS)
     table = []
     for world in arguments.worlds:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the profiler warns of older memory
         peaks = torch.zeros(len(names), world, dtype=torch.int64).share_memory_()
         with tempfile.TemporaryDirectory() as folder:
             place = os.path.join(folder, "rendezvous")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import heappop, heappush, heapreplace
+from heapq import heappop, heappush
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 from ringattn.joins import Side, Table, meet
 from ringattn.masks import Mask
 from ringattn.runs import Run
+
+_TOLERANCE = 0.01  # of balanced: largest work over the mean, less 1
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     best, least = _dealt(table, _cuts(n, world), world)
     for per_rank in (2, 4, 8, 16, 32):
         # Chunks differ by a token; as many of them as tokens in one would add up to a chunk.
-        if least <= 1.01 or per_rank * per_rank * world > n:
+        if least <= 1 + _TOLERANCE or per_rank * per_rank * world > n:
             break
         layout, imbalance = _dealt(table, _cuts(n, per_rank * world), world)
         if imbalance < least:
@@ -211,36 +213,52 @@ def _dealt(table: Table, cuts: list[int], world: int) -> tuple[Layout, float]:
 def _assigned(work: np.ndarray, world: int) -> np.ndarray:
     """The rank of every chunk: equal numbers of chunks, to one, and near-equal sums of work.
 
-    The last chunk, which may be short, stays with rank 0, which has the most chunks: so token
-    counts differ by one chunk at most.
+    Heavy chunks first, to the rank with the least work; but to the rank of a neighbouring chunk
+    where that is no further ahead than its number of chunks says: neighbours share keys. The last
+    chunk, which may be short, stays with rank 0, which has the most chunks: so token counts differ
+    by one chunk at most.
     """
     room = np.full(world, len(work) // world)
     room[: len(work) % world] += 1
-    owner = np.zeros(len(work), np.int64)
-    least = [(0, rank) for rank in range(1, world)]
-    heappush(least, (int(work[-1:].sum()), 0))
-    room[0] -= len(work) > 0
-    for chunk in np.argsort(-work[:-1], kind="stable").tolist():
-        while not room[least[0][1]]:
-            heappop(least)
-        load, rank = least[0]
+    fair = work.sum() / max(len(work), 1) * (1 + _TOLERANCE / 4)  # work of one chunk
+    owner = np.full(len(work), -1, np.int64)
+    load, taken = np.zeros(world, np.int64), np.zeros(world, np.int64)
+    least = [(0, rank) for rank in range(world)]
+
+    def give(chunk: int, rank: int) -> None:
         owner[chunk] = rank
-        room[rank] -= 1
-        heapreplace(least, (load + int(work[chunk]), rank))
-    load = np.bincount(owner, work, world).astype(np.int64)
+        taken[rank] += 1
+        load[rank] += work[chunk]
+        if taken[rank] < room[rank]:
+            heappush(least, (int(load[rank]), rank))
+
+    if len(work):
+        give(len(work) - 1, 0)
+    for chunk in np.argsort(-work[:-1], kind="stable").tolist():
+        beside = (owner[at] for at in (chunk - 1, chunk + 1) if at >= 0 and owner[at] >= 0)
+        for rank in beside:
+            ahead = load[rank] + work[chunk] > fair * (taken[rank] + 1)
+            if taken[rank] < room[rank] and not ahead:
+                give(chunk, rank)
+                break
+        else:
+            while load[least[0][1]] != least[0][0] or taken[least[0][1]] == room[least[0][1]]:
+                heappop(least)  # what was true before the rank got more
+            give(chunk, heappop(least)[1])
+    mean = load.mean()
     for _ in range(4 * world):
         # The exchange that takes most off the fullest rank without filling another as far.
         full = int(load.argmax())
         mine, others = np.flatnonzero(owner[:-1] == full), np.flatnonzero(owner[:-1] != full)
-        if not len(others) or not len(mine):
+        if load[full] <= (1 + _TOLERANCE / 2) * mean or not len(others) or not len(mine):
             break
         moved = work[mine][:, None] - work[others][None, :]
         after = np.maximum(load[full] - moved, load[owner[others]][None, :] + moved)
-        give, take = np.unravel_index(after.argmin(), after.shape)
-        if after[give, take] >= load[full]:
+        ours, theirs = np.unravel_index(after.argmin(), after.shape)
+        if after[ours, theirs] >= load[full]:
             break
-        rank, change = owner[others[take]], moved[give, take]
-        owner[mine[give]], owner[others[take]] = rank, full
+        rank, change = owner[others[theirs]], moved[ours, theirs]
+        owner[mine[ours]], owner[others[theirs]] = rank, full
         load[full] -= change
         load[rank] += change
     return owner

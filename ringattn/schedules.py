@@ -216,8 +216,9 @@ def all_gather(cut: Cut, rank: int, node_size: int) -> RankPlan:
 def direct(cut: Cut, rank: int, node_size: int) -> RankPlan:
     """Each rank receives from each owner exactly the rows that it attends, in stages.
 
-    A stage holds the owners at some distances; stages are as large as keeps a quarter of all rows,
-    and two blocks, in a stage on every rank. Idle distances take none.
+    A stage holds the owners at neighbouring distances, as many as keep its rows within a quarter
+    of all that any rank receives (so compute hides them) and within the size of a block (so
+    buffers are no larger than a ring's). Distances at which nobody attends take none.
     """
     return _gathered(cut, rank, cut.remember("stages", lambda: _stages(cut)), cut.rows)
 
@@ -229,7 +230,7 @@ def _stages(cut: Cut) -> list[list[int]]:
     read = cut.need[ranks, (ranks - distances) % cut.world]  # [rank, distance]
     rows = np.concatenate([read, cut.need[(ranks + distances) % cut.world, ranks]])
     quarter = -(-int(rows.sum(1).max(initial=0)) // 4)
-    limit = min(quarter, 2 * -(-cut.k_layout.n // cut.world))
+    limit = min(quarter, -(-cut.k_layout.n // cut.world))
     stages, held = [], np.zeros(len(rows), np.int64)
     for distance in distances.tolist():
         more = rows[:, distance - 1]
