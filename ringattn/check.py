@@ -1,10 +1,13 @@
 """Proves a plan: every pair once, every row and gradient where it belongs, no deadlock.
 
-The plan of every rank is walked in lock step with a toy attention in exact 64-bit integers: each
-query and each key has a random weight, a query's output is the sum of the weights of the keys it
-was computed with, a key's gradient the sum of those of its queries. The mask alone gives what both
-must be. A pair that is missing, doubled or computed with the wrong row, or a gradient that is lost
-or counted twice, changes a sum; that it does not show has a chance of about 2**-60.
+First the plan must be well-formed: rows, blocks and peers exist, no row is named twice in a move.
+Then every rank is walked in lock step with a toy attention in exact 64-bit integers: each query and
+each key has a random weight (another one for every member of a ulysses group, so heads cannot be
+mixed up), a query's output is the sum of the weights of the keys it was computed with, a key's
+gradient the sum of those of its queries. The mask alone gives what both must be. A pair that is
+missing, doubled or computed with the wrong row, or a gradient that is lost or counted twice,
+changes a sum; that it does not show has a chance of about 2**-60. A row of a block is received once
+and used only in later steps, so nothing is overwritten or read while it is on its way.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class RankReport:
 
 @dataclass
 class Report:
-    """``problems`` is empty for a correct plan; each is one line."""
+    """``problems`` is empty for a correct plan; each is one line. ``ranks`` is empty where the plan
+    is malformed."""
 
     ranks: list[RankReport]
     problems: list[str] = field(default_factory=list)
@@ -59,18 +63,30 @@ class _Check:
         self.plan, self.problems = plan, []
         mask, cut = plan.mask, plan.cut
         weights = np.random.default_rng(0)
+        # Keys and queries of member m of a group are numbered from m * n_k and m * n_q on.
         self.f, self.g = (
-            weights.integers(1, 2**63, n, dtype=np.uint64) | np.uint64(1)
+            weights.integers(1, 2**63, plan.ulysses * n, dtype=np.uint64) | np.uint64(1)
             for n in (mask.n_q, mask.n_k)
         )
-        group = [rank // plan.ulysses for rank in range(plan.world)]
-        self.own = [cut.q_layout.positions(g) for g in group]
+        places = [divmod(rank, plan.ulysses) for rank in range(plan.world)]
+        self.own = [cut.q_layout.positions(g) + m * mask.n_q for g, m in places]
         self.walkers = [
-            _Walker(plan.rank(rank), cut.k_layout.positions(g), self.f[self.own[rank]], self.g)
-            for rank, g in enumerate(group)
+            _Walker(
+                plan.rank(rank),
+                cut.k_layout.positions(g) + m * mask.n_k,
+                self.f[self.own[rank]],
+                self.g,
+            )
+            for rank, (g, m) in enumerate(places)
         ]
 
     def run(self) -> Report:
+        for rank, walker in enumerate(self.walkers):
+            faults = _malformed(walker.plan, rank, self.plan.world, len(walker.keys), len(walker.f))
+            self.problems += [f"rank {rank}, {fault}" for fault in faults]
+        return Report([], self.problems) if self.problems else self._walk()
+
+    def _walk(self) -> Report:
         lengths = sorted({len(w.plan.steps) for w in self.walkers})
         if len(lengths) > 1:
             self.problems.append(f"ranks do not exchange equally often: {lengths} steps")
@@ -93,7 +109,10 @@ class _Check:
         for walker, came in zip(self.walkers, arrivals, strict=True):
             walker.collect(came)
         self._verdict()
-        return Report([self._summary(rank) for rank in range(self.plan.world)], self.problems)
+        ranks = [self._summary(rank) for rank in range(self.plan.world)]
+        if sum(rank.area for rank in ranks) != self.plan.mask.area * self.plan.ulysses:
+            self.problems.append("the pairs of all ranks are not as many as the mask has")
+        return Report(ranks, self.problems)
 
     def _exchange(self, index, what, steps: Sequence[Step], out: str, into: str, read):
         """What every rank receives. Messages between two ranks match in their order: since all
@@ -124,27 +143,35 @@ class _Check:
 
     def _verdict(self) -> None:
         plan = self.plan
-        out, dk = _expected(plan.mask, self.f, self.g)
+        sums = [
+            _expected(plan.mask, f, g)
+            for f, g in zip(
+                np.split(self.f, plan.ulysses), np.split(self.g, plan.ulysses), strict=True
+            )
+        ]
+        out, dk = (np.concatenate(parts) for parts in zip(*sums, strict=True))
         for rank, walker in enumerate(self.walkers):
             self.problems += [f"rank {rank}: {problem}" for problem in walker.problems]
             wrong = np.flatnonzero(walker.out != out[self.own[rank]])
             if len(wrong):
+                position = self.own[rank][wrong[0]] % plan.mask.n_q
                 self.problems.append(
-                    f"rank {rank}: {len(wrong)} queries, the first at position "
-                    f"{self.own[rank][wrong[0]]}, do not see each of their keys once"
+                    f"rank {rank}: {len(wrong)} queries, the first at position {position}, do not "
+                    "see each of their keys once"
                 )
-            keys = walker.blocks[0]
-            wrong = np.flatnonzero(walker.grads[0] != dk[keys])
+            wrong = np.flatnonzero(walker.grads[0] != dk[walker.keys])
             if len(wrong):
                 self.problems.append(
                     f"rank {rank}: the gradients of {len(wrong)} keys, the first at position "
-                    f"{keys[wrong[0]]}, are not the sum over their queries"
+                    f"{walker.keys[wrong[0]] % plan.mask.n_k}, are not the sum over their queries"
                 )
             if (split := plan.heads(rank)) is not None:
                 self._check_split(rank, split)
 
     def _check_split(self, rank: int, split) -> None:
         plan, group = self.plan, rank // self.plan.ulysses
+        if split.members[split.member] != rank:
+            self.problems.append(f"rank {rank}: takes another's place in its group")
         for rows, whole, layout in (
             (split.q_rows, plan.cut.q_layout, plan.layout),
             (split.k_rows, plan.cut.k_layout, plan.key_layout),
@@ -171,7 +198,7 @@ class _Walker:
     """One rank: which key (by position) each row of its blocks is, and its sums so far."""
 
     def __init__(self, plan: RankPlan, keys: np.ndarray, f: np.ndarray, g: np.ndarray) -> None:
-        self.plan, self.f, self.g = plan, f, g
+        self.plan, self.keys, self.f, self.g = plan, keys, f, g
         self.blocks = {0: keys}
         self.out = np.zeros(len(f), np.uint64)
         self.grads = {0: np.zeros(len(keys), np.uint64)}
@@ -210,17 +237,51 @@ class _Walker:
             block = self.blocks.setdefault(
                 move.block, np.full(self.plan.blocks[move.block], _MISSING)
             )
+            if (block[_at(move.rows)] != _MISSING).any():
+                self.problems.append(f"receives rows of block {move.block} that it holds already")
             block[_at(move.rows)] = keys
 
     def collect(self, came: Sequence[tuple[Move, np.ndarray]]) -> None:
         for move, sums in came:
-            self._grad(move.block)[_at(move.rows)] += sums
+            np.add.at(self._grad(move.block), _at(move.rows), sums)
 
     def forget(self, index: int) -> None:
         for block in self.plan.blocks_done(index):
             self.blocks.pop(block, None)
         for block in self.plan.grads_done(index):
             self.grads.pop(block, None)
+
+
+def _malformed(plan: RankPlan, rank: int, world: int, keys: int, queries: int) -> list[str]:
+    """What makes the steps of ``rank`` meaningless, before any is walked."""
+    if not plan.blocks or plan.blocks[0] != keys:
+        return [f"block 0 must be its own {keys} keys, got blocks {plan.blocks}"]
+    faults = []
+
+    def outside(runs: Sequence[Run], size: int) -> bool:
+        return any(run.start < 0 or run.stop > size for run in runs)
+
+    for index, step in enumerate(plan.steps):
+        if not 0 <= step.block < len(plan.blocks):
+            faults.append(f"step {index}: computes on block {step.block}, which does not exist")
+            continue
+        for band in step.bands:
+            if outside([band.q], queries) or outside([band.k], plan.blocks[step.block]):
+                faults.append(f"step {index}: {band} reaches outside of queries or block")
+        for kind in ("sends", "recvs", "grad_sends", "grad_recvs"):
+            for move in getattr(step, kind):
+                where = f"step {index}: {kind} {move}"
+                if not 0 <= move.peer < world or move.peer == rank:
+                    faults.append(f"{where} names no other rank")
+                elif not 0 <= move.block < len(plan.blocks):
+                    faults.append(f"{where} names no block")
+                elif not move.tokens or outside(move.rows, plan.blocks[move.block]):
+                    faults.append(f"{where} names no rows, or rows outside of the block")
+                elif len(np.unique(_at(move.rows))) != move.tokens:
+                    faults.append(f"{where} names a row twice")
+                elif kind == "recvs" and move.block == 0:
+                    faults.append(f"{where} overwrites the rank's own keys")
+    return faults
 
 
 def _at(rows: Sequence[Run]) -> np.ndarray:

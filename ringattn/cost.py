@@ -105,10 +105,11 @@ def _group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Largest number of rows alive at a time beyond the rank's own K/V.
+    """Largest number of rows that blocks hold at a time beyond the rank's own K/V.
 
-    ``kv``: rows of K/V. ``grads``: rows of float32 gradients of blocks that are not its own,
-    buffers on their way included. Both peak together at most.
+    ``kv``: rows of K/V. ``grads``: rows of float32 gradients of blocks that are not its own, and
+    of gradients on their way. Copies of a part of a block for the time of a message (where its rows
+    are not dense in memory) and what a kernel needs inside are not counted.
     """
 
     kv: int

@@ -156,7 +156,8 @@ def pack(slices: Iterable[Slice], rows: Sequence[Run], offset: int = 0) -> list[
         for first, run in places:
             if part.k.start > run.last or part.k.last < run.start:
                 continue
-            inside = part & Slice(part.q, run, part.lo, part.hi)
+            whole = run.step == 1 and run.start <= part.k.start and part.k.last <= run.last
+            inside = part if whole else part & Slice(part.q, run, part.lo, part.hi)
             bands += [
                 Band(band.q, _local(band.k, run, first), band.lo, band.hi)
                 for band in inside.bands()

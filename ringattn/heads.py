@@ -56,6 +56,15 @@ def legal_degrees(world: int, heads: int) -> list[int]:
     return [u for u in range(1, common + 1) if common % u == 0]
 
 
+def check_heads(heads: int, kv_heads: int) -> None:
+    """ValueError, with the legal ones listed, for K/V heads that do not divide the heads."""
+    if heads % kv_heads:
+        legal = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise ValueError(
+            f"kv_heads={kv_heads} does not divide {heads} heads; choose one of: {legal}"
+        )
+
+
 def check_degree(ulysses: int, world: int, heads: int) -> None:
     """ValueError, with the legal ones listed, for a degree that does not divide world and heads."""
     legal = legal_degrees(world, heads)

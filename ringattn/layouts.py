@@ -17,7 +17,7 @@ import numpy as np
 
 from ringattn.joins import Side, Table, meet
 from ringattn.masks import Mask
-from ringattn.runs import Run
+from ringattn.runs import Run, whole
 
 _TOLERANCE = 0.01  # of balanced: largest work over the mean, less 1
 
@@ -34,6 +34,7 @@ class Layout:
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(map(tuple, self.runs)))
         every = [run for runs in self.runs for run in runs if run]
         steps = {run.step for run in every if len(run) > 1} or {1}
         if len(steps) > 1:
@@ -120,8 +121,8 @@ def _at(ndim: int, dim: int, index: np.ndarray) -> tuple[Any, ...]:
 
 
 def _checked(n: int, world: int) -> None:
-    if n < 0 or world < 1:
-        raise ValueError(f"a layout needs n >= 0 and world >= 1, got n={n}, world={world}")
+    whole("n", n, 0)
+    whole("world", world, 1)
 
 
 def _cuts(n: int, parts: int) -> list[int]:
@@ -174,10 +175,12 @@ def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     Queries only: for unequal lengths give the keys a layout of their own. Raises ValueError for
     a chunk below 1.
     """
+    if not isinstance(mask, Mask):
+        raise ValueError(f"balanced needs a mask, then the world; got {mask!r}")
     n = mask.n_q
     _checked(n, world)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if chunk is not None:
+        whole("chunk", chunk, 1)
     table = Table(mask.slices)
     if chunk is not None:
         return _dealt(table, [*range(0, n, chunk), n], world)[0]
@@ -268,7 +271,12 @@ BUILDERS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 
 def build(name: str, mask: Mask, world: int) -> Layout:
-    """The layout called ``name`` (of :data:`NAMES`) for the queries of ``mask``."""
+    """The layout called ``name`` (of :data:`NAMES`) for the queries of ``mask``.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"layout={name!r} is unknown; choose one of: {', '.join(NAMES)}")
     return balanced(mask, world) if name == "balanced" else BUILDERS[name](mask.n_q, world)
 
 

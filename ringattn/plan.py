@@ -17,6 +17,7 @@ from ringattn.cuts import Cut
 from ringattn.heads import HeadSplit
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
+from ringattn.runs import whole
 from ringattn.schedules import RankPlan, Step
 
 
@@ -112,6 +113,8 @@ def make_plan(
     heads: int | None = None,
     kv_heads: int | None = None,
     head_dim: int = 128,
+    v_dim: int | None = None,
+    itemsize: int = 2,
     **unsupported: Any,
 ) -> Plan:
     """Plan ``mask`` on ``layout``. The same arguments give the same plan object, which is kept.
@@ -122,9 +125,10 @@ def make_plan(
             :mod:`ringattn.cost`; then ``plan.reason`` says why.
         ulysses: over how many neighbouring ranks heads are split; 1 unless given. "auto"
             chooses it too where it is not given and ``heads`` are.
-        node_size: neighbouring ranks with a fast link, for ``double_ring`` and "auto".
-        heads, kv_heads, head_dim: of the model; checked against ulysses here instead of at the
-            first call if given, and what "auto" counts with.
+        node_size: neighbouring ranks with a fast link: what ``double_ring`` and "auto" must know of
+            the machine; the others are the same on any.
+        heads, kv_heads: of the model; checked here instead of at the first call if given.
+        head_dim, v_dim, itemsize: what "auto" counts with besides (``itemsize`` bytes an element).
 
     Raises ValueError when mask, layouts, schedule, ulysses and node size do not fit, and for any
     argument that no schedule honours: nothing is ever dropped in silence.
@@ -138,18 +142,26 @@ def make_plan(
     if schedule not in (*schedules.BUILDERS, "auto"):
         legal = ", ".join((*schedules.BUILDERS, "auto"))
         raise ValueError(f"schedule={schedule!r} is not available; choose one of: {legal}")
+    for name, value in (("mask", mask), ("layout", layout), ("key_layout", key_layout)):
+        kind = Mask if name == "mask" else Layout
+        if not isinstance(value, kind) and (name != "key_layout" or value is not None):
+            raise ValueError(f"{name} must be a {kind.__name__} of ringattn, got {value!r}")
     key_layout = layout if key_layout is None else key_layout
     _check_layouts(mask, layout, key_layout)
     world = layout.world
     for name, value in (("ulysses", ulysses), ("node_size", node_size)):
-        if value is not None and (value < 1 or world % value):
+        if value is not None and world % whole(name, value, 1):
             legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
             raise ValueError(
                 f"{name}={value} does not divide the {world} ranks; choose one of: {legal}"
             )
+    if heads is None and kv_heads is not None:
+        raise ValueError(f"kv_heads={kv_heads} needs heads= beside it")
     if heads is not None:
         kv_heads = heads if kv_heads is None else kv_heads
+        heads_.check_heads(whole("heads", heads, 1), whole("kv_heads", kv_heads, 1))
         heads_.check_degree(ulysses or 1, world, heads)
+    whole("head_dim", head_dim, 1)
     if schedule == "double_ring" and node_size is None:
         raise ValueError("schedule='double_ring' needs node_size=, the ranks of one node")
     if node_size and ulysses and node_size % ulysses and ulysses % node_size:
@@ -163,7 +175,7 @@ def make_plan(
                 u for u in heads_.legal_degrees(world, heads) if not node_size or node_size % u == 0
             )
         )
-        shape = Shape(heads or 1, kv_heads or heads or 1, head_dim)
+        shape = Shape(heads or 1, kv_heads or 1, head_dim, v_dim, itemsize)
         return _cheapest(mask, layout, key_layout, node_size, shape, degrees)
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
 
@@ -236,7 +248,9 @@ def _check_layouts(mask: Mask, layout: Layout, key_layout: Layout) -> None:
         raise ValueError(
             f"queries are laid out over {layout.world} ranks, keys over {key_layout.world}"
         )
-    if layout.step != key_layout.step and min(layout.n, key_layout.n) > layout.world:
+    # A layout of single tokens goes with any step.
+    single = any(all(len(run) < 2 for run, _ in x.owned) for x in (layout, key_layout))
+    if layout.step != key_layout.step and not single:
         raise ValueError(
             f"queries and keys need layouts with one step, got {layout.step} and {key_layout.step}"
         )

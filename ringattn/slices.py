@@ -124,6 +124,9 @@ class Slice:
         one has a single element or the band is idle, where steps do not matter."""
         if not self:
             return []
+        if self.q.step == self.k.step == 1:
+            shift = self.k.start - self.q.start
+            return [Band(self.q, self.k, self.lo - shift, self.hi - shift)]
         if len(self.q) == 1 or len(self.k) == 1 or self.is_full:
             # Any step will do where only one row or column exists, or the band is idle.
             if self.is_full:
