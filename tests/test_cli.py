@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 
 import ringattn as ra
 from ringattn import cost
 from ringattn.cli import main, plan, verify
 from ringattn.cli.request import RequestError, mask_of
 from ringattn.schedules import BUILDERS, RankPlan
+from ringattn.verify import compare, oracle
 
 from .processes import ROOT, launch
 
@@ -49,10 +51,10 @@ def test_plan_for_people(capsys, tmp_path):
 
 
 def test_a_plan_that_is_wrong_fails_the_check(capsys, monkeypatch):
-    gathered = BUILDERS["ring"]
+    complete = BUILDERS["ring"]
 
     def forgetful(cut, rank, node_size):
-        whole = gathered(cut, rank, node_size)
+        whole = complete(cut, rank, node_size)
         return whole if rank else RankPlan(whole.blocks, whole.steps[:-1])
 
     monkeypatch.setitem(BUILDERS, "ring", forgetful)
@@ -70,9 +72,10 @@ def test_verify_passes_and_draws(capsys, tmp_path, dtype):
     facts = json.loads(shown.out)
     assert status == 0 and facts["passed"] and picture.stat().st_size > 5_000
     assert set(facts["errors"]) == {"out", "dq", "dk", "dv"}
+    assert all(error["worst"] <= 1 for error in facts["errors"].values())
     assert facts["curve"]["ranks"] == [1, 2, 4, 8, 16]
     limit = {"bf16": 1e-2, "fp32": 1e-6, "fp64": 1e-12}[dtype]
-    assert all(0 < error["plan"] < limit for error in facts["errors"].values())
+    assert all(0 < error["ours"] < limit for error in facts["errors"].values())
 
 
 def test_verify_sees_a_wrong_gradient_under_a_right_output(capsys, monkeypatch):
@@ -87,6 +90,22 @@ def test_verify_sees_a_wrong_gradient_under_a_right_output(capsys, monkeypatch):
     assert status == 1 and "FAILED" in shown.out
     verdicts = {line.split()[1]: line for line in shown.out.splitlines() if "│" in line}
     assert "ok" in verdicts["out"] and "WRONG" in verdicts["dk"]
+
+
+@pytest.mark.parametrize("damage", [lambda x: 0 * x, lambda x: -x, lambda x: 1.3 * x])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_one_wrong_row_does_not_hide_in_the_whole(dtype, damage):
+    """Under a causal mask the last keys have next to no gradient, yet they must be right."""
+    n, mask = 1024, ra.masks.causal(1024)
+    gen = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, n, 2, 16, generator=gen).to(dtype) for _ in range(4)]
+    want = oracle(mask, *inputs)
+    for x in want[2:]:
+        got = x.to(dtype, copy=True)
+        assert compare(got, got, x).ok
+        got[:, -1] = damage(got[:, -1])
+        result = compare(got, x.to(dtype), x)
+        assert not result.ok and result.worst_at[1] == n - 1
 
 
 def test_verify_on_processes():
@@ -115,6 +134,13 @@ def test_verify_on_processes():
         (["plan", "--chek"], "unknown flag --chek"),
         (["plan", "world"], "'world' is not KEY=VALUE"),
         (["plan", "--plot", "/no/such/folder/x.png"], "--plot /no/such/folder/x.png"),
+        (["verify", "--plot", "x.jpeg"], "--plot x.jpeg: a file ending in .png, .svg, .pdf"),
+        (["verify", "backend=gloo"], "backend=gloo needs torchrun"),
+        (["verify", "seed=abc"], "seed must be an integer; got 'abc'"),
+        (["plan", "heads=8", "kv_heads=3"], "kv_heads=3 does not divide 8 heads"),
+        (["plan", "n=64", "n=32"], "n is given twice"),
+        (["plan", "mask=causal(99999999999999999999999)"], "mask="),
+        (["plan", "mask=documents(5)"], "a list of integers is needed"),
         (["verify", "kernel=cudnn"], "kernel='cudnn' is unknown"),
         (["verify", "device=cuda"], "torch sees no GPU"),
         (["verify", "dtype=fp8"], "dtype must be one of: bf16, fp16, fp32, fp64; got 'fp8'"),

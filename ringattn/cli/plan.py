@@ -13,15 +13,11 @@ from rich.table import Table
 
 from ringattn import cost
 from ringattn.check import check
-from ringattn.cli.request import PLAN_KEYS, Key, RequestError, choice, count, parse, planned
+from ringattn.cli.request import ITEMSIZE, PLAN_KEYS, Key, count, drawable, parse, planned
 from ringattn.cost import Shape
 from ringattn.plan import Plan
 
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-KEYS = PLAN_KEYS | {
-    "world": Key(count, 8, "ranks"),
-    "dtype": Key(choice(*ITEMSIZE), "bf16", "of q, k and v: bf16, fp16, fp32, fp64"),
-}
+KEYS = PLAN_KEYS | {"world": Key(count, 8, "ranks")}
 _TOKENS = 2**16  # where neither n nor the mask says how many
 _ROWS = 16  # ranks that the table shows one by one
 
@@ -35,6 +31,8 @@ def _flags(parser: ArgumentParser) -> None:
 def run(arguments: Sequence[str]) -> int:
     """The command; 1 if a check found a problem."""
     values, options = parse("plan", KEYS, arguments, _flags)
+    if options.plot:
+        drawable(options.plot)
     plan = planned(values, values["world"], _TOKENS)
     shape = Shape(
         values["heads"],
@@ -49,20 +47,11 @@ def run(arguments: Sequence[str]) -> int:
     if report:
         facts["check"] = {"ok": report.ok, "problems": report.problems}
     if options.plot:
-        _plot(plan, shape, options.plot)
+        from ringattn.cli.pictures import draw_plan  # matplotlib only where it is asked for
+
+        draw_plan(plan, shape, options.plot)
     print(json.dumps(facts)) if options.json else _print(plan, facts)
     return 0 if report is None or report.ok else 1
-
-
-def _plot(plan: Plan, shape: Shape, file: str) -> None:
-    try:
-        from ringattn.cli.pictures import draw_plan
-
-        draw_plan(plan, shape, file)
-    except ImportError:
-        raise RequestError("--plot needs matplotlib: pip install matplotlib") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--plot {file}: {error}") from None
 
 
 def _facts(plan: Plan, shape: Shape) -> dict:

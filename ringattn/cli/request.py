@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib.util
 import inspect
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ringattn import layouts, masks
@@ -33,10 +36,30 @@ class Key:
 
 def count(text: str) -> int:
     """A positive integer; 64k is 64 * 1024, 1M is 1024 * 1024."""
-    match = re.fullmatch(r"(\d+)([kM]?)", text)
+    match = re.fullmatch(r"(\d{1,12})([kKM]?)", text)
     if not match or not int(match[1]):
         raise ValueError("an integer of at least 1, such as 4096, 64k or 1M")
-    return int(match[1]) * {"": 1, "k": 2**10, "M": 2**20}[match[2]]
+    return int(match[1]) * {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}[match[2]]
+
+
+def integer(text: str) -> int:
+    """Any integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("an integer") from None
+
+
+def drawable(file: str) -> None:
+    """Before anything is computed: a picture can be drawn and written. Raises RequestError."""
+    folder = Path(file).resolve().parent
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib: pip install matplotlib")
+    if not os.access(folder, os.W_OK) or Path(file).suffix.lower() not in _PICTURES:
+        raise RequestError(
+            f"--plot {file}: a file ending in {', '.join(_PICTURES)} in a folder that can be "
+            "written is needed"
+        )
 
 
 def choice(*legal: str) -> Callable[[str], str]:
@@ -47,6 +70,9 @@ def choice(*legal: str) -> Callable[[str], str]:
 
     return read
 
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+_PICTURES = (".png", ".svg", ".pdf")
 
 PLAN_KEYS = {
     "mask": Key(str, "causal", "such as causal or 'sliding_window(n, 512) | sinks(n, 4)'"),
@@ -61,6 +87,7 @@ PLAN_KEYS = {
     "head_dim": Key(count, 64, "of q and k"),
     "v_dim": Key(count, None, "head_dim of v; by default the same"),
     "batch": Key(count, 1, "sequences"),
+    "dtype": Key(choice(*ITEMSIZE), "bf16", f"of q, k and v: {', '.join(ITEMSIZE)}"),
 }  # fmt: skip
 
 
@@ -91,10 +118,14 @@ def parse(
     if unknown:
         raise RequestError(f"unknown flag {unknown[0]}; --help lists them")
     values = {name: key.default for name, key in keys.items()}
+    seen: set[str] = set()
     for item in options.given:
         name, equals, text = item.partition("=")
         if not equals:
             raise RequestError(f"{item!r} is not KEY=VALUE")
+        if name in seen:
+            raise RequestError(f"{name} is given twice")
+        seen.add(name)
         if name not in keys:
             near = difflib.get_close_matches(name, keys, 3, 0.5) or list(keys)
             raise RequestError(f"unknown key {name!r}; did you mean: {', '.join(near)}?")
@@ -124,8 +155,10 @@ def planned(values: dict[str, Any], world: int, tokens: int) -> Plan:
             heads=values["heads"],
             kv_heads=values["kv_heads"],
             head_dim=values["head_dim"],
+            v_dim=values["v_dim"],
+            itemsize=ITEMSIZE[values["dtype"]],
         )
-    except ValueError as error:
+    except (ValueError, OverflowError, MemoryError) as error:
         raise RequestError(str(error)) from None
 
 
@@ -199,7 +232,7 @@ def mask_of(text: str, n: int | None, default: int) -> Mask:
             raise ValueError("this is no mask")
     except SyntaxError:
         raise RequestError(f"mask={text!r}: not an expression") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise RequestError(f"mask={text!r}: {error}") from None
     if n is not None and mask.n_q != n:
         raise RequestError(f"mask={text!r} has {mask.n_q} queries, but n={n}")
