@@ -8,7 +8,7 @@ split over a group of ranks, an all-to-all before and after does so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ from ringattn.comm import Comm, connect
 from ringattn.exchange import Inbox, add, gather_heads, scatter_heads, take
 from ringattn.heads import HeadSplit, check_degree
 from ringattn.plan import Plan
-from ringattn.schedules import Move, RankPlan, Step
+from ringattn.schedules import RankPlan, Step
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (k, v) or (dk, dv): [batch, tokens, kv_heads, head_dim]
 
@@ -134,9 +134,10 @@ def _forward(
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.full(lse_shape, -torch.inf, dtype=dtype, device=q.device)
-    for step, (held_k, held_v) in _walk((k, v), run):
+    for step, held in _walk((k, v), run):
         if step.bands:
-            run.kernel.forward(q, held_k, held_v, step.bands, out, lse, run.scale)
+            run.kernel.forward(q, *held, step.bands, out, lse, run.scale)
+        del held  # or it would live on beside the next two
     return out.to(q.dtype), lse
 
 
@@ -163,24 +164,36 @@ def _backward(
     # Half of the work on the own block is kept for the end, to hide the last gradients' way home.
     own = steps[0].bands
     early = own[: len(own) - len(own) // 2] if len(steps) > 1 else own
-    arriving: list[tuple[Move, Pair]] = []
-    pending = None
-    for index, (step, held) in enumerate(_walk((k, v), run)):
-        if bands := step.bands if index else early:
-            kernel.backward(dout, q, *held, out, lse, bands, dq, *grad(step.block), run.scale)
-        if pending:
-            pending.wait()
-            _add(arriving, grad)
+
+    def begin(step: Step, index: int) -> Callable[[], None]:
+        """Starts the gradients on their way; what is returned waits and adds those that came."""
         sends = [(take(x, m.rows), m.peer) for m in step.grad_sends for x in grad(m.block)]
         arriving = [(m, _empty((k, v), m.tokens, lse.dtype)) for m in step.grad_recvs]
         recvs = [(x, move.peer) for move, pair in arriving for x in pair]
         pending = run.comm.start(sends, recvs, f"K/V gradients, step {index}")
+
+        def finish() -> None:
+            pending.wait()
+            for move, pair in arriving:
+                for total, part in zip(grad(move.block), pair, strict=True):
+                    add(total, move.rows, part)
+
+        return finish
+
+    finish = None
+    for index, (step, held) in enumerate(_walk((k, v), run)):
+        if bands := step.bands if index else early:
+            kernel.backward(dout, q, *held, out, lse, bands, dq, *grad(step.block), run.scale)
+        del held
+        if finish:
+            finish()
+            del finish  # with its buffers, before the next ones are made
+        finish = begin(step, index)
         for block in run.plan.grads_done(index):
             grads.pop(block, None)
     if late := own[len(early) :]:
         kernel.backward(dout, q, k, v, out, lse, late, dq, *home, run.scale)
-    pending.wait()
-    _add(arriving, grad)
+    finish()
     return dq, *home
 
 
@@ -188,7 +201,9 @@ def _walk(own: Pair, run: _Run) -> Iterator[tuple[Step, Pair]]:
     """Each step with the block it computes on; its moves are on their way meanwhile."""
     own = (own[0].contiguous(), own[1].contiguous())
     blocks = {0: own}
-    for index, step in enumerate(run.plan.steps):
+
+    def begin(step: Step, index: int) -> Callable[[], None]:
+        """Starts the moves of a step; what is returned waits for them."""
         sends = [(take(x, m.rows), m.peer) for m in step.sends for x in blocks[m.block]]
         inbox = Inbox()
         for move in step.recvs:
@@ -197,17 +212,20 @@ def _walk(own: Pair, run: _Run) -> Iterator[tuple[Step, Pair]]:
             for x in blocks[move.block]:
                 inbox.into(move.peer, x, move.rows)
         pending = run.comm.start(sends, inbox.messages, f"K/V, step {index}")
+
+        def finish() -> None:
+            pending.wait()
+            inbox.unpack()
+
+        return finish
+
+    for index, step in enumerate(run.plan.steps):
+        finish = begin(step, index)
         yield step, blocks.get(step.block, own)
-        pending.wait()
-        inbox.unpack()
+        finish()
+        del finish  # with its buffers, before the next ones are made
         for block in run.plan.blocks_done(index):
             blocks.pop(block, None)
-
-
-def _add(arrived: Sequence[tuple[Move, Pair]], grad: Callable[[int], Pair]) -> None:
-    for move, pair in arrived:
-        for total, part in zip(grad(move.block), pair, strict=True):
-            add(total, move.rows, part)
 
 
 def _empty(like: Pair, tokens: int, dtype: torch.dtype) -> Pair:

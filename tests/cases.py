@@ -58,15 +58,16 @@ def plans(draw, max_n=48, max_world=8, kinds=KINDS, schedules=tuple(BUILDERS), u
     world = draw(st.integers(1, max_world))
     divisors = st.sampled_from([d for d in range(1, world + 1) if world % d == 0])
     name = draw(st.sampled_from(ra.layouts.NAMES))
-    if mask.n_q != mask.n_k and name == "balanced":
-        name = "zigzag"
     chunk = draw(st.one_of(st.none(), st.integers(1, 9)))
     layout = (
         ra.layouts.balanced(mask, world, chunk)
         if name == "balanced"
         else ra.layouts.build(name, mask, world)
     )
-    keys = layout if mask.n_q == mask.n_k else ra.layouts.BUILDERS[name](mask.n_k, world)
+    keys = layout
+    if mask.n_q != mask.n_k or draw(st.booleans()):
+        others = ["striped"] if name == "striped" else ["contiguous", "zigzag"]
+        keys = ra.layouts.BUILDERS[draw(st.sampled_from(others))](mask.n_k, world)
     degree = draw(divisors) if ulysses else 1
     node = draw(divisors)
     if node % degree and degree % node:
