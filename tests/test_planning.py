@@ -242,6 +242,14 @@ def test_the_checker_proves_every_plan(plan):
             assert sorted(rows) == np.flatnonzero(keys).tolist()
 
 
+def test_a_band_narrower_than_the_step_leaves_keys_out():
+    """Striped over five ranks, a window of two: no rank attends more than two of them."""
+    mask = ra.masks.sliding_window(40, 2)
+    plan = ra.make_plan(mask, ra.layouts.striped(40, 5), "direct")
+    assert [plan.recv_tokens(rank) for rank in range(5)] == [7, 8, 8, 8, 8]
+    assert check(plan).ok
+
+
 def _with(rank, index, **changes):
     steps = list(rank.steps)
     steps[index] = replace(steps[index], **changes)
