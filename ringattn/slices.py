@@ -22,6 +22,13 @@ class Band:
     lo: int
     hi: int
 
+    @classmethod
+    def make(cls, q: Run, k: Run, lo: int, hi: int) -> Band:
+        """The band with sides that exclude nothing wide open: kernels see that they are idle."""
+        lo = -len(q) if lo <= 1 - len(q) else lo
+        hi = len(k) if hi >= len(k) - 1 else hi
+        return cls(q, k, lo, hi)
+
     @property
     def is_full(self) -> bool:
         """True when the band excludes nothing: a plain rectangle."""
@@ -126,7 +133,7 @@ class Slice:
             return []
         if self.q.step == self.k.step == 1:
             shift = self.k.start - self.q.start
-            return [Band(self.q, self.k, self.lo - shift, self.hi - shift)]
+            return [Band.make(self.q, self.k, self.lo - shift, self.hi - shift)]
         if len(self.q) == 1 or len(self.k) == 1 or self.is_full:
             # Any step will do where only one row or column exists, or the band is idle.
             if self.is_full:
@@ -149,7 +156,7 @@ class Slice:
                 if part:
                     shift = part.k.start - part.q.start
                     lo, hi = -((shift - part.lo) // step), (part.hi - shift) // step
-                    parts.append(Band(part.q, part.k, lo, hi))
+                    parts.append(Band.make(part.q, part.k, lo, hi))
         return parts
 
 

@@ -335,6 +335,16 @@ def test_pieces_cover_a_band_exactly_once(n_q, n_k, lo, hi, tile):
     assert torch.equal(got, want)
 
 
+def test_idle_sides_of_a_band_cut_nothing_off():
+    """A causal block is one triangle and the one beside it one rectangle, whatever their bounds."""
+    plan = ra.make_plan(ra.masks.causal(4096), ra.layouts.zigzag(4096, 2))
+    for step in plan.steps(1):
+        for band in step.bands:
+            found = list(pieces.cut(len(band.q), len(band.k), band.lo, band.hi))
+            assert min(piece.rows for piece in found) >= pieces.TILE
+            assert len(found) == (1 if band.is_full else 6)
+
+
 def test_masked_remainders_are_a_small_part_of_the_work():
     n = 8192
     masked = sum(
