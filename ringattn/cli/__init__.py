@@ -36,3 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts many, one speaks
             print(f"ringattn {name}: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"ringattn {name}: too large for this machine: {error}", file=sys.stderr)
+        return 2
