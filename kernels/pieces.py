@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-# Rows of the smallest piece, chosen with benchmarks/tiles.py: smaller tiles waste less arithmetic on
-# masked pairs, larger ones merge fewer times.
+# Rows of the smallest piece, chosen with benchmarks/tiles.py: smaller ones waste less arithmetic
+# on masked pairs, larger ones merge fewer times.
 TILE = 64
 
 
