@@ -223,7 +223,8 @@ def _assigned(work: np.ndarray, world: int) -> np.ndarray:
     """
     room = np.full(world, len(work) // world)
     room[: len(work) % world] += 1
-    fair = work.sum() / max(len(work), 1) * (1 + _TOLERANCE / 4)  # work of one chunk
+    # Work of one chunk. Where most have the same, that counts: the first of a window have less.
+    fair = max(work.mean(), np.median(work)) * (1 + _TOLERANCE / 4) if len(work) else 0
     owner = np.full(len(work), -1, np.int64)
     load, taken = np.zeros(world, np.int64), np.zeros(world, np.int64)
     least = [(0, rank) for rank in range(world)]

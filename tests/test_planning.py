@@ -410,6 +410,15 @@ def test_balance(world):
     assert ra.make_plan(docs, ra.layouts.zigzag(n, world)).imbalance > 2
 
 
+@pytest.mark.parametrize("world", [4, 8, 16])
+def test_balanced_keeps_neighbours_together_where_work_is_equal(world):
+    """A window needs the keys before each piece of queries: few pieces, few rows."""
+    mask = ra.masks.sliding_window(4096, 256) | ra.masks.sinks(4096, 4)
+    plan = ra.make_plan(mask, ra.layouts.balanced(mask, world, chunk=32), "direct")
+    rows = [plan.recv_tokens(rank) for rank in range(world)]
+    assert sum(rows) <= 2.5 * world * 260 and plan.imbalance < 1.04
+
+
 def test_direct_moves_what_is_attended_and_ring_moves_blocks():
     n, world = 4096, 8
     mask = ra.masks.sliding_window(n, 100) | ra.masks.sinks(n, 4)
