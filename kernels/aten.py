@@ -3,13 +3,15 @@
 On the CPU each piece is one call of the flash operator behind scaled_dot_product_attention,
 which returns the log-sum-exp and whose backward accepts the global (out, lse). It is float32
 (or wider) inside: half-precision inputs are widened once per call, so no partial result is
-rounded. Elsewhere, and where v has another head_dim than k, a piece is tiled matrix products.
+rounded. Elsewhere, with a softcap, and where v has another head_dim than k, a piece is tiled matrix
+products.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
+from ringattn.kernels import begin, end
 from ringattn.kernels.pieces import Piece, cut
 
 from ringattn.runs import Run
@@ -27,19 +29,30 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     bands: Sequence[Band],
+    partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    softcap: float,
 ) -> None:
     """See :mod:`ringattn.kernels`."""
-    q, k, v = (_readable(x, out.dtype) for x in (q, k, v))
-    for (q_, out_), (k_, v_), lse_, piece in _views((q, out), (k, v), lse, bands):
-        block_out, block_lse = _attend(q_, k_, v_, piece, scale)
+    state = begin(out, False) if partial is None else partial
+    q, k, v = (_readable(x, state.dtype) for x in (q, k, v))
+    for (q_, out_), (k_, v_), lse_, piece in _views((q, state), (k, v), lse, bands):
+        block_out, block_lse = _attend(q_, k_, v_, piece, scale, softcap)
         # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
         share = torch.sigmoid(block_lse - lse_)
         out_.lerp_(block_out, share[..., None])
         torch.logaddexp(lse_, block_lse, out=block_lse)
         lse_.copy_(block_lse)
+    end(state, out)
+
+
+def prepare(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out as the flash operator reads it, log-sum-exp)."""
+    return _readable(out, lse.dtype), lse
 
 
 def backward(
@@ -47,28 +60,34 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    prepared: tuple[torch.Tensor, torch.Tensor],
     bands: Sequence[Band],
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     scale: float,
+    softcap: float,
+    add_q: bool,
+    add_k: bool,
 ) -> None:
     """See :mod:`ringattn.kernels`. Grouped heads take one call per member, so nothing repeats."""
-    dout, q, k, v, out = (_readable(x, dq.dtype) for x in (dout, q, k, v, out))
+    out, lse = prepared
+    sums = [begin(x, add) for x, add in ((dq, add_q), (dk, add_k), (dv, add_k))]
+    dout, q, k, v = (_readable(x, lse.dtype) for x in (dout, q, k, v))
     groups = q.shape[2] // k.shape[2]
     for g in range(groups):
-        queries = tuple(x[:, :, g::groups] for x in (dout, q, out, dq))
-        views = _views(queries, (k, v, dk, dv), lse[:, g::groups], bands)
+        queries = tuple(x[:, :, g::groups] for x in (dout, q, out, sums[0]))
+        views = _views(queries, (k, v, *sums[1:]), lse[:, g::groups], bands)
         for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_), lse_, piece in views:
-            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scale)
+            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scale, softcap)
             dq_.add_(grads[0])
             # Blocks that overlap on the key axis are added in turns.
             turns = -(-piece.keys // piece.stride) if piece.count > 1 else 1
             for turn in range(turns):
                 dk_[turn::turns].add_(grads[1][turn::turns])
                 dv_[turn::turns].add_(grads[2][turn::turns])
+    for state, x in zip(sums, (dq, dk, dv), strict=True):
+        end(state, x)
 
 
 def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,9 +163,10 @@ def _attend(
     v: torch.Tensor,
     piece: Piece,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one piece; q is [count, heads, rows, head_dim]."""
-    if _fused(q, v):
+    if _fused(q, v, softcap):
         causal, mask = _restriction(piece, q)
         return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -154,7 +174,7 @@ def _attend(
     k, v = _repeated(k, q), _repeated(v, q)
     mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
-        scores = q[:, :, rows] @ k.mT * scale
+        scores, _ = _scores(q[:, :, rows], k, scale, softcap)
         if mask is not None:
             scores += mask[rows]
         lse[:, :, rows] = torch.logsumexp(scores, -1)
@@ -171,28 +191,40 @@ def _attend_backward(
     lse: torch.Tensor,
     piece: Piece,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
-    if _fused(q, v):
+    if _fused(q, v, softcap):
         causal, mask = _restriction(piece, q)
         return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
-        scores = q[:, :, rows] @ k.mT * scale
+        scores, slope = _scores(q[:, :, rows], k, scale, softcap)
         if mask is not None:
             scores += mask[rows]
         weights = torch.exp(scores - lse[:, :, rows, None])
         delta = (dout[:, :, rows] * out[:, :, rows]).sum(-1, keepdim=True)
-        dscores = weights * (dout[:, :, rows] @ v.mT - delta) * scale
+        dscores = weights * (dout[:, :, rows] @ v.mT - delta) * slope
         dq[:, :, rows] = dscores @ k
         dk += dscores.mT @ q[:, :, rows]
         dv += weights.mT @ dout[:, :, rows]
     return dq, dk, dv
 
 
-def _fused(q: torch.Tensor, v: torch.Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """The scores, and their slope by q k^T."""
+    scores = q @ k.mT * scale
+    if not softcap:
+        return scores, scale
+    bent = torch.tanh(scores / softcap)
+    return bent * softcap, (1 - bent**2) * scale
+
+
+def _fused(q: torch.Tensor, v: torch.Tensor, softcap: float) -> bool:
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not softcap
 
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

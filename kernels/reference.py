@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import einsum, rearrange, repeat
+from ringattn.kernels import begin, end
 
 from ringattn.slices import Band
 
@@ -16,21 +17,33 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     bands: Sequence[Band],
+    partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    softcap: float,
 ) -> None:
     """See :mod:`ringattn.kernels`; v may have another head_dim than q and k."""
-    scores = _scores(q, k, bands, scale, out.dtype)
+    state = begin(out, False) if partial is None else partial
+    scores = _scores(q, k, bands, scale, softcap, state.dtype)[0]
     block_lse = torch.logsumexp(scores, -1)
     total = torch.logaddexp(lse, block_lse)
     # A row without any key so far has total = -inf; 0 in its place keeps exp() free of NaN.
     finite = total.masked_fill(total == -torch.inf, 0)
     weights = torch.exp(scores - finite[..., None])
     kept = torch.exp(lse - finite)
-    out.mul_(rearrange(kept, "b h q -> b q h 1"))
-    out.add_(einsum(weights, _heads(v, q, out.dtype), "b h q k, b k h d -> b q h d"))
+    state.mul_(rearrange(kept, "b h q -> b q h 1"))
+    state.add_(einsum(weights, _heads(v, q, state.dtype), "b h q k, b k h d -> b q h d"))
     lse.copy_(total)
+    end(state, out)
+
+
+def prepare(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum(dout * out) over head_dim, log-sum-exp), ``[batch, heads, tokens]``."""
+    products = dout.to(lse.dtype) * out.to(lse.dtype)
+    return rearrange(products.sum(-1), "b q h -> b h q"), lse
 
 
 def backward(
@@ -38,30 +51,41 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    prepared: tuple[torch.Tensor, torch.Tensor],
     bands: Sequence[Band],
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     scale: float,
+    softcap: float,
+    add_q: bool,
+    add_k: bool,
 ) -> None:
     """See :mod:`ringattn.kernels`."""
-    dout = dout.to(dq.dtype)
-    scores = _scores(q, k, bands, scale, dq.dtype)
+    delta, lse = prepared
+    sums = [begin(x, add) for x, add in ((dq, add_q), (dk, add_k), (dv, add_k))]
+    dtype = lse.dtype
+    dout = dout.to(dtype)
+    scores, slope = _scores(q, k, bands, scale, softcap, dtype)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    delta = rearrange((dout * out.to(dq.dtype)).sum(-1), "b q h -> b h q 1")
-    dweights = einsum(dout, _heads(v, q, dq.dtype), "b q h d, b k h d -> b h q k")
-    dscores = weights * (dweights - delta) * scale
-    dq.add_(einsum(dscores, _heads(k, q, dq.dtype), "b h q k, b k h d -> b q h d"))
-    dk.add_(_grouped(einsum(dscores, q.to(dq.dtype), "b h q k, b q h d -> b k h d"), k))
-    dv.add_(_grouped(einsum(weights, dout, "b h q k, b q h d -> b k h d"), v))
+    dweights = einsum(dout, _heads(v, q, dtype), "b q h d, b k h d -> b h q k")
+    dscores = weights * (dweights - delta[..., None]) * slope
+    sums[0].add_(einsum(dscores, _heads(k, q, dtype), "b h q k, b k h d -> b q h d"))
+    sums[1].add_(_grouped(einsum(dscores, q.to(dtype), "b h q k, b q h d -> b k h d"), k))
+    sums[2].add_(_grouped(einsum(weights, dout, "b h q k, b q h d -> b k h d"), v))
+    for state, x in zip(sums, (dq, dk, dv), strict=True):
+        end(state, x)
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, bands: Sequence[Band], scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """[batch, heads, queries, keys]; -inf outside of the bands."""
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bands: Sequence[Band],
+    scale: float,
+    softcap: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """[batch, heads, queries, keys], -inf outside of the bands; and their slope by q k^T."""
     allowed = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     for band in bands:
         apart = torch.arange(len(band.k), device=q.device) - torch.arange(
@@ -71,7 +95,11 @@ def _scores(
         cols = slice(band.k.start, band.k.stop, band.k.step)
         allowed[rows, cols] |= (apart >= band.lo) & (apart <= band.hi)
     scores = einsum(q.to(dtype), _heads(k, q, dtype), "b q h d, b k h d -> b h q k") * scale
-    return scores.masked_fill(~allowed, -torch.inf)
+    slope = scale
+    if softcap:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = bent * softcap, (1 - bent**2) * scale
+    return scores.masked_fill(~allowed, -torch.inf), slope
 
 
 def _heads(x: torch.Tensor, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

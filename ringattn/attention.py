@@ -3,6 +3,9 @@
 It knows no schedule. The backward walks the same steps with the global log-sum-exp; K/V gradients
 travel in float32, one step behind the blocks, and are summed in a fixed order. Where heads are
 split over a group of ranks, an all-to-all before and after does so.
+
+To autograd and to torch.compile it is one operator, ``ringattn::attention``: they see its shapes
+and never its exchanges.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch.autograd.function import once_differentiable
 
 from ringattn import kernels
-from ringattn.comm import Comm, connect
+from ringattn.comm import Comm, connect, name_of
 from ringattn.exchange import Inbox, add, gather_heads, scatter_heads, take
 from ringattn.heads import HeadSplit, check_degree
-from ringattn.plan import Plan
+from ringattn.plan import Plan, numbered
 from ringattn.schedules import RankPlan, Step
+from ringattn.slices import Bands
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (k, v) or (dk, dv): [batch, tokens, kv_heads, head_dim]
 
@@ -36,6 +39,8 @@ def ring_attention(
     kernel: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of this rank's queries over the keys of all ranks, differentiable.
 
@@ -43,26 +48,29 @@ def ring_attention(
         q: ``[batch, local tokens, heads, head_dim]``, in the order of ``plan.layout``.
         k, v: ``[batch, local tokens, kv_heads, head_dim]``, in the order of ``plan.key_layout``;
             kv_heads divides heads.
-        plan: from :func:`ringattn.make_plan`; its world is the size of ``group``.
+        plan: from :func:`ringattn.make_plan`; its world is the size of ``group``. Keep it until
+            the backward has run.
         group: a process group (None: the default one, or a world of one without
             torch.distributed) or a virtual rank of :mod:`ringattn.comm`.
-        kernel: "auto", or a name in :data:`ringattn.kernels.KERNELS`.
+        kernel: "auto", or a name in :data:`ringattn.kernels.NAMES`.
         scale: of the scores; default ``1 / sqrt(head_dim)``.
         return_lse: also return the log-sum-exp ``[batch, heads, local tokens]``, float32
             (float64 for float64 inputs), natural logarithm; no gradient flows through it.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        sinks: ``[heads]``, alike on every rank: per head the logit of one more key, whose value
+            is 0 (gpt-oss); it counts in the log-sum-exp. Its gradient is this rank's share, to be
+            summed over ranks as that of any parameter.
 
     Returns: ``[batch, local tokens, heads, v head_dim]`` in the dtype of q. A row without any key
-    gives 0, and -inf as its log-sum-exp.
+    gives 0, and as its log-sum-exp -inf, or the sink's logit.
 
-    Raises: ValueError when shapes, dtypes, group and plan do not agree.
+    Raises: ValueError when shapes, dtypes, group and plan do not agree, or the kernel cannot.
     """
-    comm = connect(group)
-    _check(q, k, v, plan, comm)
-    module = kernels.select(kernel, q.dtype)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    run = _Run(plan.rank(comm.rank), plan.heads(comm.rank), comm, module, scale, return_lse)
-    out, lse = _RingAttention.apply(q, k, v, run)
-    return (out, lse) if return_lse else out
+    cap = 0.0 if softcap is None else softcap
+    ends = (name_of(group), kernel, scale, cap, plan.ulysses)
+    out, lse, _ = torch.ops.ringattn.attention(q, k, v, sinks, return_lse, plan.number, *ends)
+    return (out, lse.detach()) if return_lse else out
 
 
 @dataclass(frozen=True)
@@ -74,47 +82,163 @@ class _Run:
     comm: Comm
     kernel: ModuleType
     scale: float
-    return_lse: bool
+    softcap: float
+
+    @classmethod
+    def make(
+        cls, plan: Plan, comm: Comm, kernel: str, x: torch.Tensor, dims: tuple[int, int], *ends: Any
+    ) -> _Run:
+        """x has the dtype and the device; ``dims``: head_dim of q and of v."""
+        module = kernels.select(kernel, x.dtype, x.device, *dims)
+        return cls(plan.rank(comm.rank), plan.heads(comm.rank), comm, module, *ends)
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, run):
-        heads, kv_heads = q.shape[2], k.shape[2]
-        if run.split:
-            on_q, on_k = _sides(run.split, heads, kv_heads)
-            q, k, v = scatter_heads(
-                [(q, *on_q), (k, *on_k), (v, *on_k)], run.split, run.comm, "heads of q, k, v"
-            )
-        out, lse = _forward(q, k, v, run)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.run, ctx.heads = run, (heads, kv_heads)
-        if run.split:
-            (out,) = gather_heads([(out, *on_q, heads)], run.split, run.comm, "heads of out")
-            if run.return_lse:
-                whole = [(rearrange(lse, "b h q -> b q h 1"), *on_q, heads)]
-                (whole,) = gather_heads(whole, run.split, run.comm, "heads of the log-sum-exp")
-                lse = rearrange(whole, "b q h 1 -> b h q")
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+_library = torch.library.Library("ringattn", "FRAGMENT")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, bool return_lse, SymInt plan, "
+    "str group, str kernel, float scale, float softcap, int ulysses) -> (Tensor, Tensor, Tensor[])"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor[] kept, Tensor? sinks, SymInt[] keys, SymInt plan, "
+    "str group, str kernel, float scale, float softcap, int ulysses) -> Tensor[]"
+)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _):
-        run, (heads, kv_heads) = ctx.run, ctx.heads
-        q, k, v, out, lse = ctx.saved_tensors
-        if not run.split:
-            dq, dk, dv = _backward(dout, q, k, v, out, lse, run)
-            return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
-        on_q, on_k = _sides(run.split, heads, kv_heads)
-        (dout,) = scatter_heads([(dout, *on_q)], run.split, run.comm, "heads of the gradient")
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, run)
-        if not run.split.replicates(heads, kv_heads):
-            # Nothing is summed on the way, so rounding first changes nothing but the bytes.
-            dk, dv = dk.to(k.dtype), dv.to(v.dtype)
-        back = [(dq.to(q.dtype), *on_q, heads), (dk, *on_k, kv_heads), (dv, *on_k, kv_heads)]
-        dq, dk, dv = gather_heads(back, run.split, run.comm, "heads of dq, dk, dv")
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
+    """(out, log-sum-exp, what the backward needs besides). With split heads the latter are q, k,
+    v, out and log-sum-exp as this rank has worked on them, flat; the log-sum-exp of all heads is
+    then exchanged for return_lse only, and empty otherwise."""
+    plan, comm = numbered(plan), connect(group)
+    _check(q, k, v, plan, comm, softcap, sinks)
+    run = _Run.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), scale, softcap)
+    split, heads, kv_heads = run.split, q.shape[2], k.shape[2]
+    if not split:
+        return *_forward(q, k, v, sinks, run), []
+    on_q, on_k = _sides(split, heads, kv_heads)
+    q, k, v = scatter_heads([(q, *on_q), (k, *on_k), (v, *on_k)], split, comm, "heads of q, k, v")
+    out, lse = _forward(q, k, v, _own(sinks, split), run)
+    (own,) = gather_heads([(out, *on_q, heads)], split, comm, "heads of out")
+    kept = [x.flatten() for x in (q, k, v, out, lse)]
+    if not return_lse:
+        return own, lse.new_empty(0), kept
+    rows = [(rearrange(lse, "b h q -> b q h 1"), *on_q, heads)]
+    (rows,) = gather_heads(rows, split, comm, "heads of the log-sum-exp")
+    return own, rearrange(rows, "b q h 1 -> b h q").contiguous(), kept
+
+
+@torch.library.register_fake("ringattn::attention", lib=_library)
+def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if return_lse or ulysses == 1 else (0,)
+    lse = q.new_empty(shape, dtype=kernels.state_dtype(q.dtype))
+    if ulysses == 1:
+        return out, lse, []
+    size = torch.library.get_ctx().new_dynamic_size
+    return out, lse, [x.new_empty(size()) for x in (q, k, v, out, lse)]
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+    """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
+    plan, comm = numbered(plan), connect(group)
+    run = _Run.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scale, softcap)
+    split, heads, kv_heads, dtype = run.split, dout.shape[2], keys[1], dout.dtype
+    if split:
+        on_q, on_k = _sides(split, heads, kv_heads)
+        (dout,) = scatter_heads([(dout, *on_q)], split, comm, "heads of the gradient")
+        kept = _shaped(kept, dout, len(on_k[1][split.member]), keys[2])
+    q, k, v, out, lse = kept
+    dsinks = [] if sinks is None else [_sinks_grad(dout, out, lse, sinks, split)]
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, run)
+    if not split:
+        return [dq.to(dtype), dk.to(dtype), dv.to(dtype), *dsinks]
+    if not split.replicates(heads, kv_heads):
+        # Nothing is summed on the way, so rounding first changes nothing but the bytes.
+        dk, dv = dk.to(dtype), dv.to(dtype)
+    back = [(dq.to(dtype), *on_q, heads), (dk, *on_k, kv_heads), (dv, *on_k, kv_heads)]
+    dq, dk, dv = gather_heads(back, split, comm, "heads of dq, dk, dv")
+    return [dq, dk.to(dtype), dv.to(dtype), *dsinks]
+
+
+@torch.library.register_fake("ringattn::attention_backward", lib=_library)
+def _(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+    tokens, heads, dim = keys
+    shapes = ((*dout.shape[:3], dim), (dout.shape[0], tokens, heads, dim))
+    shapes = (*shapes, (dout.shape[0], tokens, heads, dout.shape[3]))
+    dsinks = [] if sinks is None else [torch.empty_like(sinks)]
+    return [dout.new_empty(shape) for shape in shapes] + dsinks
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, sinks, _, *ctx.ends = inputs
+    out, lse, kept = output
+    ctx.keys, ctx.sinks = list(k.shape[1:]), sinks is not None
+    ctx.save_for_backward(*(kept or (q, k, v, out, lse)), *([sinks] if ctx.sinks else []))
+    ctx.set_materialize_grads(False)
+    number, group = ctx.ends[:2]
+    # Held until the backward; a compiled graph holds neither and relies on the caller.
+    ctx.alive = (numbered(number), connect(group)) if isinstance(number, int) else None
+
+
+def _differentiate(ctx, dout, *_):
+    none = (None,) * (1 + len(ctx.ends))
+    if dout is None:
+        return None, None, None, None, *none
+    kept = list(ctx.saved_tensors)
+    sinks = kept.pop() if ctx.sinks else None
+    grads = torch.ops.ringattn.attention_backward(dout, kept, sinks, ctx.keys, *ctx.ends)
+    return *grads, *([] if ctx.sinks else [None]), *none
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("ring_attention has no second derivative")
+
+
+torch.library.register_autograd(
+    "ringattn::attention", _differentiate, setup_context=_setup, lib=_library
+)
+torch.library.register_autograd("ringattn::attention_backward", _refuse, lib=_library)
+
+
+def _own(sinks: torch.Tensor | None, split: HeadSplit | None) -> torch.Tensor | None:
+    """The sinks of the heads that this rank computes."""
+    if sinks is None or split is None:
+        return sinks
+    heads = split.q_heads(split.member, sinks.shape[0])
+    return sinks[heads.start : heads.stop]
+
+
+def _sinks_grad(
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor,
+    split: HeadSplit | None,
+) -> torch.Tensor:
+    """``[heads]``, 0 for heads of other ranks: a sink's weight times what its value, 0, is below
+    the output."""
+    drops = rearrange((dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), "b q h -> b h q")
+    own = _own(sinks, split)
+    weights = torch.exp(own.to(lse.dtype)[:, None] - lse)
+    whole = torch.zeros_like(sinks)
+    _own(whole, split).copy_(-(weights * drops).sum((0, 2)))
+    return whole
+
+
+def _shaped(
+    kept: list[torch.Tensor], dout: torch.Tensor, kv_heads: int, dim: int
+) -> list[torch.Tensor]:
+    """What the forward has kept flat, in its shapes; dout is ``[batch, rows, heads, v_dim]``."""
+    (batch, rows, heads, v_dim), keys = dout.shape, (dout.shape[0], -1, kv_heads)
+    shapes = (
+        (batch, rows, heads, dim),
+        (*keys, dim),
+        (*keys, v_dim),
+        (batch, rows, heads, v_dim),
+        (batch, heads, rows),
+    )
+    return [x.view(shape) for x, shape in zip(kept, shapes, strict=True)]
 
 
 def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple, tuple]:
@@ -127,18 +251,52 @@ def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple, tuple]:
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: _Run
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, run: _Run
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out in the dtype of q, lse) of the queries that this rank works on."""
     dtype = kernels.state_dtype(q.dtype)
-    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=dtype, device=q.device)
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    lse = torch.full(lse_shape, -torch.inf, dtype=dtype, device=q.device)
-    for step, held in _walk((k, v), run):
+    shape = (*q.shape[:3], v.shape[-1])
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
+    if sinks is not None:
+        lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
+    last = max((i for i, step in enumerate(run.plan.steps) if step.bands), default=None)
+    out = None
+    for index, step, held in _walk((k, v), run):
         if step.bands:
-            run.kernel.forward(q, *held, step.bands, out, lse, run.scale)
+            # The last step writes what is returned, the others the running state.
+            before, wanted = out, q.dtype if index == last else dtype
+            if before is None or before.dtype != wanted:
+                out = q.new_empty(shape, dtype=wanted)
+            ends = (run.scale, run.softcap)
+            run.kernel.forward(q, *held, step.bands, before, out, lse, *ends)
+            del before
         del held  # or it would live on beside the next two
-    return out.to(q.dtype), lse
+    return q.new_zeros(shape) if out is None else out, lse
+
+
+class _Grads:
+    """The gradients of the K/V blocks that this rank has a part in, float32 unless nothing is ever
+    added to them; written when first touched, so that no kernel reads zeros."""
+
+    def __init__(self, like: Pair, blocks: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.like, self.blocks, self.dtype = like, blocks, dtype
+        self.pairs: dict[int, Pair] = {}
+        self.begun: set[int] = set()
+
+    def pair(self, block: int) -> Pair:
+        """To be written if the block is not yet in ``begun``, and added to if it is."""
+        if block not in self.pairs:
+            self.pairs[block] = _empty(self.like, self.blocks[block], self.dtype)
+        return self.pairs[block]
+
+    def sums(self, block: int) -> Pair:
+        """To be read or added to: 0 where nothing has been written."""
+        pair = self.pair(block)
+        if block not in self.begun:
+            self.begun.add(block)
+            for x in pair:
+                x.zero_()
+        return pair
 
 
 def _backward(
@@ -150,24 +308,29 @@ def _backward(
     lse: torch.Tensor,
     run: _Run,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) in the dtype of lse."""
+    """(dq, dk, dv) in the dtype of lse, or of q where a single step computes everything."""
     steps, kernel = run.plan.steps, run.kernel
-    dq = torch.zeros_like(q, dtype=lse.dtype)
-    grads: dict[int, Pair] = {}
+    alone = len(steps) == 1 and not steps[0].grad_sends and not steps[0].grad_recvs
+    # Shares of split heads may have to be summed yet.
+    dtype = q.dtype if alone and not run.split else lse.dtype
+    dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    grads = _Grads((k, v), run.plan.blocks, dtype)
+    prepared = kernel.prepare(dout, out, lse)
+    begun = False
 
-    def grad(block: int) -> Pair:
-        if block not in grads:
-            grads[block] = _zeros((k, v), run.plan.blocks[block], lse.dtype)
-        return grads[block]
+    def compute(held: Pair, block: int, bands: Bands) -> None:
+        nonlocal begun
+        ends = (run.scale, run.softcap, begun, block in grads.begun)
+        kernel.backward(dout, q, *held, prepared, bands, dq, *grads.pair(block), *ends)
+        grads.begun.add(block)
+        begun = True
 
-    home = grad(0)
     # Half of the work on the own block is kept for the end, to hide the last gradients' way home.
-    own = steps[0].bands
-    early = own[: len(own) - len(own) // 2] if len(steps) > 1 else own
+    early, late = steps[0].bands.halves if len(steps) > 1 else (steps[0].bands, ())
 
     def begin(step: Step, index: int) -> Callable[[], None]:
         """Starts the gradients on their way; what is returned waits and adds those that came."""
-        sends = [(take(x, m.rows), m.peer) for m in step.grad_sends for x in grad(m.block)]
+        sends = [(take(x, m.rows), m.peer) for m in step.grad_sends for x in grads.sums(m.block)]
         arriving = [(m, _empty((k, v), m.tokens, lse.dtype)) for m in step.grad_recvs]
         recvs = [(x, move.peer) for move, pair in arriving for x in pair]
         pending = run.comm.start(sends, recvs, f"K/V gradients, step {index}")
@@ -175,30 +338,30 @@ def _backward(
         def finish() -> None:
             pending.wait()
             for move, pair in arriving:
-                for total, part in zip(grad(move.block), pair, strict=True):
+                for total, part in zip(grads.sums(move.block), pair, strict=True):
                     add(total, move.rows, part)
 
         return finish
 
     finish = None
-    for index, (step, held) in enumerate(_walk((k, v), run)):
+    for index, step, held in _walk((k, v), run):
         if bands := step.bands if index else early:
-            kernel.backward(dout, q, *held, out, lse, bands, dq, *grad(step.block), run.scale)
+            compute(held, step.block, bands)
         del held
         if finish:
             finish()
             del finish  # with its buffers, before the next ones are made
         finish = begin(step, index)
         for block in run.plan.grads_done(index):
-            grads.pop(block, None)
-    if late := own[len(early) :]:
-        kernel.backward(dout, q, k, v, out, lse, late, dq, *home, run.scale)
+            grads.pairs.pop(block, None)
+    if late:
+        compute((k, v), 0, late)
     finish()
-    return dq, *home
+    return dq if begun else dq.zero_(), *grads.sums(0)
 
 
-def _walk(own: Pair, run: _Run) -> Iterator[tuple[Step, Pair]]:
-    """Each step with the block it computes on; its moves are on their way meanwhile."""
+def _walk(own: Pair, run: _Run) -> Iterator[tuple[int, Step, Pair]]:
+    """Each step, numbered, with the block it computes on; its moves are on their way meanwhile."""
     own = (own[0].contiguous(), own[1].contiguous())
     blocks = {0: own}
 
@@ -221,7 +384,7 @@ def _walk(own: Pair, run: _Run) -> Iterator[tuple[Step, Pair]]:
 
     for index, step in enumerate(run.plan.steps):
         finish = begin(step, index)
-        yield step, blocks.get(step.block, own)
+        yield index, step, blocks.get(step.block, own)
         finish()
         del finish  # with its buffers, before the next ones are made
         for block in run.plan.blocks_done(index):
@@ -233,12 +396,15 @@ def _empty(like: Pair, tokens: int, dtype: torch.dtype) -> Pair:
     return k, v
 
 
-def _zeros(like: Pair, tokens: int, dtype: torch.dtype) -> Pair:
-    k, v = (x.zero_() for x in _empty(like, tokens, dtype))
-    return k, v
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    comm: Comm,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
     if comm.world != plan.world:
         raise ValueError(f"the plan is for {plan.world} ranks, the group has {comm.world}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -267,3 +433,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: 
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k need one head_dim, got {q.shape[3]} and {k.shape[3]}")
     check_degree(plan.ulysses, plan.world, q.shape[2])
+    if softcap < 0 or not math.isfinite(softcap):
+        raise ValueError(f"softcap must be positive and finite (None: no cap), got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[2:3] or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks must be one floating-point logit per head, [{q.shape[2]}], "
+            f"got {list(sinks.shape)} {sinks.dtype}"
+        )

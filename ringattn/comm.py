@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,27 @@ class Comm(Protocol):
         """Begins one exchange. ``label`` names it in errors."""
 
 
+_CARRIERS: WeakValueDictionary[str, Comm] = WeakValueDictionary()
+
+
+def name_of(group: Any) -> str:
+    """A name for ``group`` that :func:`connect` takes: operators of torch pass strings, and a
+    process group has one of its own."""
+    if group is None:
+        return ""
+    if isinstance(group, dist.ProcessGroup):
+        return group.group_name
+    name = f"carrier {id(group)}"
+    _CARRIERS[name] = group
+    return name
+
+
 def connect(group: Any) -> Comm:
-    """The carrier for ``group``: a process group (None: the default one), or a carrier itself."""
-    return group if isinstance(group, Comm) else ProcessRank(group)
+    """The carrier for ``group``: a process group (None or "": the default one), the name of one, or
+    a carrier itself."""
+    if isinstance(group, str) and group:
+        group = _CARRIERS.get(group) or dist.distributed_c10d._resolve_process_group(group)
+    return group if isinstance(group, Comm) else ProcessRank(group or None)
 
 
 class ProcessRank:

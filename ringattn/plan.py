@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ringattn import cost, schedules
 from ringattn import heads as heads_
@@ -20,13 +22,26 @@ from ringattn.masks import Mask
 from ringattn.runs import whole
 from ringattn.schedules import RankPlan, Step
 
+_NUMBERS = count()
+_PLANS: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+
+
+def numbered(number: int) -> Plan:
+    """The plan with this number; RuntimeError if nobody has kept it."""
+    plan = _PLANS.get(number)
+    if plan is None:
+        raise RuntimeError(
+            f"plan number {number} is gone; keep the plan until the backward pass has run"
+        )
+    return plan
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What every rank computes and exchanges for one mask on one layout.
 
     Make it with :func:`make_plan`, once per batch; all layers share it. ``reason`` says why an
-    automatic choice fell as it did.
+    automatic choice fell as it did; ``number`` stands for the plan where only an integer may.
     """
 
     mask: Mask
@@ -37,6 +52,15 @@ class Plan:
     node_size: int
     reason: str = ""
     _ranks: dict[int, RankPlan] = field(default_factory=dict, repr=False)
+    number: int = field(default_factory=_NUMBERS.__next__, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _PLANS[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or a plan from another process, is a plan of its own."""
+        self.__dict__.update(state, number=next(_NUMBERS))
+        _PLANS[self.number] = self
 
     def __str__(self) -> str:
         text = (

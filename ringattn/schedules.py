@@ -14,7 +14,7 @@ import numpy as np
 
 from ringattn.cuts import Cut, coalesced, pack
 from ringattn.runs import Run
-from ringattn.slices import Band
+from ringattn.slices import Band, Bands
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,15 @@ class Step:
     """
 
     block: int
-    bands: tuple[Band, ...]
+    bands: Bands
     sends: tuple[Move, ...] = ()
     recvs: tuple[Move, ...] = ()
     grad_sends: tuple[Move, ...] = ()
     grad_recvs: tuple[Move, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bands, Bands):
+            object.__setattr__(self, "bands", Bands(self.bands))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ knows nothing of positions, steps or ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd, lcm
+from typing import Any
 
 from ringattn.runs import EMPTY, Run, floor_sum
 
@@ -38,6 +40,21 @@ class Band:
     def area(self) -> int:
         """Number of pairs."""
         return Slice.make(Run(0, len(self.q)), Run(0, len(self.k)), self.lo, self.hi).area
+
+
+class Bands(tuple[Band, ...]):
+    """What one step computes. ``derived`` is a place for what a kernel works out from it once,
+    as its work lists; it lives as long as the plan."""
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def halves(self) -> tuple[Bands, Bands]:
+        """The bands in two parts, of which the second may be empty."""
+        half = len(self) - len(self) // 2
+        return Bands(self[:half]), Bands(self[half:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,12 @@ _ORACLE_SCORES = 2**24  # that the oracle holds at a time
 
 
 def oracle(
-    mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
+    mask: Mask,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    softcap: float = 0.0,
 ) -> list[torch.Tensor]:
     """[out, dq, dk, dv] in float64 by the dense reference kernel, a head and some rows at a time;
     no plan, no layout and no executor is involved."""
@@ -52,10 +57,12 @@ def oracle(
                     slice(head // together, head // together + 1),
                 )
                 lse = q.new_full((1, 1, len(rows)), -torch.inf)
-                reference.forward(q[here], k[kv], v[kv], bands, out[here], lse, scale)
+                ends = (scale, softcap)
+                reference.forward(q[here], k[kv], v[kv], bands, None, out[here], lse, *ends)
+                prepared = reference.prepare(dout[here], out[here], lse)
                 reference.backward(
-                    dout[here], q[here], k[kv], v[kv], out[here], lse, bands,
-                    dq[here], dk[kv], dv[kv], scale,
+                    dout[here], q[here], k[kv], v[kv], prepared, bands,
+                    dq[here], dk[kv], dv[kv], *ends, True, True,
                 )  # fmt: skip
     return [out, dq, dk, dv]
 

@@ -1,8 +1,13 @@
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read when the kernels are imported: without a GPU they run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 # Machines are shared: how long drawing takes says nothing about the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")

@@ -3,19 +3,27 @@
 import torch
 
 
-def attention(q, k, v, dense, dout, scale=None):
-    """(out, dq, dk, dv) in float64; dense is a bool array [queries, keys]."""
-    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+def attention(q, k, v, dense, dout, scale=None, softcap=0.0, sinks=None):
+    """(out, dq, dk, dv) in float64, and dsinks where there are sinks; dense is a bool array
+    [queries, keys]."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    q, k, v = leaves[:3]
     groups = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(groups, 2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     allowed = torch.from_numpy(dense)
     # Rows without a key: softmax over an all-zero row, then weights set to zero.
     scores = scores.masked_fill(~allowed, -1e300)
-    weights = torch.softmax(scores, -1).masked_fill(~allowed, 0)
+    if sinks is not None:
+        # One more key, without a value; then no row is without a key.
+        column = leaves[3][None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., : dense.shape[1]].masked_fill(~allowed, 0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, values)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
+    return out.detach(), *torch.autograd.grad(out, leaves, dout.double())
 
 
 def error(got, want):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ringattn.kernels import pieces
 
 import ringattn as ra
-from ringattn import attention, cost, schedules
+from ringattn import attention, cost, kernels, schedules
 from ringattn.comm import Counted, VirtualWorld
 
 from . import oracle
@@ -244,22 +244,53 @@ def test_bf16_error_does_not_grow_with_split_heads_or_other_masks():
 
 @pytest.mark.parametrize("kernel", ["aten", "reference"])
 def test_mutant_output_rounded_at_every_hop(monkeypatch, kernel):
-    module = ra.kernels.KERNELS[kernel]
+    module = kernels.select(kernel, torch.float32, torch.device("cpu"), 8)
     forward = module.forward
 
-    def rounding(q, k, v, bands, out, *rest):
-        forward(q, k, v, bands, out, *rest)
+    def rounding(q, k, v, bands, partial, out, *rest):
+        forward(q, k, v, bands, partial, out, *rest)
         out.copy_(out.bfloat16())
 
     monkeypatch.setattr(module, "forward", rounding)
     assert bf16_growth(kernel) > 1.1
 
 
+@pytest.mark.parametrize("kernel", ["aten", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("schedule", "ulysses", "softcap", "sinks"),
+    [("ring", 1, 2.0, False), ("ring", 1, 0.0, True), ("direct", 2, 3.0, True)],
+)
+def test_softcap_and_sinks(kernel, schedule, ulysses, softcap, sinks):
+    """Also for rows without any key, and for sinks that outweigh everything."""
+    mask = ra.masks.documents([9, 20]) - ra.masks.from_slices(ra.masks.full(2, 29).slices, 29, 29)
+    plan = ra.make_plan(mask, ra.layouts.zigzag(29, 4), schedule, ulysses)
+    q, k, v, dout = inputs(29, 4, 1, 16, batch=2)
+    logits = torch.tensor([-3.0, 0.5, 4.0, 30.0]) if sinks else None
+
+    def work(rank):
+        own = [plan.layout.shard(x, rank.rank).requires_grad_() for x in (q, k, v)]
+        own += [logits.clone().requires_grad_()] if sinks else []
+        ends = {"softcap": softcap or None, "sinks": own[3] if sinks else None}
+        out, lse = ra.ring_attention(
+            *own[:3], plan, group=rank, kernel=kernel, return_lse=True, **ends
+        )
+        grads = torch.autograd.grad(out, own, plan.layout.shard(dout, rank.rank))
+        return out.detach(), *grads[:3], lse, *grads[3:]
+
+    parts = list(zip(*VirtualWorld(4).run(work), strict=True))
+    got = [plan.layout.unshard(x) for x in parts[:4]] + [sum(x) for x in parts[5:]]
+    want = oracle.attention(q, k, v, mask.to_dense(), dout, None, softcap, logits)
+    assert max(oracle.error(a, b) for a, b in zip(got, want, strict=True)) <= 1e-5
+    lse = plan.layout.unshard(parts[4], 2)
+    empty = logits[:, None].expand(4, 2) if sinks else torch.full((4, 2), -torch.inf)
+    torch.testing.assert_close(lse[..., :2], empty.expand(2, 4, 2))
+
+
 def test_a_second_derivative_is_refused():
     q, k, v, _ = (x.requires_grad_() for x in inputs(16))
     out = ra.ring_attention(q, k, v, ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 1)))
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         dq.sum().backward()
 
 
@@ -364,8 +395,8 @@ def test_mutant_kv_of_the_previous_step(monkeypatch):
 
     def stale(own, run):
         before = own
-        for step, held in walk(own, run):
-            yield step, before if before[0].shape == held[0].shape else held
+        for index, step, held in walk(own, run):
+            yield index, step, before if before[0].shape == held[0].shape else held
             before = held
 
     monkeypatch.setattr(attention, "_walk", stale)
@@ -375,14 +406,15 @@ def test_mutant_kv_of_the_previous_step(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["aten", "reference"])
 def test_mutant_log_sum_exp_of_the_block_in_the_backward(monkeypatch, kernel):
-    module = ra.kernels.KERNELS[kernel]
-    backward = module.backward
+    module = kernels.select(kernel, torch.float32, torch.device("cpu"), 8)
+    backward, prepare = module.backward, module.prepare
 
-    def per_block(dout, q, k, v, out, lse, bands, *rest):
-        own = torch.full_like(lse, -torch.inf)
-        module.forward(q, k, v, bands, torch.zeros_like(out), own, rest[-1])
-        backward(dout, q, k, v, out, own, bands, *rest)
+    def per_block(dout, q, k, v, kept, bands, dq, dk, dv, scale, *rest):
+        own = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
+        module.forward(q, k, v, bands, None, torch.zeros_like(dout), own, scale, 0.0)
+        backward(dout, q, k, v, prepare(*kept, own), bands, dq, dk, dv, scale, *rest)
 
+    monkeypatch.setattr(module, "prepare", lambda dout, out, lse: (dout, out))
     monkeypatch.setattr(module, "backward", per_block)
     plan = ra.make_plan(ra.masks.causal(64), ra.layouts.zigzag(64, 4))
     assert worst_error(*inputs(64), plan, kernel) > 1e-2
@@ -416,10 +448,20 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         ra.ring_attention(*change(q, k, v), plan)
 
 
+def test_softcap_and_sinks_that_do_not_fit():
+    plan = ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 1))
+    q, k, v, _ = inputs(16)
+    with pytest.raises(ValueError, match=r"softcap must be positive.*got -1"):
+        ra.ring_attention(q, k, v, plan, softcap=-1.0)
+    for sinks in (torch.zeros(3), torch.zeros(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"one floating-point logit per head, \[2\]"):
+            ra.ring_attention(q, k, v, plan, sinks=sinks)
+
+
 def test_unknown_kernel_and_wrong_world():
     q, k, v, _ = inputs(16)
     plan = ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 1))
-    with pytest.raises(ValueError, match="auto, aten, reference"):
+    with pytest.raises(ValueError, match="auto, triton, aten, reference"):
         ra.ring_attention(q, k, v, plan, kernel="cudnn")
     with pytest.raises(ValueError, match="plan is for 2 ranks"):
         ra.ring_attention(q, k, v, ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 2)))

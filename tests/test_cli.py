@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from ringattn.kernels import aten
 
 import ringattn as ra
 from ringattn import cost
@@ -79,13 +80,13 @@ def test_verify_passes_and_draws(capsys, tmp_path, dtype):
 
 
 def test_verify_sees_a_wrong_gradient_under_a_right_output(capsys, monkeypatch):
-    module = ra.kernels.KERNELS["aten"]
-    backward = module.backward
+    backward = aten.backward
 
-    def per_block(dout, q, k, v, out, lse, bands, *rest):
-        backward(dout, q, k, v, out, lse + 0.02 * (k.shape[1] < 96), bands, *rest)
+    def per_block(dout, q, k, v, prepared, bands, *rest):
+        out, lse = prepared
+        backward(dout, q, k, v, (out, lse + 0.02 * (k.shape[1] < 96)), bands, *rest)
 
-    monkeypatch.setattr(module, "backward", per_block)
+    monkeypatch.setattr(aten, "backward", per_block)
     status, shown = out(capsys, "verify", *SMALL, "ranks=2")
     assert status == 1 and "FAILED" in shown.out
     verdicts = {line.split()[1]: line for line in shown.out.splitlines() if "│" in line}
@@ -144,7 +145,7 @@ def test_verify_on_processes():
         (["verify", "kernel=cudnn"], "kernel='cudnn' is unknown"),
         (["verify", "device=cuda"], "torch sees no GPU"),
         (["verify", "dtype=fp8"], "dtype must be one of: bf16, fp16, fp32, fp64; got 'fp8'"),
-        (["verfy"], "unknown command 'verfy'; one of: plan, verify"),
+        (["verfy"], "unknown command 'verfy'; one of: plan, kernels, verify"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, says):

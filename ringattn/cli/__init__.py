@@ -10,6 +10,7 @@ from ringattn.cli.request import RequestError
 
 COMMANDS = {
     "plan": "what every rank computes and receives for a mask, a layout and a schedule",
+    "kernels": "compile the launch table of the Triton kernels without a GPU, and read the result",
     "verify": "compare distributed attention with float64, on your device, backend and shapes",
 }
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name == "plan":  # imported here: planning needs no torch
             from ringattn.cli.plan import run
+        elif name == "kernels":
+            from ringattn.cli.kernels import run
         else:
             from ringattn.cli.verify import run
         return run(rest)

@@ -55,7 +55,7 @@ _TOKENS = 1024  # where neither n nor the mask says how many
 KEYS = PLAN_KEYS | {
     "n": Key(count, None, "tokens, where the mask does not say; 1024 unless given"),
     "ranks": Key(count, None, "virtual ranks without torchrun; 4 unless given"),
-    "kernel": Key(str, "auto", f"auto, {', '.join(kernels.KERNELS)}"),
+    "kernel": Key(str, "auto", f"auto, {', '.join(kernels.NAMES)}"),
     "device": Key(choice("auto", "cpu", "cuda"), "auto", "auto, cpu, cuda"),
     "backend": Key(str, None, "of torch.distributed; by default nccl on cuda, gloo on cpu"),
     "timeout_s": Key(count, 300, "seconds until a silent rank is an error"),
@@ -78,7 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     world = int(os.environ["WORLD_SIZE"]) if launched else values["ranks"] or 4
     plan = planned(values, world, _TOKENS)
     try:
-        kernels.select(values["kernel"], DTYPES[values["dtype"]])
+        dims = (values["head_dim"], values["v_dim"])
+        kernels.select(values["kernel"], DTYPES[values["dtype"]], device, *dims)
     except ValueError as error:
         raise RequestError(str(error)) from None
     if options.plot:

@@ -34,7 +34,8 @@ def plan_table(
     tokens = config.seq_len * config.batch_size * context.dp * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
     memory = predicted_memory_bytes(model, config, local, context.world)
-    kernel = select(config.kernel, DTYPES[config.precision]).__name__.split(".")[-1]
+    dtype, dim = DTYPES[config.precision], model.head_dim
+    kernel = select(config.kernel, dtype, context.device, dim).__name__.split(".")[-1]
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {config.precision}"),

@@ -34,11 +34,14 @@ def main(arguments: list[str]) -> int:
             run_dir = _run_dir(config.run_dir)
             settings.writable(run_dir)
         # Only now torch: a mistyped key costs no second.
+        from ringattn.kernels import select
         from ringattn.training import loop
         from ringattn.training.engine import pick_device, start_distributed
+        from ringattn.training.metrics import DTYPES
 
         job = loop.prepare(config, run_dir, world)
         device = pick_device(config.device)
+        select(config.kernel, DTYPES[config.precision], device, config.model.head_dim)
     except ValueError as error:
         # What is wrong may be wrong on one machine only, so each has a voice.
         if os.environ["LOCAL_RANK"] == "0":

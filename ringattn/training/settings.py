@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = {
     "precision": _choice("fp32", "bf16"),
     "seed": _integer(0),
     "run_dir": _or_null(_text),
-    "kernel": _choice("auto", "aten", "reference"),
+    "kernel": _choice("auto", "triton", "aten", "reference"),
     "device": _choice("auto", "cpu", "cuda"),
     "peak_flops": _or_null(_number(0, above=True)),
     "model.dim": _integer(1),

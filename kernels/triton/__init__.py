@@ -1,0 +1,116 @@
+"""Fused Triton kernels for GPUs: one launch per step of a plan and pass, over all of its bands.
+
+``forward`` and ``backward`` are what :mod:`ringattn.kernels` asks of a kernel. The rooms: ``work``
+lists which tiles meet which bands, ``launch`` is the pinned table, ``calls`` puts both and the
+tensors together, ``fwd`` and ``bwd`` are the kernels, ``tile`` what they share.
+
+With TRITON_INTERPRET=1 set before this module is imported the kernels run on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from ringattn.kernels.triton import bwd, calls
+
+from ringattn.slices import Band
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST = 256
+Prepared = tuple[torch.Tensor, torch.Tensor]
+
+INTERPRETED = not isinstance(bwd.prepare, triton.runtime.JITFunction)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bands: Sequence[Band],
+    partial: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See :mod:`ringattn.kernels`. Raises ValueError for a scale that is not positive."""
+    if scale <= 0:
+        raise ValueError(f"kernel='triton' needs a positive scale, got {scale}; negate q instead")
+    arch = architecture(q.device)
+    q, k, v = (_dense(x) for x in (q, k, v))
+    calls.forward(arch, q, k, v, bands, partial, out, lse, scale, softcap).run()
+
+
+def prepare(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Prepared:
+    """Levels (log-sum-exp in base 2) and drops (sum of dout * out), ``[batch, heads, tokens]``."""
+    levels, drops = torch.empty_like(lse), torch.empty_like(lse)
+    calls.prepare(_dense(dout), _dense(out), lse, levels, drops).run()
+    return levels, drops
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prepared: Prepared,
+    bands: Sequence[Band],
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    softcap: float,
+    add_q: bool,
+    add_k: bool,
+) -> None:
+    """See :mod:`ringattn.kernels`."""
+    arch = architecture(q.device)
+    dout, q, k, v = (_dense(x) for x in (dout, q, k, v))
+    ends = (scale, softcap)
+    calls.backward_keys(arch, dout, q, k, v, *prepared, bands, dk, dv, *ends, add_k).run()
+    calls.backward_queries(arch, dout, q, k, v, *prepared, bands, dq, *ends, add_q).run()
+
+
+def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> str | None:
+    """Why these kernels cannot do it, and what to do instead; None if they can."""
+    if dtype not in DTYPES:
+        given = str(dtype).removeprefix("torch.")
+        return f"computes in bfloat16, float16 and float32, not {given}; use kernel='reference'"
+    if max(head_dim, v_dim) > LARGEST:
+        return (
+            f"goes up to head_dim {LARGEST}, got {head_dim} (q, k) and {v_dim} (v); "
+            "use kernel='aten', or more heads of less head_dim"
+        )
+    if INTERPRETED:
+        if dtype != torch.bfloat16:
+            return None
+        return (
+            "runs in Triton's interpreter here (TRITON_INTERPRET=1), which computes garbage in "
+            "bfloat16; use float16 or float32"
+        )
+    if device.type != "cuda":
+        return (
+            f"runs on a GPU, the tensors are on {device}; use kernel='aten', or set "
+            "TRITON_INTERPRET=1 before the import to run it slowly in Triton's interpreter"
+        )
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, {device} has less; use kernel='aten'"
+    return None
+
+
+def architecture(device: torch.device) -> str:
+    """The launch table's name for what runs here: its own, or one whose lines are right for it."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    # 12.x has neither wgmma nor tcgen05 and the shared memory of 8.6: the lines of 8.0.
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """The last axis dense, as the kernels read it; all else goes by strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,155 @@
+"""The forward kernel: one tile of queries, all bands of a step, online softmax in base 2.
+
+The online softmax begins where the steps before have ended: their log-sum-exp is the first maximum,
+of weight 1, their output the first accumulator. So a merge costs no pass of its own and nothing is
+rounded between steps. After Dao 2023, "FlashAttention-2"; OVERLAP after Shah et al. 2024,
+"FlashAttention-3".
+"""
+
+import triton
+import triton.language as tl
+from ringattn.kernels.triton.tile import (
+    allowed,
+    columns,
+    held,
+    load,
+    place,
+    product,
+    store,
+    tanh,
+    window,
+)
+
+
+@triton.jit
+def forward(
+    q, k, k2, v, v2, partial, out, lse, tiles, visits,
+    q_strides, k_strides, v_strides, partial_strides, out_strides,
+    rows, row_step, heads, group, batch_heads, together, tile_count, scale, cap,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, OVERLAP: tl.constexpr, WS: tl.constexpr,
+    STEPPED: tl.constexpr, ADD: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``scale`` turns products into scores in base 2; with CAPPED, into multiples of the cap, and
+    ``cap`` is in base 2. ADD: there is a partial."""
+    tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
+    first = tl.load(tiles + 3 * tile)
+    begin = tl.load(tiles + 3 * tile + 1)
+    end = tl.load(tiles + 3 * tile + 2)
+    left = (rows - first + row_step - 1) // row_step
+
+    qt, qt2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    exist = tl.arange(0, M) < left
+    state = lse + (b * heads + h).to(tl.int64) * rows + first
+    state += tl.arange(0, M).to(tl.int64) * row_step
+    top = tl.load(state, mask=exist, other=float("-inf")) * 1.4426950408889634
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc, acc2 = held(
+        partial, partial_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD
+    )
+
+    for number in range(begin, end):
+        visit = visits + 12 * number
+        begins, widths = window(visit, first, row_step, M, STEPPED)
+        count = tl.load(visit + 9)
+        full_from = tl.load(visit + 10)
+        full_to = tl.load(visit + 11)
+        full = full_to - full_from
+        if full > 0:
+            top, total, acc, acc2 = _sweep(
+                qt, qt2, k, k2, v, v2, k_strides, v_strides, b, h // group, top, total, acc, acc2,
+                visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
+                D, D1, D2, DV, DV1, DV2, N, TMA, OVERLAP, WS, STEPPED, False, CAPPED, PRECISION,
+            )  # fmt: skip
+        top, total, acc, acc2 = _sweep(
+            qt, qt2, k, k2, v, v2, k_strides, v_strides, b, h // group, top, total, acc, acc2,
+            visit, begins, widths, 0, count - full, full_from, full, scale, cap,
+            D, D1, D2, DV, DV1, DV2, N, TMA, False, False, STEPPED, True, CAPPED, PRECISION,
+        )  # fmt: skip
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    last = (top + tl.log2(total)) * 0.6931471805599453
+    if begin < end:  # without a visit the log-sum-exp stays, to the bit
+        tl.store(state, tl.where(empty, float("-inf"), last), mask=exist)
+    share = (1 / total)[:, None]
+    store(out, out_strides, b, h, first, row_step, left, acc, acc2, share, DV, DV1, DV2, M)
+
+
+@triton.jit
+def _sweep(
+    q, q2, k, k2, v, v2, k_strides, v_strides, b, h, top, total, acc, acc2,
+    visit, begins, widths, begin, end, jump_at, jump, scale, cap,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    N: tl.constexpr, TMA: tl.constexpr, OVERLAP: tl.constexpr, WS: tl.constexpr,
+    STEPPED: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Column tiles ``begin .. end`` of a visit; those from ``jump_at`` on lie ``jump`` further.
+
+    With OVERLAP the scores of the next tile are computed while the softmax of this one runs; there
+    must be a tile.
+    """
+    origin, step, count = columns(visit, STEPPED)
+    if OVERLAP:
+        s = _scores(
+            q, q2, k, k2, k_strides, b, h, origin, step, count, begin * N,
+            D, D1, D2, N, TMA, MASK, PRECISION,
+        )  # fmt: skip
+    for t in tl.range(begin, end, warp_specialize=WS):
+        tile = t
+        if MASK:
+            tile += tl.where(t >= jump_at, jump, 0)
+        at = tile * N
+        following = tl.minimum(t + 1, end - 1) * N if OVERLAP else at
+        ahead = _scores(
+            q, q2, k, k2, k_strides, b, h, origin, step, count, following,
+            D, D1, D2, N, TMA, MASK, PRECISION,
+        )  # fmt: skip
+        if not OVERLAP:
+            s = ahead
+        if CAPPED:
+            s = tanh(s * scale) * cap
+        if MASK:
+            if not CAPPED:
+                s *= scale
+            s = tl.where(allowed(begins, widths, at, N), s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            # Rows without a key so far: 0 in place of -inf keeps exp2 free of NaN.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(s - level[:, None])
+            kept = tl.exp2(top - level)
+        elif CAPPED:
+            higher = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            kept = tl.exp2(top - higher)
+        else:
+            # The scale rides along in one fused multiply-add per element.
+            higher = tl.maximum(top, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - higher[:, None])
+            kept = tl.exp2(top - higher)
+        total = total * kept + tl.sum(p, 1)
+        top = higher
+        vt, vt2 = load(
+            v, v2, v_strides, b, h, origin + at * step, step, count - at, DV, DV1, DV2, N, TMA, MASK
+        )
+        p = p.to(vt.dtype)
+        acc = tl.dot(p, vt, acc * kept[:, None], input_precision=PRECISION)
+        if DV2 > 0:
+            acc2 = tl.dot(p, vt2, acc2 * kept[:, None], input_precision=PRECISION)
+        if OVERLAP:
+            s = ahead
+    return top, total, acc, acc2
+
+
+@triton.jit
+def _scores(
+    q, q2, k, k2, strides, b, h, origin, step, count, at,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, N: tl.constexpr,
+    TMA: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    kt, kt2 = load(
+        k, k2, strides, b, h, origin + at * step, step, count - at, D, D1, D2, N, TMA, MASK
+    )
+    return product(q, q2, kt, kt2, D2, PRECISION)

@@ -1,0 +1,288 @@
+"""What the compiler makes of the launch table: every kernel compiled without a GPU, and read.
+
+A report is of one :class:`~ringattn.kernels.triton.calls.Call`, built by the code that launches,
+on tensors without memory. Registers, stack and shared memory are ptxas's; the instructions come
+from the disassembly of the cubin, with the tools that Triton's wheel carries.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from ringattn.kernels.triton import calls
+from ringattn.kernels.triton.calls import Call
+from ringattn.kernels.triton.launch import Launch, table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ringattn.runs import Run
+from ringattn.slices import Band, Bands
+
+# Per architecture: target, shared memory of a program at most and of a multiprocessor, bytes; the
+# matrix instruction that its products must be. CUDA programming guide 13, "compute capabilities".
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, "HMMA"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, "HGMMA"),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, "UTCHMMA"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, "v_mfma"),
+}
+_REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}
+# Kinds of instructions by the first letters of their names; the first that fits counts.
+_KINDS = {
+    "matrix": ("HGMMA", "HMMA", "UTCHMMA", "v_mfma"),
+    "exp2": ("MUFU",),
+    "float": ("FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "FSETP", "FCHK", "HFMA2", "HMUL2", "HADD2"),
+    "convert": ("F2F",),
+    "memory": ("LD", "ST", "UTMA", "UBLKCP", "RED", "ATOM", "UTCCP", "LDT", "STT"),
+    "spill": ("LDL", "STL"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile. ``adds``: on top of what its outputs hold; ``pointers``: without
+    tensor descriptors though the architecture has them."""
+
+    arch: str
+    name: str
+    dtype: torch.dtype
+    head_dim: int
+    v_dim: int
+    adds: bool = False
+    pointers: bool = False
+    softcap: float = 0.0
+
+
+def cases() -> Iterator[Case]:
+    """Every line of the launch table that a GPU would compile, fresh and adding."""
+    for arch in TARGETS:
+        for key, lines in table().get(arch, {}).items():
+            name, bits, _, *pointers = key.split()
+            dtype = torch.float32 if bits == "32" else torch.bfloat16
+            for dims in lines:
+                d, _, dv = dims.partition("/")
+                for adds in (False, True):
+                    yield Case(arch, name, dtype, int(d), int(dv or d), adds, bool(pointers))
+
+
+def example(
+    case: Case,
+    line: Launch | None = None,
+    device: str = "meta",
+    tokens: int = 8192,
+    heads: int = 8,
+    kv_heads: int = 2,
+) -> tuple[Call, list[torch.Tensor]]:
+    """The launch of a case on one causal sequence, and what it writes; by default on tensors
+    without memory, which is all that a compiler needs."""
+    shapes = (
+        (tokens, heads, case.head_dim),
+        (tokens, kv_heads, case.head_dim),
+        (tokens, kv_heads, case.v_dim),
+        (tokens, heads, case.v_dim),
+    )
+    q, k, v, g = (torch.randn(1, *s, device=device).to(case.dtype) for s in shapes)
+    run = Run(0, tokens - 1, 2) if case.pointers else Run(0, tokens)
+    bands = Bands([Band.make(run, run, -tokens, 0)])
+    scale = case.head_dim**-0.5
+    state = torch.float32 if case.adds else case.dtype
+    lse = torch.full((1, heads, tokens), -torch.inf, device=device)
+    if case.name == "forward":
+        out = torch.zeros_like(g, dtype=state)
+        partial = out if case.adds else None
+        given = (q, k, v, bands, partial, out, lse, scale, case.softcap)
+        return calls.forward(case.arch, *given, line), [out, lse]
+    # Levels of about the right size: the weights of a row add up to one.
+    levels = torch.log2(torch.arange(tokens, device=device) + 1.0).expand(1, heads, -1).contiguous()
+    drops = torch.zeros_like(levels)
+    given = (case.arch, g, q, k, v, levels, drops, bands)
+    if case.name == "backward_keys":
+        grads = [torch.zeros_like(x, dtype=state) for x in (k, v)]
+        made = calls.backward_keys(*given, *grads, scale, case.softcap, case.adds, line)
+    else:
+        grads = [torch.zeros_like(q, dtype=state)]
+        made = calls.backward_queries(*given, *grads, scale, case.softcap, case.adds, line)
+    return made, grads
+
+
+def compiled(call: Call, target: GPUTarget) -> Any:
+    """Triton's compiled kernel, with the types and hints that a launch would give it."""
+    signature, constants, hints = {}, {}, {}
+    for i, parameter in enumerate(call.kernel.params):
+        name, value = parameter.name, call.arguments[parameter.name]
+        if parameter.is_constexpr or _is_one(value):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple("constexpr" if _is_one(x) else _type(x) for x in value)
+            for j, x in enumerate(value):
+                if _is_one(x):
+                    constants[(i, j)] = x
+                elif _is_even(x):
+                    hints[(i, j)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _type(value)
+            if _is_even(value):
+                hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(call.kernel, signature, constants, hints)
+    return triton.compile(source, target, dict(call.options))
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
+
+
+def _is_even(value: Any) -> bool:
+    """What Triton calls divisible: integers by 16, and pointers to tensors as torch makes them."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one kernel. ``matrix``: instructions by kind in the whole kernel; ``mix``: instructions
+    by kind of the loop over unmasked tiles, per program and turn, and ``needed`` what the
+    algorithm takes at least; ``intensity``: operations per byte that this loop loads."""
+
+    case: Case
+    m: int
+    n: int
+    registers: int
+    spill: int  # bytes of stack
+    shared: int  # bytes
+    shared_limit: int
+    programs: int  # side by side on a multiprocessor
+    occupancy: float  # warps of these over the most possible
+    matrix: dict[str, int]
+    wanted: str
+    mix: dict[str, int]
+    needed: dict[str, float]
+    intensity: float
+
+
+def report(case: Case, line: Launch | None = None) -> Report:
+    """Compiles one case, with the table's line or another, and reads the result. Raises what
+    Triton raises."""
+    target, limit, total, wanted = TARGETS[case.arch]
+    made, _ = example(case, line)
+    kernel = compiled(made, target)
+    a, shared = made.arguments, kernel.metadata.shared
+    warps = kernel.metadata.num_warps
+    registers, spill, code = _read(kernel) if target.backend == "cuda" else _read_amd(kernel)
+    rounded = -(-registers // 8) * 8
+    programs = min(
+        _REGISTERS // max(1, rounded * 32 * warps), total // (shared + 1024), _WARPS // warps, 32
+    )
+    everything = Counter(_name(line) for _, line in code)
+    kinds = {name: n for name, n in everything.items() if _kind(name) == "matrix"}
+    mix, lanes = Counter(_kind(_name(line)) for line in _inner(code)), 32 * warps
+    each = {
+        "forward": (2 * a["M"] * a["N"] * (a["D"] + a["DV"]), 3.0, 0.5),
+        "backward_keys": (4 * a["M"] * a["N"] * (a["D"] + a["DV"]), 3.0, 1.0),
+        "backward_queries": (2 * a["M"] * a["N"] * (2 * a["D"] + a["DV"]), 3.0, 0.5),
+    }
+    operations, floats, converts = each[case.name]
+    scores = a["M"] * a["N"] / lanes
+    needed = {"exp2": scores, "float": floats * scores, "convert": converts * scores}
+    if case.name == "forward":  # the accumulator is scaled anew each turn
+        needed["float"] += a["M"] * a["DV"] / lanes
+    size = torch.empty(0, dtype=case.dtype).element_size()
+    return Report(
+        case=case,
+        m=a["M"],
+        n=a["N"],
+        registers=registers,
+        spill=spill,
+        shared=shared,
+        shared_limit=limit,
+        programs=programs,
+        occupancy=programs * warps / _WARPS,
+        matrix=kinds,
+        wanted=wanted,
+        mix=dict(mix),
+        needed=needed,
+        intensity=operations / (a["N"] * (a["D"] + a["DV"]) * size),
+    )
+
+
+Code = list[tuple[int, str]]
+
+
+def _read(kernel: Any) -> tuple[int, int, Code]:
+    """(registers, bytes of stack, instructions with their addresses) of a cubin."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, text = (
+            subprocess.run(
+                [tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    return registers, stack, [(int(address, 16), line) for address, line in lines]
+
+
+def _read_amd(kernel: Any) -> tuple[int, int, Code]:
+    """The same of an AMD kernel, as far as its assembly says it."""
+    text = kernel.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+    spill = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    lines = re.findall(r"^\s+([sv]_\w+.*)$", text, re.MULTILINE)
+    return registers, spill, list(enumerate(lines))
+
+
+def _name(line: str) -> str:
+    """The instruction's name without predicate and modifiers; AMD's have their shapes in it."""
+    name = re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0]
+    return "v_mfma" if name.startswith("v_mfma") else name
+
+
+def _kind(name: str) -> str:
+    if name in _KINDS["spill"]:
+        return "spill"
+    for kind, starts in _KINDS.items():
+        if name.startswith(starts):
+            return kind
+    return "other"
+
+
+def _inner(code: Code) -> list[str]:
+    """The loop over unmasked tiles: of the innermost loops with matrix instructions, the shortest.
+
+    A loop is what lies between a branch backwards and its target.
+    """
+    loops = []
+    for address, line in code:
+        back = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
+        if back and (start := int(back[1], 16)) < address:
+            body = [text for at, text in code if start <= at <= address]
+            if any(_kind(_name(text)) == "matrix" for text in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])

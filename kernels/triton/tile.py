@@ -1,0 +1,149 @@
+"""What the forward and the backward kernels share: places, loads, and the mask of a tile.
+
+A tile of a tensor ``[batch, tokens, heads, head_dim]`` is some tokens of one head. Its head_dim is
+held as one or two powers of two (96 = 64 + 32): ``D`` is the true size, ``D1`` and ``D2`` what is
+held, ``D2`` = 0 for none; ``D1`` or ``D1 + D2`` may exceed ``D`` and is then filled with zeros.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(tiles, heads, batch_heads, together, count):
+    """(tile, batch, head, row of lse) of this program. ``together`` heads share the L2 cache; of
+    these all tiles come before those of the next heads, the heaviest first."""
+    pid = tl.program_id(0)
+    section = pid // (together * count)
+    inside = pid - section * together * count
+    width = tl.minimum(together, batch_heads - section * together)
+    flat = section * together + inside % width
+    return inside // width, flat // heads, flat % heads
+
+
+@triton.jit
+def start(x, strides, b, h, token):
+    """Where a token of one head begins; offsets are 64 bit."""
+    b, h, token = b.to(tl.int64), h.to(tl.int64), tl.cast(token, tl.int64)
+    return x + b * strides[0] + h * strides[2] + token * strides[1]
+
+
+@triton.jit
+def load(
+    x, x2, strides, b, h, token, step, left,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, N: tl.constexpr,
+    TMA: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Tokens ``token, token + step, ...`` as two halves ``[N, D1]``, ``[N, D2]``.
+
+    x and x2 are pointers or, with TMA, descriptors over [batch, heads, tokens, head_dim]. With
+    MASK only ``left`` tokens exist (a descriptor knows the length itself); the others are 0.
+    """
+    if TMA:
+        y = x.load([b, h, token, 0]).reshape(N, D1)
+        y2 = y
+        if D2 > 0:
+            y2 = x2.load([b, h, token, D1]).reshape(N, D2)
+    else:
+        n = tl.arange(0, N)
+        base = start(x, strides, b, h, token)
+        rows = base + (n.to(tl.int64) * step * strides[1])[:, None]
+        y = _columns(rows, (n < left)[:, None], 0, D, D1, MASK)
+        y2 = y
+        if D2 > 0:
+            y2 = _columns(rows, (n < left)[:, None], D1, D, D2, MASK)
+    return y, y2
+
+
+@triton.jit
+def _columns(rows, exist, begin, D: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
+    d = begin + tl.arange(0, SIZE)[None, :]
+    if begin + SIZE > D:
+        return tl.load(rows + d, mask=exist & (d < D), other=0.0)
+    if MASK:
+        return tl.load(rows + d, mask=exist, other=0.0)
+    return tl.load(rows + d)
+
+
+@triton.jit
+def held(
+    x, strides, b, h, first, step, left, factor,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Where a float32 sum begins: with ADD at what x holds, times ``factor``, else at 0."""
+    if ADD:
+        y, y2 = load(x, x, strides, b, h, first, step, left, D, D1, D2, M, False, True)
+        y *= factor
+        if D2 > 0:
+            y2 *= factor
+    else:
+        y = tl.zeros([M, D1], tl.float32)
+        y2 = y
+        if D2 > 0:
+            y2 = tl.zeros([M, D2], tl.float32)
+    return y, y2
+
+
+@triton.jit
+def store(
+    x, strides, b, h, first, step, left, y, y2, factor,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Writes two halves, times ``factor``, in the dtype of x."""
+    m = tl.arange(0, M)
+    rows = start(x, strides, b, h, first) + (m.to(tl.int64) * step * strides[1])[:, None]
+    exist = (m < left)[:, None]
+    d = tl.arange(0, D1)[None, :]
+    tl.store(rows + d, (y * factor).to(x.dtype.element_ty), mask=exist & (d < D))
+    if D2 > 0:
+        d2 = D1 + tl.arange(0, D2)[None, :]
+        tl.store(rows + d2, (y2 * factor).to(x.dtype.element_ty), mask=exist & (d2 < D))
+
+
+@triton.jit
+def product(a, a2, b, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over both halves, float32."""
+    c = tl.dot(a, b.T, input_precision=PRECISION)
+    if D2 > 0:
+        c = tl.dot(a2, b2.T, c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def window(visit, first, row_step, M: tl.constexpr, STEPPED: tl.constexpr):
+    """Per row of the tile, the columns that the visit's band allows, counted from the visit's first
+    one: (the first, how many)."""
+    start = tl.load(visit)
+    if STEPPED:
+        step = tl.load(visit + 1)
+        apart = first + tl.arange(0, M).to(tl.int64) * row_step - start
+        element = apart // step
+        exist = (apart >= 0) & (element * step == apart)
+        i = tl.where(exist, element, -1).to(tl.int32)
+    else:
+        i = first - start + tl.arange(0, M)
+    begin = tl.maximum(i + tl.load(visit + 6), 0)
+    end = tl.minimum(i + tl.load(visit + 7), tl.load(visit + 5) - 1) + 1
+    exist = (i >= 0) & (i < tl.load(visit + 2))
+    return begin - tl.load(visit + 8), tl.where(exist, tl.maximum(end - begin, 0), 0)
+
+
+@triton.jit
+def columns(visit, STEPPED: tl.constexpr):
+    """(token of the visit's first column, step of the tokens, columns from there on)."""
+    j = tl.load(visit + 8)
+    step = tl.load(visit + 4) if STEPPED else 1
+    return tl.load(visit + 3) + j * step, step, tl.load(visit + 5) - j
+
+
+@triton.jit
+def allowed(begin, width, at, N: tl.constexpr):
+    """[M, N]: the pairs of a window among columns at, at + 1, ... One unsigned comparison each."""
+    after = (at + tl.arange(0, N))[None, :] - begin[:, None]
+    return after.to(tl.uint32, bitcast=True) < width[:, None].to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def tanh(x):
+    """Finite for every x: exp2 may overflow to infinity, and 2 / infinity is 0."""
+    return 1 - 2 / (1 + tl.exp2(x * 2.8853900817779268))

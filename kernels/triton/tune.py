@@ -1,0 +1,78 @@
+"""Finds better lines for the launch table, on the GPU at hand, when somebody asks for it.
+
+A candidate is compiled first and dropped if it spills, needs more shared memory than there is, or
+falls back to slower matrix instructions. What is left must agree with the line of the table, and
+is timed against it on one causal sequence; ``ringattn kernels --tune`` writes what won.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from statistics import median
+
+import torch
+from ringattn.kernels.triton.launch import Launch
+from ringattn.kernels.triton.report import Case, Report, example, report
+
+Measure = Callable[[Case, Launch], tuple[float, list[torch.Tensor]]]
+GAIN = 1.02  # a line must be faster than the table's by this much to take its place
+
+
+def candidates(case: Case, now: Launch) -> Iterator[Launch]:
+    """Lines worth a try for a case whose line is ``now``."""
+    for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+        overlaps = (False, True) if case.name == "forward" and case.arch == "sm_90" else (False,)
+        specials = (False, True) if case.arch == "sm_100" and now.tma else (False,)
+        for overlap, specialize in product(overlaps, specials):
+            line = replace(
+                now, m=m, n=n, warps=warps, stages=stages, overlap=overlap, specialize=specialize
+            )
+            if line != now:
+                yield line
+
+
+def fits(made: Report) -> bool:
+    """Whether a compiled line may go into the table at all."""
+    whole = set(made.matrix) == {made.wanted} or made.case.dtype == torch.float32
+    return made.spill == 0 and made.shared <= made.shared_limit and whole
+
+
+def tune(case: Case, now: Launch, measure: Measure, say: Callable[[str], None]) -> Launch:
+    """The fastest line, or ``now``; ``measure`` runs one: (seconds, its outputs)."""
+    base, wanted = measure(case, now)
+    best, least = now, base / GAIN
+    say(f"{case.name} {case.head_dim}/{case.v_dim}: {base * 1e3:.3f} ms with {now}")
+    for line in candidates(case, now):
+        try:
+            if not fits(report(case, line)):
+                continue
+            seconds, got = measure(case, line)
+        except Exception as error:  # what the compiler or the driver refuses is no line
+            say(f"  {line}: {type(error).__name__}")
+            continue
+        pairs = zip(got, wanted, strict=True)
+        if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in pairs):
+            say(f"  {line}: WRONG")
+        elif seconds < least:
+            best, least = line, seconds
+            say(f"  {seconds * 1e3:.3f} ms with {line}")
+    return best
+
+
+def measured(case: Case, line: Launch, turns: int = 20) -> tuple[float, list[torch.Tensor]]:
+    """(median seconds of a launch on 16k tokens, by CUDA events; what the first one wrote)."""
+    torch.manual_seed(0)
+    call, outputs = example(case, line, "cuda", 16384, 16, 4)
+    call.run()
+    first = [x.clone() for x in outputs]
+    times = []
+    for _ in range(turns + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call.run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return median(times[3:]), first

@@ -1,0 +1,131 @@
+"""Work lists: which tiles of columns each tile of rows visits, for all bands of a step.
+
+Rows are queries in the forward and for dq, keys for dk and dv; columns are the other side. A tile
+is ``M`` rows of one progression ``first, first + row_step, ...``, so that a dilated mask fills its
+tiles too. A visit is one band met by one tile: ``count`` tiles of ``N`` columns from column ``j``
+on, of which those from ``full_from`` up to ``full_to`` lie wholly inside of the band and need no
+mask arithmetic. Tiles that meet no pair are never listed. Size: tiles + visits, not their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.slices import Band
+
+
+@dataclass(frozen=True)
+class Work:
+    """``tiles`` int32 [tiles, 3]: first row, its visits from .. to; those with most work first.
+
+    ``visits`` int32 [visits, 12]: row run (start, step, length), column run (the same), lo, hi of
+    the band in elements of the runs (column - row), then j, count, full_from, full_to.
+    """
+
+    tiles: np.ndarray
+    visits: np.ndarray
+    row_step: int
+    stepped: bool  # whether any run, or the tiles themselves, step by more than one
+
+    @property
+    def columns(self) -> int:
+        """Tiles of columns visited, masked ones included: what the launch costs."""
+        return int(self.visits[:, 9].sum())
+
+
+def work(
+    bands: Sequence[Band], rows: int, m: int, n: int, transposed: bool, everything: bool
+) -> Work:
+    """The work list for tiles of ``m`` rows and ``n`` columns.
+
+    Args:
+        rows: length of the tensor on the row side.
+        transposed: rows are keys.
+        everything: list every row, also those that no band meets (their results are written too).
+    """
+    table = np.array(
+        [(b.q.start, b.q.step, len(b.q), b.k.start, b.k.step, len(b.k), b.lo, b.hi) for b in bands],
+        dtype=np.int64,
+    ).reshape(-1, 8)
+    if transposed:
+        table = table[:, [3, 4, 5, 0, 1, 2, 7, 6]]
+        table[:, 6:] *= -1
+    # Tiles may step like any of the runs; the least work wins, the smallest step among equals.
+    steps = [1, *np.unique(table[:, 1][table[:, 1] > 1]).tolist()]
+    row_step, (tile, visits) = min(
+        ((step, _visits(table, step, rows, m, n)) for step in steps),
+        key=lambda choice: choice[1][1][:, 9].sum(),
+    )
+    firsts = _firsts(row_step, rows, m)
+    order = np.argsort(tile, kind="stable")  # of one tile, the bands in their order
+    tile, visits = tile[order], visits[order]
+    ends = np.searchsorted(tile, np.arange(len(firsts) + 1))
+    tiles = np.stack([firsts, ends[:-1], ends[1:]], axis=1)
+    cost = np.bincount(tile, visits[:, 9], minlength=len(firsts))
+    heavy = np.argsort(-cost, kind="stable")
+    if not everything:
+        heavy = heavy[: np.count_nonzero(cost)]
+    stepped = row_step > 1 or bool((visits[:, [1, 4]] > 1).any())
+    return Work(tiles[heavy].astype(np.int32), visits.astype(np.int32), row_step, stepped)
+
+
+def _firsts(step: int, rows: int, m: int) -> np.ndarray:
+    """First rows of all tiles: residue by residue, ``m`` rows of each at a time."""
+    residues = np.arange(min(step, rows))
+    counts = _up(_up(rows - residues, step), m)
+    block = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(residues, counts) + block * step * m
+
+
+def _visits(
+    table: np.ndarray, step: int, rows: int, m: int, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the tile, visit) of every meeting of a band with a tile of rows that step so."""
+    common = np.gcd(table[:, 1], step)
+    ways = step // common  # residues that the rows of a band fall into
+    at, turn = _spread(ways)
+    residue = table[at, 0] % common[at] + common[at] * turn
+    start, stride, length = table[at, 0], table[at, 1], table[at, 2]
+    last = start + (length - 1) * stride
+    low = np.maximum(0, _up(start - residue, step)) // m
+    high = (last - residue) // step // m
+    which, block = _spread(np.maximum(0, high - low + 1))
+    block += low[which]
+    at, residue = at[which], residue[which]
+
+    run, stride, length, _, _, columns, lo, hi = table[at].T
+    first = residue + block * step * m
+    final = np.minimum(first + step * (m - 1), residue + (rows - 1 - residue) // step * step)
+    # Elements of the band's rows between the tile's first and last row.
+    low = np.maximum(0, _up(first - run, stride))
+    high = np.minimum(length - 1, (final - run) // stride)
+    j = np.maximum(0, low + lo)
+    end = np.minimum(columns - 1, high + hi)
+    count = _up(end - j + 1, n)
+    # Columns that every row of the tile attends, where the band has all of the tile's rows.
+    whole = (step % stride == 0) & (first >= run) & (final <= run + (length - 1) * stride)
+    inner, outer = np.maximum(0, high + lo), np.minimum(columns - 1, low + hi)
+    full_from, full_to = _up(inner - j, n), (outer + 1 - j) // n
+    whole &= full_to > full_from
+    full_from, full_to = np.where(whole, full_from, 0), np.where(whole, full_to, 0)
+
+    residues = np.arange(min(step, rows))
+    tiles = _up(_up(rows - residues, step), m)
+    number = (np.cumsum(tiles) - tiles)[np.minimum(residue, len(residues) - 1)] + block
+    visits = np.column_stack([table[at], j, count, full_from, full_to])
+    real = (low <= high) & (j <= end)
+    return number[real], visits[real]
+
+
+def _up(a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every i, ``counts[i]`` times i; and 0, 1, ... within each."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)

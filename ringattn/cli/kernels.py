@@ -1,0 +1,186 @@
+"""``ringattn kernels``: the launch table compiled without a GPU, and read; or tuned on one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ringattn.cli.request import Key, RequestError, choice
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PASSES = ("forward", "backward_keys", "backward_queries")
+
+KEYS = {
+    "arch": Key(choice(*ARCHS), None, f"{', '.join(ARCHS)}; all of NVIDIA's unless given"),
+    "pass": Key(choice(*PASSES), None, f"{', '.join(PASSES)}; all unless given"),
+    "head_dim": Key(str, None, "a head_dim of the table, or head_dim/v_dim; all unless given"),
+    "bits": Key(choice("16", "32"), None, "of the inputs: 16, 32; both unless given"),
+    "adds": Key(choice("yes", "no"), None, "on top of a running sum, or not; both unless given"),
+    "pointers": Key(choice("yes", "no"), None, "where no descriptor reads; both unless given"),
+    "processes": Key(int, None, "that compile; one per core unless given"),
+}  # fmt: skip
+# The bars: at these head_dims nothing may spill, and half-precision products must all be the
+# architecture's fastest matrix instruction.
+SPILL_FREE = 128
+
+
+def _flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--mix", action="store_true", help="instructions of the inner loops")
+    parser.add_argument("--tune", action="store_true", help="search on this GPU; writes the table")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; 1 if a kernel misses a bar."""
+    from ringattn.cli.request import parse
+
+    values, options = parse("kernels", KEYS, arguments, _flags)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RequestError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+    try:
+        from ringattn.kernels.triton import report
+    except ModuleNotFoundError as error:
+        raise RequestError(f"needs the package {error.name}, which is not installed") from None
+    cases = [case for case in report.cases() if _chosen(case, values)]
+    if not cases:
+        sizes = sorted({_dims(case) for case in report.cases()}, key=lambda d: int(d.split("/")[0]))
+        raise RequestError(f"no line of the launch table is so; head_dims: {', '.join(sizes)}")
+    if options.tune:
+        return _tune(cases)
+    with ProcessPoolExecutor(
+        values["processes"] or os.cpu_count(), multiprocessing.get_context("spawn")
+    ) as pool:
+        reports = list(pool.map(report.report, cases))
+    facts = [_facts(made) for made in reports]
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        (_print_mix if options.mix else _print)(facts)
+    return int(any(fact["misses"] for fact in facts))
+
+
+def _dims(case: Any) -> str:
+    return f"{case.head_dim}/{case.v_dim}" if case.v_dim != case.head_dim else f"{case.head_dim}"
+
+
+def _chosen(case: Any, values: dict[str, Any]) -> bool:
+    truth = {"yes": True, "no": False, None: None}
+    wanted = (
+        (values["pass"], case.name),
+        (values["head_dim"], _dims(case)),
+        (values["bits"], str(8 * case.dtype.itemsize)),
+        (truth[values["adds"]], case.adds),
+        (truth[values["pointers"]], case.pointers),
+    )
+    arch = case.arch == values["arch"] if values["arch"] else case.arch.startswith("sm_")
+    return arch and all(want is None or want == have for want, have in wanted)
+
+
+def _facts(made: Any) -> dict[str, Any]:
+    facts = asdict(made)
+    case = facts.pop("case")
+    case["dtype"] = str(case["dtype"]).removeprefix("torch.")
+    misses = []
+    if made.spill and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
+        misses.append(f"spills {made.spill} bytes")
+    if made.shared > made.shared_limit:
+        misses.append(f"{made.shared} bytes of shared memory, {made.shared_limit} is the limit")
+    if case["dtype"] != "float32" and set(made.matrix) != {made.wanted}:
+        misses.append(f"products are {', '.join(made.matrix) or 'none'}, not {made.wanted}")
+    return case | facts | {"misses": misses}
+
+
+def _title(fact: dict[str, Any]) -> tuple[str, ...]:
+    d, dv = fact["head_dim"], fact["v_dim"]
+    dims = f"{d}" if d == dv else f"{d}/{dv}"
+    how = " ".join(word for word in ("adds", "pointers") if fact[word])
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[fact["dtype"]]
+    return fact["arch"], fact["name"], short, dims, how
+
+
+def _table(titles: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for title in ("arch", "pass", "dtype", "head_dim", "variant"):
+        table.add_column(title, no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """Wide enough for the table where nobody's terminal is narrower."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=132)
+
+
+def _print(facts: list[dict[str, Any]]) -> None:
+    console = _console()
+    table = _table(("tile", "regs", "spill", "shared", "matrix", "warps", "FLOP/B", ""))
+    for fact in facts:
+        matrix = ", ".join(f"{n} {kind}" for kind, n in fact["matrix"].items()) or "none"
+        table.add_row(
+            *_title(fact),
+            f"{fact['m']}x{fact['n']}",
+            str(fact["registers"]),
+            str(fact["spill"]),
+            f"{fact['shared'] / 1024:.0f}/{fact['shared_limit'] / 1024:.0f}",
+            matrix,
+            f"{fact['occupancy']:.0%}",
+            f"{fact['intensity']:.0f}",
+            "[red]" + "; ".join(fact["misses"]) + "[/red]" if fact["misses"] else "ok",
+        )
+    console.print(table)
+    console.print(
+        "spill: bytes of stack. shared: KiB, of the most a program may have. matrix: instructions "
+        "in the whole kernel. warps: those of the programs that fit on a multiprocessor, over its "
+        "most. FLOP/B: operations of the inner loop per byte it loads."
+    )
+
+
+def _print_mix(facts: list[dict[str, Any]]) -> None:
+    console = _console()
+    kinds = ("matrix", "exp2", "float", "convert", "memory", "spill", "other")
+    table = _table((*kinds, "all", "needed"))
+    for fact in facts:
+        mix, needed = fact["mix"], fact["needed"]
+        cells = [
+            f"{mix.get(kind, 0)}" + (f" of {needed[kind]:.0f}" if kind in needed else "")
+            for kind in kinds
+        ]
+        least = sum(needed.values()) + mix.get("matrix", 0)
+        table.add_row(*_title(fact), *cells, str(sum(mix.values())), f"{least:.0f}")
+    console.print(table)
+    console.print(
+        "Instructions of a warp in one turn of the loop over unmasked tiles. 'of N': what the "
+        "algorithm takes at least; needed: all of that, and the matrix instructions."
+    )
+
+
+def _tune(cases: list[Any]) -> int:
+    import torch
+
+    from ringattn.kernels.triton import architecture, launch, tune
+
+    if not torch.cuda.is_available():
+        raise RequestError("--tune needs a GPU, and torch sees none here")
+    arch = architecture(torch.device("cuda"))
+    console = Console(highlight=False)
+    found = {a: {p: dict(lines) for p, lines in ps.items()} for a, ps in launch.table().items()}
+    for case in cases:
+        if case.arch == arch and not case.adds:
+            key = f"{case.name} {8 * case.dtype.itemsize} bit" + " pointers" * case.pointers
+            now = found[arch][key][_dims(case)]
+            found[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, console.print)
+    launch.FILE.write_text(launch.render(found))
+    console.print(f"written: {launch.FILE}; compile it all with `ringattn kernels`, then commit it")
+    return 0
