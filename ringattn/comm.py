@@ -67,6 +67,12 @@ class ProcessRank:
         self.world = 1 if alone else dist.get_world_size(group)
 
     def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
+        copies = []
+        if self._staged(sends, recvs):
+            sends = [(buffer.cpu(), peer) for buffer, peer in sends]
+            hosts = [(torch.empty_like(buffer, device="cpu"), peer) for buffer, peer in recvs]
+            copies = [(to, host) for (to, _), (host, _) in zip(recvs, hosts, strict=True)]
+            recvs = hosts
         ops = [
             dist.P2POp(op, buffer, group=self.group, group_peer=peer)
             for op, messages in ((dist.isend, sends), (dist.irecv, recvs))
@@ -74,7 +80,12 @@ class ProcessRank:
         ]
         with _named(label, sends, recvs):
             works = dist.batch_isend_irecv(ops) if ops else []
-        return _ProcessPending(works, sends, recvs, label)
+        return _ProcessPending(works, sends, recvs, label, copies)
+
+    def _staged(self, sends: Sequence[Message], recvs: Sequence[Message]) -> bool:
+        """Whether messages pass through host memory: gloo reads no other."""
+        away = any(buffer.device.type != "cpu" for buffer, _ in (*sends, *recvs))
+        return away and dist.get_backend(self.group) == "gloo"
 
 
 @dataclass
@@ -83,11 +94,14 @@ class _ProcessPending:
     sends: Sequence[Message]  # held so that no buffer is freed in flight
     recvs: Sequence[Message]
     label: str
+    copies: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (to, from), once everything has come
 
     def wait(self) -> None:
         with _named(self.label, self.sends, self.recvs):
             for work in self.works:
                 work.wait()
+        for to, host in self.copies:
+            to.copy_(host)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ringattn.slices import Band
 LOG2E = 1 / math.log(2)
 # K/V (or Q/dO) of heads that run side by side should stay in the L2 cache: 50 MB on an H100.
 _L2_BYTES = 32 * 2**20
-_PREPARE_ROWS = 64
+_PREPARE_ROWS = 32
 # Triton's interpreter exchanges the functions of triton.language while it runs: one at a time.
 _INTERPRETER = Lock()
 
@@ -112,7 +112,7 @@ def prepare(
         "M": _PREPARE_ROWS,
     }
     grid = batch * heads * -(-tokens // _PREPARE_ROWS)
-    return Call(bwd.prepare, grid, arguments, {"num_warps": 4})
+    return Call(bwd.prepare, grid, arguments, {"num_warps": 4, "enable_fp_fusion": True})
 
 
 def backward_keys(

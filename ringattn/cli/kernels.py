@@ -6,28 +6,44 @@ import json
 import multiprocessing
 import os
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from ringattn.cli.request import Key, RequestError, choice, count, parse
 
-from ringattn.cli.request import Key, RequestError, choice
+if TYPE_CHECKING:  # machines ask for --json, and may have no rich
+    from rich.console import Console
+    from rich.table import Table
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PASSES = ("forward", "backward_keys", "backward_queries")
 
+
+def _split(text: str) -> list[str]:
+    return text.split(",")
+
+
+def several(*legal: str) -> Callable[[str], list[str]]:
+    """One or more of the legal words, with commas between."""
+
+    def read(text: str) -> list[str]:
+        if not set(_split(text)) <= set(legal):
+            raise ValueError(f"one or more of {', '.join(legal)}, with commas between")
+        return _split(text)
+
+    return read
+
+
 KEYS = {
-    "arch": Key(choice(*ARCHS), None, f"{', '.join(ARCHS)}; all of NVIDIA's unless given"),
-    "pass": Key(choice(*PASSES), None, f"{', '.join(PASSES)}; all unless given"),
-    "head_dim": Key(str, None, "a head_dim of the table, or head_dim/v_dim; all unless given"),
+    "arch": Key(several(*ARCHS), None, f"{', '.join(ARCHS)}; all of NVIDIA's unless given"),
+    "pass": Key(several(*PASSES), None, f"{', '.join(PASSES)}; all unless given"),
+    "head_dim": Key(_split, None, "of the table, or head_dim/v_dim; all unless given"),
     "bits": Key(choice("16", "32"), None, "of the inputs: 16, 32; both unless given"),
     "adds": Key(choice("yes", "no"), None, "on top of a running sum, or not; both unless given"),
     "pointers": Key(choice("yes", "no"), None, "where no descriptor reads; both unless given"),
-    "processes": Key(int, None, "that compile; one per core unless given"),
+    "processes": Key(count, None, "that compile; one per core unless given"),
 }  # fmt: skip
 # The bars: at these head_dims nothing may spill, and half-precision products must all be the
 # architecture's fastest matrix instruction.
@@ -42,8 +58,6 @@ def _flags(parser: ArgumentParser) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The command; 1 if a kernel misses a bar."""
-    from ringattn.cli.request import parse
-
     values, options = parse("kernels", KEYS, arguments, _flags)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RequestError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
@@ -75,15 +89,19 @@ def _dims(case: Any) -> str:
 
 def _chosen(case: Any, values: dict[str, Any]) -> bool:
     truth = {"yes": True, "no": False, None: None}
-    wanted = (
+    lists = (
+        (values["arch"] or [arch for arch in ARCHS if arch.startswith("sm_")], case.arch),
         (values["pass"], case.name),
         (values["head_dim"], _dims(case)),
+    )
+    exact = (
         (values["bits"], str(8 * case.dtype.itemsize)),
         (truth[values["adds"]], case.adds),
         (truth[values["pointers"]], case.pointers),
     )
-    arch = case.arch == values["arch"] if values["arch"] else case.arch.startswith("sm_")
-    return arch and all(want is None or want == have for want, have in wanted)
+    return all(some is None or have in some for some, have in lists) and all(
+        want is None or want == have for want, have in exact
+    )
 
 
 def _facts(made: Any) -> dict[str, Any]:
@@ -109,6 +127,9 @@ def _title(fact: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _table(titles: Sequence[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for title in ("arch", "pass", "dtype", "head_dim", "variant"):
         table.add_column(title, no_wrap=True)
@@ -119,6 +140,8 @@ def _table(titles: Sequence[str]) -> Table:
 
 def _console() -> Console:
     """Wide enough for the table where nobody's terminal is narrower."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=132)
 
@@ -162,7 +185,8 @@ def _print_mix(facts: list[dict[str, Any]]) -> None:
     console.print(table)
     console.print(
         "Instructions of a warp in one turn of the loop over unmasked tiles. 'of N': what the "
-        "algorithm takes at least; needed: all of that, and the matrix instructions."
+        "algorithm takes at least (sm_100 has floats by twos); needed: all of that, and the matrix "
+        "instructions."
     )
 
 
@@ -174,7 +198,7 @@ def _tune(cases: list[Any]) -> int:
     if not torch.cuda.is_available():
         raise RequestError("--tune needs a GPU, and torch sees none here")
     arch = architecture(torch.device("cuda"))
-    console = Console(highlight=False)
+    console = _console()
     found = {a: {p: dict(lines) for p, lines in ps.items()} for a, ps in launch.table().items()}
     for case in cases:
         if case.arch == arch and not case.adds:

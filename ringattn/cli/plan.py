@@ -7,10 +7,6 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from ringattn import cost
 from ringattn.check import check
 from ringattn.cli.request import ITEMSIZE, PLAN_KEYS, Key, count, drawable, parse, planned
@@ -98,6 +94,10 @@ def _short(value: float) -> str:
 
 
 def _print(plan: Plan, facts: dict) -> None:
+    from rich.box import SIMPLE_HEAD  # here: machines ask for --json, and may have no rich
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     console.print(str(plan), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))

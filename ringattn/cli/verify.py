@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from ringattn import kernels
 from ringattn.attention import ring_attention
@@ -105,7 +103,9 @@ def _device(name: str) -> torch.device:
         raise RequestError("device=cuda, but torch sees no GPU here; use device=cpu")
     if name == "cpu" or not available:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # More ranks than GPUs share them: slow, but a way to try a split.
+    local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
 
@@ -242,6 +242,9 @@ def _curve(
 
 
 def _print(facts: dict[str, Any], results: dict[str, Comparison]) -> None:
+    from rich.console import Console  # here: machines ask for --json, and may have no rich
+    from rich.table import Table
+
     console = Console(highlight=False)
     kind = "processes" if facts["processes"] else "virtual ranks of one process"
     console.print(facts["plan"], soft_wrap=True)

@@ -1,0 +1,460 @@
+"""The Triton kernels on a GPU: right first, then how fast, beside torch's own. Under 8 minutes.
+
+    python benchmarks/gpu_suite.py                    # on one H100 or H200
+    python benchmarks/gpu_suite.py --rehearse         # every line of it, tiny, on a CPU
+
+Needs torch 2.9 or newer, Triton, numpy and einops, and this checkout installed
+(`pip install --no-deps --no-build-isolation .`); no network. Sections that the time is not enough
+for are named in the result. Writes benchmarks/results/DEVICE_DATE.json and .md.
+
+Conventions: FLOPs are 4 x pairs of the mask x heads x head_dim x batch in the forward and 2.5 times
+that in the backward, whatever a kernel really computes. Times are medians over CUDA events after
+warm-up, contenders in turn, on random inputs larger than the L2 cache. The peak is the median rate
+of an 8192^3 matrix product in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+if "--rehearse" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import torch.nn.functional as F
+import triton
+from ringattn.kernels import triton as kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import ringattn as ra
+from ringattn.verify import compare, oracle
+
+RESULTS = Path(__file__).parent / "results"
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# RMS of the error over that of the values, for standard normal inputs.
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
+
+
+class Suite:
+    """One run: its sizes, its clock, and what it has found."""
+
+    def __init__(self, rehearse: bool, seconds: float) -> None:
+        self.small = rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.end = time.monotonic() + seconds
+        self.heads, self.tokens = (1, 64) if rehearse else (16, 65536)
+        self.turns = 1 if rehearse else 7
+        self.half = torch.float16 if rehearse else torch.bfloat16
+        name = platform.processor() or "cpu" if rehearse else torch.cuda.get_device_name()
+        self.found: dict = {
+            "device": name,
+            "date": f"{date.today():%Y-%m-%d}",
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "rehearsal": rehearse,
+            "not_run": [],
+        }
+
+    def left(self, what: str) -> bool:
+        """Whether there is time; if not, ``what`` is noted."""
+        if time.monotonic() < self.end:
+            return True
+        self.found["not_run"].append(f"{what}: out of time")
+        return False
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.half)
+
+    def timed(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of every call, in turn, after one round of warm-up; a call that raises is out."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(self.turns + 1):
+            for name, call in calls.items():
+                if name not in times:
+                    continue
+                try:
+                    seconds = self._once(call)
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    self.found["not_run"].append(f"{name}: {str(error).splitlines()[0][:120]}")
+                    del times[name]
+                    continue
+                if turn:
+                    times[name].append(seconds)
+        return times
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            begun = time.perf_counter()
+            call()
+            return time.perf_counter() - begun
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def whole(mask: ra.Mask) -> ra.Plan:
+    """The plan of one rank."""
+    return ra.make_plan(mask, ra.layouts.contiguous(mask.n_q, 1))
+
+
+def masks(n: int) -> dict[str, ra.Mask]:
+    """Window of 1/16; documents from n/4 down to single tokens, halving, again and again."""
+    lengths, left = [], n
+    while left:
+        lengths.append(max(1, min(left, n // 2 ** (2 + len(lengths) % 6))))
+        left -= lengths[-1]
+    return {
+        "causal": ra.masks.causal(n),
+        "full": ra.masks.full(n),
+        "window": ra.masks.sliding_window(n, max(1, n // 16)),
+        "documents": ra.masks.documents(lengths),
+    }
+
+
+def correctness(suite: Suite) -> None:
+    """out, dq, dk, dv against float64, beside torch's own attention where it has the mask."""
+    n = 50 if suite.small else 1501
+    more = {
+        "prefix": ra.masks.prefix_lm(n, n // 3),
+        "sinks": ra.masks.sliding_window(n, n // 8) | ra.masks.sinks(n, 4),
+        "dilated": ra.masks.dilated(n, n // 4, 3),
+        "rows without keys": ra.masks.causal(n)
+        - ra.masks.from_slices(ra.masks.full(n // 4, n).slices, n, n),
+    }
+    dtypes = [torch.float16] if suite.small else [torch.bfloat16, torch.float16]
+    cases = [(name, mask, 128, 128, t) for name, mask in masks(n).items() for t in dtypes]
+    cases += [(name, mask, 64, 64, dtypes[0]) for name, mask in more.items()]
+    for dims in ((64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (80, 40)):
+        cases.append(("causal", ra.masks.causal(n), *dims, dtypes[0]))
+    cases.append(("causal", ra.masks.causal(n), 128, 128, torch.float32))
+    rows = suite.found["correctness"] = []
+    for name, mask, dim, v_dim, dtype in cases:
+        if not suite.left(f"correctness of {name}"):
+            break
+        shapes = ((n, 4, dim), (n, 2, dim), (n, 2, v_dim), (n, 4, v_dim))
+        q, k, v, dout = (suite.random(1, *s, dtype=dtype) for s in shapes)
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = ra.ring_attention(*own, whole(mask), kernel="triton")
+        got = [out.detach(), *torch.autograd.grad(out, own, dout)]
+        want = oracle(mask, q, k, v, dout)
+        results = [compare(a, a, b) for a, b in zip(got, want, strict=True)]
+        errors = [result.ours for result in results]
+        right = max(errors) <= LIMITS[dtype] and all(result.worst <= 1 for result in results)
+        rows.append(
+            {
+                "mask": name,
+                "head_dim": f"{dim}/{v_dim}",
+                "dtype": str(dtype).removeprefix("torch."),
+                "errors": dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
+                "worst_row": max(result.worst for result in results),
+                "right": right,
+            }
+        )
+        print(f"{'right' if right else 'WRONG':6s} {name:18s} {rows[-1]['head_dim']:8s} "
+              f"{rows[-1]['dtype']:9s} {max(errors):.2e}", flush=True)  # fmt: skip
+
+
+def peak(suite: Suite) -> None:
+    """The rate of a large matrix product."""
+    n = 64 if suite.small else 8192
+    a, b = suite.random(n, n), suite.random(n, n)
+    times = suite.timed({"matmul": lambda: a @ b})["matmul"]
+    suite.found["peak_tflops"] = 2 * n**3 / median(times) / 1e12
+
+
+def contenders(
+    suite: Suite, name: str, mask: ra.Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    flex: Callable | None,
+) -> dict[str, Callable[[], torch.Tensor]]:  # fmt: skip
+    """Forward calls by name, each on tensors of the layout it likes."""
+    plan = whole(mask)
+    calls = {"ringattn": lambda: ra.ring_attention(q, k, v, plan, kernel="triton")}
+    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+    suite.leaves = {"ringattn": (q, k, v)}
+    if name in ("causal", "full"):
+        for backend, code in BACKENDS.items():
+            suite.leaves[backend] = heads_first
+
+            def torch_own(code=code):
+                with sdpa_kernel(SDPBackend.MATH if suite.small else code):
+                    return F.scaled_dot_product_attention(*heads_first, is_causal=name == "causal")
+
+            calls[backend] = torch_own
+    if flex is not None:
+        # On a CPU it has no backward, and refuses inputs that want one.
+        inputs = [x.detach() for x in heads_first] if suite.small else heads_first
+        suite.leaves["flex"] = inputs
+        calls["flex"] = lambda: flex(*inputs)
+    return calls
+
+
+def flex_for(suite: Suite, name: str, mask: ra.Mask) -> Callable:
+    """FlexAttention, compiled, with its block mask made beforehand."""
+    n, size = mask.n_q, max(1, mask.n_q // 16)
+    ids = torch.zeros(n, dtype=torch.int32, device=suite.device)
+    for number, part in enumerate(mask.slices):
+        if name == "documents":
+            ids[part.q.start : part.q.stop] = number
+    rule = {
+        "causal": lambda b, h, i, j: i >= j,
+        "full": lambda b, h, i, j: i >= 0,
+        "window": lambda b, h, i, j: (i >= j) & (i - j < size),
+        "documents": lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]),
+    }[name]
+    blocks = create_block_mask(rule, None, None, n, n, device=suite.device)
+    run = flex_attention if suite.small else torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: run(q, k, v, block_mask=blocks)
+
+
+def speed(suite: Suite) -> None:
+    """Forward and backward, each against torch's own."""
+    lengths = [32] if suite.small else [4096, 8192, 16384, 32768, 65536]
+    # FlexAttention compiles for every shape, a quarter of a minute each: not at every length.
+    compared = {32} if suite.small else {8192, 32768}
+    rows = suite.found["speed"] = []
+    order = [(n, dim) for n in lengths for dim in ((64,) if suite.small else (128, 64))]
+    order.sort(key=lambda case: case[0] not in compared)  # what needs most first
+    for n, dim in order:
+        for name, mask in masks(n).items():
+            if not suite.left(f"speed of {name}, {n} tokens, head_dim {dim}"):
+                return
+            batch = max(1, suite.tokens // n)
+            q, k, v = (suite.random(batch, n, suite.heads, dim).requires_grad_() for _ in range(3))
+            flex = flex_for(suite, name, mask) if n in compared else None
+            calls = contenders(suite, name, mask, q, k, v, flex)
+            flops = 4 * mask.area * suite.heads * dim * batch
+            for which, factor in (("forward", 1.0), ("backward", 2.5)):
+                if which == "forward":
+                    with torch.no_grad():
+                        times = suite.timed(calls)
+                else:
+                    times = suite.timed(backward_calls(suite, calls))
+                row = {"pass": which, "mask": name, "tokens": n, "head_dim": dim, "batch": batch}
+                row["tflops"] = {
+                    who: [factor * flops / x / 1e12 for x in (median(t), max(t), min(t))]
+                    for who, t in times.items()
+                    if t
+                }
+                rows.append(row)
+                rates = ", ".join(f"{who} {rate[0]:.0f}" for who, rate in row["tflops"].items())
+                print(f"{which:8s} {name:10s} {n:6d} x {dim:3d}: {rates} TFLOP/s", flush=True)
+
+
+def backward_calls(suite: Suite, calls: dict[str, Callable]) -> dict[str, Callable]:
+    """The backward alone of every call that can run its forward."""
+    result = {}
+    for who, call in calls.items():
+        try:
+            out = call()
+        except (RuntimeError, ValueError, NotImplementedError):
+            continue  # noted by the forward
+        grad = torch.randn_like(out)
+
+        def backward(out=out, grad=grad, leaves=suite.leaves[who]):
+            return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+        result[who] = backward
+    return result
+
+
+def rings(suite: Suite) -> None:
+    """All ranks of a ring one after the other: their kernels together, over one whole call."""
+    n, dim = (64, 16) if suite.small else (65536, 128)
+    rows = suite.found["rings"] = []
+    for name in ("causal", "documents"):
+        mask = masks(n)[name]
+        for world in (2,) if suite.small else (8, 16):
+            if not suite.left(f"ring of {world}, {name}"):
+                return
+            layout = ra.layouts.balanced(mask, world) if name != "causal" else None
+            plan = ra.make_plan(mask, layout or ra.layouts.zigzag(n, world), "ring")
+            calls = {}
+            for label, each in (("one", whole(mask)), ("ring", plan)):
+                for which in ("forward", "backward"):
+                    calls[f"{label} {which}"] = blocks(suite, each, dim, which)
+            times = {who: median(t) for who, t in suite.timed(calls).items()}
+            row = {"mask": name, "ranks": world, "tokens": n, "head_dim": dim}
+            for which in ("forward", "backward"):
+                row[which] = times[f"ring {which}"] / times[f"one {which}"]
+            rows.append(row)
+            print(f"ring of {world:2d}, {name}: forward {row['forward']:.3f}, backward "
+                  f"{row['backward']:.3f} of one call", flush=True)  # fmt: skip
+
+
+def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], None]:
+    """The kernels of all ranks, as the executor calls them, without exchanges."""
+    heads, scale, work = suite.heads, dim**-0.5, []
+    single = plan.world == 1
+    state = suite.half if single else torch.float32
+    for rank in range(plan.world):
+        own, rows = plan.rank(rank), plan.layout.count(rank)
+        q, dout, last = (suite.random(1, rows, heads, dim) for _ in range(3))
+        lse = torch.full((1, heads, rows), 8.0, device=suite.device)
+        running, dq = (torch.zeros_like(q, dtype=state) for _ in range(2))
+        held = {b: suite.random(2, 1, size, heads, dim) for b, size in enumerate(own.blocks)}
+        grads = {b: torch.empty_like(x, dtype=state) for b, x in held.items()}
+        steps = [step for step in own.steps if step.bands]
+        for index, step in enumerate(steps):
+            out = last if index == len(steps) - 1 else running
+            partial = running if index else None
+            work.append((q, held[step.block], step, partial, out, lse, dout, dq,
+                         grads[step.block], index))  # fmt: skip
+
+    def forward() -> None:
+        for q, (k, v), step, partial, out, lse, *_ in work:
+            kernel.forward(q, k, v, step.bands, partial, out, lse, scale, 0.0)
+
+    def backward() -> None:
+        prepared = None
+        for q, (k, v), step, _, out, lse, dout, dq, (dk, dv), index in work:
+            if index == 0:
+                prepared = kernel.prepare(dout, out.to(q.dtype), lse)
+            ends = (scale, 0.0, index > 0, False)
+            kernel.backward(dout, q, k, v, prepared, step.bands, dq, dk, dv, *ends)
+
+    return forward if which == "forward" else backward
+
+
+def ranks(suite: Suite) -> None:
+    """`ringattn verify` on real processes that share this GPU: NCCL if it lets them, else gloo."""
+    rows = suite.found["ranks"] = []
+    where = ["device=cpu", "n=48", "dtype=fp16"] if suite.small else ["device=cuda", "n=4096"]
+    heads = ["heads=2", "kv_heads=1", f"head_dim={16 if suite.small else 128}", "kernel=triton"]
+    for world in (2,) if suite.small else (2, 4):
+        for schedule in ("direct",) if suite.small else ("ring", "direct"):
+            if not suite.left(f"{world} ranks, {schedule}"):
+                return
+            for backend in ("gloo",) if suite.small else ("nccl", "gloo"):
+                command = [
+                    sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", str(world), "-m", "ringattn", "verify", *where, *heads,
+                    f"schedule={schedule}", f"backend={backend}", "timeout_s=60", "--json",
+                ]  # fmt: skip
+                environment = os.environ | {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+                environment["OMP_NUM_THREADS"] = "1"
+                try:
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, env=environment, timeout=150
+                    )
+                except subprocess.TimeoutExpired:
+                    continue
+                lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+                if not lines:
+                    print(f"{world} ranks over {backend}: {done.stderr[-200:]}", flush=True)
+                    continue
+                facts = json.loads(lines[-1])
+                row = {"ranks": world, "schedule": schedule, "backend": backend}
+                rows.append(row | {"passed": facts["passed"], "errors": facts["errors"]})
+                print(f"{world} ranks, {schedule}, {backend}: "
+                      f"{'passed' if facts['passed'] else 'FAILED'}", flush=True)  # fmt: skip
+                break
+            else:
+                suite.found["not_run"].append(f"{world} ranks, {schedule}: no backend could")
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown(found: dict) -> str:
+    """The result for people."""
+    top = found["peak_tflops"]
+    text = (
+        f"# {found['device']}, {found['date']}\n\ntorch {found['torch']}, Triton "
+        f"{found['triton']}, CUDA {found['cuda']}. Made by `benchmarks/gpu_suite.py`, which states "
+        f"the conventions. Matrix peak in this run: {top:.0f} TFLOP/s.\n"
+    )
+    if found["rehearsal"]:
+        text += "\nA rehearsal on a CPU: no number here means anything.\n"
+    wrong = [row for row in found["correctness"] if not row["right"]]
+    text += f"\n## Correctness\n\n{len(found['correctness'])} cases, {len(wrong)} wrong. Largest "
+    text += "error (RMS over RMS of float64) by dtype:\n\n"
+    kinds = sorted({row["dtype"] for row in found["correctness"]})
+    text += table(
+        ["dtype", "out", "dq", "dk", "dv"],
+        [
+            [kind]
+            + [
+                f"{max(r['errors'][x] for r in found['correctness'] if r['dtype'] == kind):.1e}"
+                for x in ("out", "dq", "dk", "dv")
+            ]
+            for kind in kinds
+        ],
+    )
+    text += "\n## Speed\n\nTFLOP/s, median; ratios are ours over theirs.\n\n"
+    others = ("flash", "cudnn", "flex")
+    rows = []
+    for row in sorted(found.get("speed", []), key=lambda r: (r["pass"], r["head_dim"], r["mask"])):
+        rates = {who: rate[0] for who, rate in row["tflops"].items()}
+        ours = rates.get("ringattn", 0.0)
+        rows.append(
+            [row["pass"], str(row["head_dim"]), row["mask"], str(row["tokens"]), f"{ours:.0f}"]
+            + [f"{ours / top:.0%}"]
+            + [f"{rates[o]:.0f} ({ours / rates[o]:.2f})" if o in rates else "" for o in others]
+        )
+    text += table(["pass", "head_dim", "mask", "tokens", "ours", "of peak", *others], rows)
+    text += "\n## Rings\n\nAll kernels of all ranks, over one call on the whole sequence.\n\n"
+    text += table(
+        ["mask", "ranks", "tokens", "forward", "backward"],
+        [
+            [r["mask"], *(str(r[x]) for x in ("ranks", "tokens"))]
+            + [f"{r[x]:.3f}" for x in ("forward", "backward")]
+            for r in found.get("rings", [])
+        ],
+    )
+    text += "\n## Real ranks on this one GPU\n\n"
+    text += table(
+        ["ranks", "schedule", "backend", "verdict"],
+        [
+            [str(r["ranks"]), r["schedule"], r["backend"], "passed" if r["passed"] else "FAILED"]
+            for r in found.get("ranks", [])
+        ],
+    )
+    if found["not_run"]:
+        text += "\nNot run: " + "; ".join(dict.fromkeys(found["not_run"])) + ".\n"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--seconds", type=float, default=450, help="after which nothing is begun")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="folder of the result")
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        print("gpu_suite.py: torch sees no GPU here; --rehearse runs it on a CPU", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    suite = Suite(options.rehearse, options.seconds)
+    print(f"{suite.found['device']}, torch {torch.__version__}, Triton {triton.__version__}")
+    options.to.mkdir(parents=True, exist_ok=True)
+    name = f"{suite.found['device']}_{suite.found['date']}".replace(" ", "-").lower()
+    # Right first; then what is short, so that the long table of speeds has all the time left.
+    for section in (correctness, peak, rings, ranks, speed):
+        section(suite)
+        # After every section: what a time limit cuts off keeps what was measured.
+        (options.to / f"{name}.json").write_text(json.dumps(suite.found, indent=1) + "\n")
+    (options.to / f"{name}.md").write_text(markdown(suite.found))
+    print(f"written: {options.to / name}.json and .md")
+    return int(not all(row["right"] for row in suite.found["correctness"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""The launch table compiled for GPUs that are not here: nothing spills, nothing falls back."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from ringattn.kernels.triton import launch, report, tune
+from ringattn.kernels.triton.launch import Launch
+from ringattn.kernels.triton.report import Case, Report
+
+from ringattn.cli import main
+from ringattn.cli.kernels import _facts
+
+COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+PASSES = {"forward", "backward_keys", "backward_queries"}
+
+
+def kernels(*arguments):
+    """`ringattn kernels` in a process where Triton compiles: (status, facts)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ringattn", "kernels", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        env=COMPILED,
+        timeout=400,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_nothing_spills_and_every_product_is_the_fastest_there_is():
+    """head_dim up to 128 on three architectures, fresh and adding: wgmma on sm_90, tcgen05 on
+    sm_100, in all three passes."""
+    status, facts = kernels("bits=16", "head_dim=64,96,128", "pointers=no")
+    assert [fact for fact in facts if fact["misses"]] == [] and status == 0
+    seen = {(f["arch"], f["name"], f["head_dim"], f["adds"]) for f in facts}
+    assert len(seen) == len(facts) == 3 * 3 * 3 * 2
+    wanted = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}}
+    for fact in facts:
+        assert fact["spill"] == 0 and fact["shared"] <= fact["shared_limit"]
+        assert set(fact["matrix"]) == wanted[fact["arch"]] and fact["mix"]["matrix"] > 0
+        assert fact["mix"].get("spill", 0) == 0 and fact["programs"] >= 1
+        # The loop over unmasked tiles has no mask in it: about what the algorithm takes.
+        for kind, least in fact["needed"].items():
+            # sm_100 has instructions for two floats at a time.
+            packed = fact["arch"] == "sm_100" and kind == "float"
+            found = fact["mix"][kind]
+            assert least / (1 + packed) <= found <= 1.3 * least + 8, (fact, kind)
+
+
+def test_larger_heads_and_views_that_no_descriptor_reads():
+    """They may spill a little; products must still be wgmma."""
+    status, facts = kernels("arch=sm_90", "bits=16", "head_dim=192/128,256", "adds=no")
+    assert status == 0 and {f["pointers"] for f in facts} == {True, False}
+    assert {f["name"] for f in facts} == PASSES
+
+
+def test_prepare_compiles():
+    script = """
+import torch
+from ringattn.kernels.triton import calls, report
+for dtype in (torch.bfloat16, torch.float32):
+    for dim in (64, 96, 256):
+        x = torch.empty(2, 100, 4, dim, dtype=dtype, device="meta")
+        rows = torch.empty(2, 4, 100, device="meta")
+        for target, *_ in report.TARGETS.values():
+            kernel = report.compiled(calls.prepare(x, x, rows, rows, rows), target)
+            if target.backend == "cuda":
+                assert report._read(kernel)[1] == 0, (dtype, dim, target)
+"""
+    subprocess.run([sys.executable, "-c", script], env=COMPILED, check=True, timeout=200)
+
+
+GOOD = Report(
+    Case("sm_90", "forward", torch.bfloat16, 128, 128), 128, 64, 250, 0, 10**5, 2 * 10**5, 1, 0.1,
+    {"HGMMA": 32}, "HGMMA", {"matrix": 16}, {}, 128.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "miss"),
+    [
+        ({}, None),
+        ({"spill": 8}, "spills 8 bytes"),
+        ({"spill": 8, "case": replace(GOOD.case, v_dim=192)}, None),
+        ({"shared": 3 * 10**5}, "300000 bytes of shared memory"),
+        ({"matrix": {"HGMMA": 16, "HMMA": 128}}, "products are HGMMA, HMMA, not HGMMA"),
+        # A kernel that the compiler has dropped altogether, as Triton 3.9 can.
+        ({"matrix": {}}, "products are none"),
+    ],
+)
+def test_what_misses_a_bar(change, miss):
+    misses = _facts(replace(GOOD, **change))["misses"]
+    assert misses == [] if miss is None else misses[0].startswith(miss)
+
+
+def test_the_table_file_is_what_the_table_renders_to():
+    assert launch.FILE.read_text() == launch.render(launch.table())
+
+
+def test_launch_lines_are_found():
+    exact = launch.launch("sm_90", "forward", 2, 192, 128, True)
+    assert exact == launch.table()["sm_90"]["forward 16 bit"]["192/128"] and exact.tma
+    assert launch.launch("sm_90", "forward", 2, 80, 40, True).m > 0  # the line of 96
+    assert not launch.launch("sm_90", "forward", 2, 64, 64, False).tma
+    assert not launch.launch("sm_100", "forward", 4, 64, 64, True).tma
+
+
+def test_tuning_takes_what_is_right_and_faster(monkeypatch):
+    """The search itself, with a clock and a compiler that are told what to say."""
+    case = Case("sm_90", "forward", torch.bfloat16, 64, 64)
+    now = Launch(128, 64, 8, 3, tma=True)
+    fast = Launch(128, 128, 8, 2, tma=True, overlap=True)
+    wrong, spills = Launch(64, 64, 4, 2, tma=True), Launch(64, 64, 4, 3, tma=True)
+    seconds = {now: 1.0, fast: 0.5, wrong: 0.1, spills: 0.2}
+
+    def compiled(case, line):
+        return replace(GOOD, case=case, spill=64 * (line == spills))
+
+    def measure(case, line):
+        if line.n == 32:
+            raise RuntimeError("out of resources")
+        return seconds.get(line, 0.99), [torch.ones(3) * (1 + (line == wrong))]
+
+    monkeypatch.setattr(tune, "report", compiled)
+    said = []
+    assert tune.tune(case, now, measure, said.append) == fast
+    assert any("WRONG" in line for line in said) and any("RuntimeError" in line for line in said)
+    seconds[fast] = 0.99  # within noise of the line that is there
+    assert tune.tune(case, now, measure, said.append) == now
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["arch=sm_70"], "arch must be one or more of sm_80, sm_90, sm_100, gfx942"),
+        (["head_dim=100"], "no line of the launch table is so; head_dims: 64, 96, 128"),
+        (["pass=sideways"], "pass must be one or more of forward"),
+        (["bits=8"], "bits must be"),
+        (["processes=0"], "processes must be an integer of at least 1"),
+        (["--tune"], "--tune needs a GPU"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["kernels", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_an_interpreter_compiles_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels"]) == 2 and "unset it" in capsys.readouterr().err
+
+
+def test_a_case_is_launched_with_the_lines_of_its_own_table():
+    cases = list(report.cases())
+    for case in cases[:: len(cases) // 40]:
+        call, outputs = report.example(case, tokens=256)
+        line = launch.launch(case.arch, case.name, case.dtype.itemsize, case.head_dim, case.v_dim,
+                             not case.pointers)  # fmt: skip
+        assert (call.arguments["M"], call.arguments["N"]) == (line.m, line.n)
+        assert call.arguments["ADD"] == case.adds and outputs
