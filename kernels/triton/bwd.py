@@ -8,6 +8,7 @@ instead of five (Dao 2023, "FlashAttention-2", has the five and atomics).
 import triton
 import triton.language as tl
 from ringattn.kernels.triton.tile import (
+    COUNTS,
     allowed,
     columns,
     held,
@@ -20,7 +21,7 @@ from ringattn.kernels.triton.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def prepare(
     dout, out, lse, levels, drops, dout_strides, out_strides, tokens, heads,
     D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
@@ -44,7 +45,7 @@ def prepare(
     tl.store(drops + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=n < left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "queries"])
 def backward_keys(
     q, q2, k, v, dout, dout2, levels, drops, dk, dv, tiles, visits,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
@@ -62,6 +63,7 @@ def backward_keys(
     """
     tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
     first = tl.load(tiles + 3 * tile)
+    row_step = row_step if STEPPED else 1
     begin = tl.load(tiles + 3 * tile + 1)
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
@@ -141,7 +143,7 @@ def _sweep_keys(
     return sum_k, sum_k2, sum_v, sum_v2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_queries(
     q, k, k2, v, v2, dout, levels, drops, dq, tiles, visits,
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
@@ -154,6 +156,7 @@ def backward_queries(
     """dq of ``M`` queries."""
     tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
     first = tl.load(tiles + 3 * tile)
+    row_step = row_step if STEPPED else 1
     begin = tl.load(tiles + 3 * tile + 1)
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from ringattn.kernels.triton import bwd, fwd
 from ringattn.kernels.triton.launch import Launch, launch
 from ringattn.kernels.triton.work import work
-from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.slices import Band
@@ -38,11 +36,14 @@ class Call:
     grid: int
     arguments: dict[str, Any]
     options: dict[str, Any]
+    device: torch.device
 
     def run(self) -> None:
         if not self.grid:
             return
-        with nullcontext() if isinstance(self.kernel, JITFunction) else _INTERPRETER:
+        # Triton launches on the current device, which need not be that of the tensors.
+        on = torch.cuda.device(self.device) if self.device.type == "cuda" else _INTERPRETER
+        with on:
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
@@ -112,7 +113,9 @@ def prepare(
         "M": _PREPARE_ROWS,
     }
     grid = batch * heads * -(-tokens // _PREPARE_ROWS)
-    return Call(bwd.prepare, grid, arguments, {"num_warps": 4, "enable_fp_fusion": True})
+    return Call(
+        bwd.prepare, grid, arguments, {"num_warps": 4, "enable_fp_fusion": True}, out.device
+    )
 
 
 def backward_keys(
@@ -298,7 +301,7 @@ def _call(
         "PRECISION": line.precision,
     }
     options = {"num_warps": line.warps, "num_stages": line.stages, "enable_fp_fusion": True}
-    return Call(kernel, len(listed.tiles) * batch * heads, arguments, options)
+    return Call(kernel, len(listed.tiles) * batch * heads, arguments, options, rows.device)
 
 
 def _descriptor(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:

@@ -9,6 +9,7 @@ rounded between steps. After Dao 2023, "FlashAttention-2"; OVERLAP after Shah et
 import triton
 import triton.language as tl
 from ringattn.kernels.triton.tile import (
+    COUNTS,
     allowed,
     columns,
     held,
@@ -21,7 +22,7 @@ from ringattn.kernels.triton.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     q, k, k2, v, v2, partial, out, lse, tiles, visits,
     q_strides, k_strides, v_strides, partial_strides, out_strides,
@@ -35,6 +36,7 @@ def forward(
     ``cap`` is in base 2. ADD: there is a partial."""
     tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
     first = tl.load(tiles + 3 * tile)
+    row_step = row_step if STEPPED else 1
     begin = tl.load(tiles + 3 * tile + 1)
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step

@@ -126,8 +126,10 @@ def compiled(call: Call, target: GPUTarget) -> Any:
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(call.kernel.params):
         name, value = parameter.name, call.arguments[parameter.name]
-        if parameter.is_constexpr or _is_one(value):
+        if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
+        elif parameter.do_not_specialize:
+            signature[name] = _type(value)
         elif isinstance(value, tuple):
             signature[name] = tuple("constexpr" if _is_one(x) else _type(x) for x in value)
             for j, x in enumerate(value):

@@ -8,6 +8,10 @@ held, ``D2`` = 0 for none; ``D1`` or ``D1 + D2`` may exceed ``D`` and is then fi
 import triton
 import triton.language as tl
 
+# Numbers that differ from step to step: Triton would compile anew for those that are 1 or a
+# multiple of 16.
+COUNTS = ["rows", "row_step", "heads", "group", "batch_heads", "together", "tile_count"]
+
 
 @triton.jit
 def place(tiles, heads, batch_heads, together, count):
