@@ -156,11 +156,12 @@ def test_random_bands_heads_and_steps(data):
     if not bands:
         return
     kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
-    dim, dim_v = data.draw(st.tuples(*[st.sampled_from([1, 7, 16, 24, 32])] * 2))
+    dim, dim_v = data.draw(st.tuples(*[st.sampled_from([1, 7, 16, 24, 48])] * 2))
     dtype = data.draw(st.sampled_from(list(LIMIT)))
     parts = data.draw(st.integers(1, 3))
     steps = [part for part in (bands[i::parts] for i in range(parts)) if part]
-    tensors = inputs(mask.n_q, kv_heads * group, kv_heads, dim, dim_v, 1, dtype, n_k=mask.n_k)
+    batch = data.draw(st.integers(1, 2))
+    tensors = inputs(mask.n_q, kv_heads * group, kv_heads, dim, dim_v, batch, dtype, n_k=mask.n_k)
     assert checked(mask, tensors, steps) <= 1
 
 
@@ -169,8 +170,19 @@ def test_random_bands_heads_and_steps(data):
     ("dim", "dim_v"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (80, 40)]
 )
 def test_head_dims(dim, dim_v, dtype):
-    mask = ra.masks.causal(37)
-    assert checked(mask, inputs(37, 2, 1, dim, dim_v, 1, dtype)) <= 1
+    """In two steps, so that every half of a head is also added to."""
+    steps = [
+        [Band.make(Run(0, 37), Run(0, 20), -40, 0)],
+        [Band.make(Run(20, 37), Run(20, 37), -40, 0)],
+    ]
+    assert checked(ra.masks.causal(37), inputs(37, 2, 1, dim, dim_v, 1, dtype), steps) <= 1
+
+
+@pytest.mark.parametrize("dtype", list(LIMIT))
+def test_long_rows(dtype):
+    """Several tiles without a mask in a row, in every pass; the last tiles are ragged."""
+    mask = ra.masks.causal(150)
+    assert checked(mask, inputs(150, 1, 1, 16, 16, 1, dtype)) <= 1
 
 
 @pytest.mark.parametrize("cut", [(16, 16, False), (32, 16, True), (16, 64, True)])
@@ -239,11 +251,11 @@ def test_any_strides():
     assert checked(mask, (q, k, v, inputs(40, 1, 1, 16, batch=1, dtype=torch.float16)[3])) <= 1
 
 
-@pytest.mark.parametrize("step", [2**26, 2**26 + 1])
+@pytest.mark.parametrize("step", [2**27, 2**27 + 1])
 def test_offsets_past_two_to_the_31_elements(step):
-    """Tokens so far apart that the last lies beyond 2^31 elements; aligned for descriptors or not.
-    The memory is never touched, so it costs nothing."""
-    n, dim = 36, 8
+    """Tokens so far apart that one tile spans more than 2^31 elements; aligned for descriptors or
+    not. The memory is never touched, so it costs nothing."""
+    n, dim = 20, 8
 
     def far(x):
         room = torch.empty(n * step + 64, dtype=x.dtype, device=DEVICE)

@@ -26,10 +26,7 @@ def prepare(
     dout, out, lse, levels, drops, dout_strides, out_strides, tokens, heads,
     D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Per query: the log-sum-exp in base 2, and ``sum(dout * out)`` over head_dim.
-
-    A query without any key has +inf for its -inf: all of its weights come out as 0.
-    """
+    """Per query: the log-sum-exp in base 2, and ``sum(dout * out)`` over head_dim."""
     blocks = (tokens + M - 1) // M
     pid = tl.program_id(0)
     flat = pid // blocks
@@ -41,7 +38,7 @@ def prepare(
     n = tl.arange(0, M)
     at = flat.to(tl.int64) * tokens + first + n
     level = tl.load(lse + at, mask=n < left, other=0.0) * 1.4426950408889634
-    tl.store(levels + at, tl.where(level == float("-inf"), float("inf"), level), mask=n < left)
+    tl.store(levels + at, level, mask=n < left)
     tl.store(drops + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=n < left)
 
 

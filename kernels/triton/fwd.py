@@ -70,11 +70,9 @@ def forward(
             D, D1, D2, DV, DV1, DV2, N, TMA, False, False, STEPPED, True, CAPPED, PRECISION,
         )  # fmt: skip
 
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    last = (top + tl.log2(total)) * 0.6931471805599453
+    total = tl.where(total == 0, 1.0, total)  # a row without any key: 0, and -inf
     if begin < end:  # without a visit the log-sum-exp stays, to the bit
-        tl.store(state, tl.where(empty, float("-inf"), last), mask=exist)
+        tl.store(state, (top + tl.log2(total)) * 0.6931471805599453, mask=exist)
     share = (1 / total)[:, None]
     store(out, out_strides, b, h, first, row_step, left, acc, acc2, share, DV, DV1, DV2, M)
 

@@ -126,7 +126,7 @@ def window(visit, first, row_step, M: tl.constexpr, STEPPED: tl.constexpr):
         i = tl.where(exist, element, -1).to(tl.int32)
     else:
         i = first - start + tl.arange(0, M)
-    begin = tl.maximum(i + tl.load(visit + 6), 0)
+    begin = i + tl.load(visit + 6)
     end = tl.minimum(i + tl.load(visit + 7), tl.load(visit + 5) - 1) + 1
     exist = (i >= 0) & (i < tl.load(visit + 2))
     return begin - tl.load(visit + 8), tl.where(exist, tl.maximum(end - begin, 0), 0)
