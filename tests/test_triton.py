@@ -251,6 +251,16 @@ def test_any_strides():
     assert checked(mask, (q, k, v, inputs(40, 1, 1, 16, batch=1, dtype=torch.float16)[3])) <= 1
 
 
+def test_descriptors_are_for_aligned_views_only():
+    x = torch.zeros(2, 40, 3, 16, dtype=torch.float16)
+    assert calls._aligned(x) and calls._aligned(x[:, 8:]) and calls._aligned(x[:1, :, :1])
+    assert not calls._aligned(x[..., 1:]) and not calls._aligned(
+        x.flatten()[4:-12].view(-1, 1, 1, 16)
+    )
+    assert not calls._aligned(x[..., :12].contiguous())
+    assert not calls._aligned(torch.zeros(1, dtype=torch.float16).expand(x.shape))
+
+
 @pytest.mark.parametrize("step", [2**27, 2**27 + 1])
 def test_offsets_past_two_to_the_31_elements(step):
     """Tokens so far apart that one tile spans more than 2^31 elements; aligned for descriptors or
