@@ -1,4 +1,4 @@
-"""ringattn plan and ringattn verify, and the snippets of docs/attention.md."""
+"""ringattn plan and ringattn verify, and the snippets of the pages in docs/."""
 
 import json
 import re
@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from ringattn.kernels import aten
+from ringattn.kernels.triton import launch as launch_table
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.cli import main, plan, verify
+from ringattn.cli import kernels, main, plan, verify
 from ringattn.cli.request import RequestError, mask_of
 from ringattn.schedules import BUILDERS, RankPlan
 from ringattn.verify import compare, oracle
@@ -180,6 +181,21 @@ def test_every_snippet_of_the_page_runs(capsys):
     assert all(p.grad is not None for p in scope["layer"].parameters())
     for name in ra.masks.BUILDERS:
         assert name in page, f"docs/attention.md does not mention the mask {name}"
+
+
+def test_the_page_on_kernels():
+    """Its snippet runs; its commands and launch line exist; it names every kernel."""
+    page = (ROOT / "docs/kernels.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope = {}
+    exec(compile(code, "docs/kernels.md", "exec"), scope)
+    assert scope["out"].shape == (1, 1000, 8, 64) and scope["out"].requires_grad
+    keys = set(re.findall(r" (\w+)=", "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))))
+    assert {"arch", "pass"} <= keys <= {*kernels.KEYS}
+    (line,) = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
+    assert json.loads("{" + line + "}")["128"] == json.loads(launch_table.FILE.read_text())[
+        "sm_90"]["forward 16 bit"]["128"]  # fmt: skip
+    assert all(f"`{name}`" in page for name in ra.kernels.NAMES)
 
 
 def test_commands_of_the_page_are_understood():
