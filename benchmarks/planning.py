@@ -1,14 +1,17 @@
-"""Milliseconds to plan the steps of one rank, for masks, layouts, schedules and numbers of ranks.
+"""Milliseconds to plan the steps of one rank, and to list the tiles that the Triton kernels visit
+in its forward, for masks, layouts, schedules and numbers of ranks.
 
     python benchmarks/planning.py [--repeat 5]
 
-One process, no torch: plans are pure Python and NumPy. Every plan is fresh: mask, layout and plan
+One process; plans and lists are pure Python and NumPy. Every plan is fresh: mask, layout and plan
 caches are emptied before it is timed. Medians (smallest-largest).
 """
 
 import argparse
 import statistics
 import time
+
+from ringattn.kernels.triton.work import work
 
 import ringattn as ra
 from ringattn import plan as plans
@@ -34,8 +37,11 @@ def main() -> None:
         ("causal", 2**20, 64, [2**20]),
         ("causal", 2**24, 1024, [2**24]),
     ]
-    print("| tokens | ranks | mask | layout | layout made in | schedule | plan of one rank in |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | ranks | mask | layout | layout made in | schedule | plan of one rank in "
+        "| its work lists |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, n, world, lengths in draws:
         for layout_name in ra.layouts.NAMES:
             made, layout = timed(
@@ -50,8 +56,17 @@ def main() -> None:
                 def plan_one(mask=mask, layout=layout, schedule=schedule, world=world):
                     return ra.make_plan(mask, layout, schedule).steps(world // 2)
 
-                took, _ = timed(plan_one, repeat)
-                cells = (f"{n:,}", f"{world:,}", name, layout_name, made, schedule, took)
+                took, steps = timed(plan_one, repeat)
+
+                rows = layout.count(world // 2)
+
+                def list_all(steps=steps, rows=rows):
+                    for step in steps:
+                        if step.bands:
+                            work(step.bands, rows, 128, 64, False, False)
+
+                listed, _ = timed(list_all, repeat)
+                cells = (f"{n:,}", f"{world:,}", name, layout_name, made, schedule, took, listed)
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
