@@ -67,9 +67,9 @@ class Suite:
             "not_run": [],
         }
 
-    def left(self, what: str) -> bool:
-        """Whether there is time; if not, ``what`` is noted."""
-        if time.monotonic() < self.end:
+    def left(self, what: str, reserve: float = 0) -> bool:
+        """Whether there is time, with ``reserve`` seconds to spare; if not, ``what`` is noted."""
+        if self.small or time.monotonic() + reserve < self.end:
             return True
         self.found["not_run"].append(f"{what}: out of time")
         return False
@@ -217,6 +217,8 @@ def flex_for(suite: Suite, name: str, mask: ra.Mask) -> Callable:
         "window": lambda b, h, i, j: (i >= j) & (i - j < size),
         "documents": lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]),
     }[name]
+    if not suite.small:
+        torch._dynamo.reset()  # or its limit of recompilations would turn the compiler off
     blocks = create_block_mask(rule, None, None, n, n, device=suite.device)
     run = flex_attention if suite.small else torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: run(q, k, v, block_mask=blocks)
@@ -225,18 +227,22 @@ def flex_for(suite: Suite, name: str, mask: ra.Mask) -> Callable:
 def speed(suite: Suite) -> None:
     """Forward and backward, each against torch's own."""
     lengths = [32] if suite.small else [4096, 8192, 16384, 32768, 65536]
-    # FlexAttention compiles for every shape, a quarter of a minute each: not at every length.
-    compared = {32} if suite.small else {8192, 32768}
+    # FlexAttention compiles for every shape and pass, some ten seconds each: not everywhere.
+    compared = {
+        (32, 64): ("causal", "full", "window", "documents"),
+        (32768, 128): ("causal", "window", "documents"),
+        (8192, 64): ("window", "documents"),
+    }
     rows = suite.found["speed"] = []
     order = [(n, dim) for n in lengths for dim in ((64,) if suite.small else (128, 64))]
-    order.sort(key=lambda case: case[0] not in compared)  # what needs most first
+    order.sort(key=lambda case: case not in compared)  # what needs most first
     for n, dim in order:
         for name, mask in masks(n).items():
-            if not suite.left(f"speed of {name}, {n} tokens, head_dim {dim}"):
-                return
+            if not suite.left(f"speed of {name}, {n} tokens, head_dim {dim}", reserve=100):
+                continue
             batch = max(1, suite.tokens // n)
             q, k, v = (suite.random(batch, n, suite.heads, dim).requires_grad_() for _ in range(3))
-            flex = flex_for(suite, name, mask) if n in compared else None
+            flex = flex_for(suite, name, mask) if name in compared.get((n, dim), ()) else None
             calls = contenders(suite, name, mask, q, k, v, flex)
             flops = 4 * mask.area * suite.heads * dim * batch
             for which, factor in (("forward", 1.0), ("backward", 2.5)):
@@ -300,6 +306,9 @@ def rings(suite: Suite) -> None:
 def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], None]:
     """The kernels of all ranks, as the executor calls them, without exchanges."""
     heads, scale, work = suite.heads, dim**-0.5, []
+    # As the executor has it: one block to compute on, one on its way.
+    held: dict[tuple, torch.Tensor] = {}
+    grads: dict[tuple, torch.Tensor] = {}
     single = plan.world == 1
     state = suite.half if single else torch.float32
     for rank in range(plan.world):
@@ -307,14 +316,16 @@ def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], No
         q, dout, last = (suite.random(1, rows, heads, dim) for _ in range(3))
         lse = torch.full((1, heads, rows), 8.0, device=suite.device)
         running, dq = (torch.zeros_like(q, dtype=state) for _ in range(2))
-        held = {b: suite.random(2, 1, size, heads, dim) for b, size in enumerate(own.blocks)}
-        grads = {b: torch.empty_like(x, dtype=state) for b, x in held.items()}
         steps = [step for step in own.steps if step.bands]
         for index, step in enumerate(steps):
             out = last if index == len(steps) - 1 else running
             partial = running if index else None
-            work.append((q, held[step.block], step, partial, out, lse, dout, dq,
-                         grads[step.block], index))  # fmt: skip
+            place = (own.blocks[step.block], index % 2)
+            if place not in held:
+                held[place] = suite.random(2, 1, place[0], heads, dim)
+                grads[place] = torch.empty_like(held[place], dtype=state)
+            kv, dkv = held[place], grads[place]
+            work.append((q, kv, step, partial, out, lse, dout, dq, dkv, index))
 
     def forward() -> None:
         for q, (k, v), step, partial, out, lse, *_ in work:
@@ -334,13 +345,14 @@ def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], No
 def ranks(suite: Suite) -> None:
     """`ringattn verify` on real processes that share this GPU: NCCL if it lets them, else gloo."""
     rows = suite.found["ranks"] = []
+    backends = ["gloo"] if suite.small else ["nccl", "gloo"]
     where = ["device=cpu", "n=48", "dtype=fp16"] if suite.small else ["device=cuda", "n=4096"]
     heads = ["heads=2", "kv_heads=1", f"head_dim={16 if suite.small else 128}", "kernel=triton"]
     for world in (2,) if suite.small else (2, 4):
         for schedule in ("direct",) if suite.small else ("ring", "direct"):
             if not suite.left(f"{world} ranks, {schedule}"):
                 return
-            for backend in ("gloo",) if suite.small else ("nccl", "gloo"):
+            for backend in list(backends):
                 command = [
                     sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", str(world), "-m", "ringattn", "verify", *where, *heads,
@@ -348,15 +360,11 @@ def ranks(suite: Suite) -> None:
                 ]  # fmt: skip
                 environment = os.environ | {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
                 environment["OMP_NUM_THREADS"] = "1"
-                try:
-                    done = subprocess.run(
-                        command, capture_output=True, text=True, env=environment, timeout=150
-                    )
-                except subprocess.TimeoutExpired:
-                    continue
-                lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+                said, error = answer(command, environment, 90)
+                lines = [line for line in said.splitlines() if line.startswith("{")]
                 if not lines:
-                    print(f"{world} ranks over {backend}: {done.stderr[-200:]}", flush=True)
+                    backends.remove(backend)  # it will not do so the next time either
+                    suite.found["not_run"].append(f"{world} ranks over {backend}: {error[-200:]}")
                     continue
                 facts = json.loads(lines[-1])
                 row = {"ranks": world, "schedule": schedule, "backend": backend}
@@ -366,6 +374,23 @@ def ranks(suite: Suite) -> None:
                 break
             else:
                 suite.found["not_run"].append(f"{world} ranks, {schedule}: no backend could")
+
+
+def answer(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
+    """(standard output, error) of torchrun; stopped, with its ranks, if it takes too long."""
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        return job.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # torchrun stops its ranks, and kills those that do not listen
+        try:
+            job.communicate(timeout=45)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            job.communicate()
+        return "", f"no answer in {seconds:.0f} seconds"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -446,8 +471,7 @@ def main() -> int:
     print(f"{suite.found['device']}, torch {torch.__version__}, Triton {triton.__version__}")
     options.to.mkdir(parents=True, exist_ok=True)
     name = f"{suite.found['device']}_{suite.found['date']}".replace(" ", "-").lower()
-    # Right first; then what is short, so that the long table of speeds has all the time left.
-    for section in (correctness, peak, rings, ranks, speed):
+    for section in (correctness, peak, rings, speed, ranks):
         section(suite)
         # After every section: what a time limit cuts off keeps what was measured.
         (options.to / f"{name}.json").write_text(json.dumps(suite.found, indent=1) + "\n")

@@ -45,8 +45,8 @@ def forward(
 
 def prepare(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Prepared:
     """Levels (log-sum-exp in base 2) and drops (sum of dout * out), ``[batch, heads, tokens]``."""
-    levels, drops = torch.empty_like(lse), torch.empty_like(lse)
-    calls.prepare(_dense(dout), _dense(out), lse, levels, drops).run()
+    levels, drops = (lse.new_empty(lse.shape) for _ in range(2))
+    calls.prepare(_dense(dout), _dense(out), lse.contiguous(), levels, drops).run()
     return levels, drops
 
 
