@@ -4,8 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
 import ringattn as ra
+from ringattn import attention as attention_room
 from ringattn.models.decoder import Decoder, ModelConfig
 
 from .processes import ROOT, launch
@@ -93,3 +96,30 @@ def test_processes_with_split_heads():
     """Two ranks, ring and Ulysses, plans that change: compiled as eager."""
     status, output = launch(2, ROOT / "tests/workers/compiled.py")
     assert status == 0, output
+
+
+def test_a_checkpoint_policy_can_keep_attention(monkeypatch):
+    """Selective activation checkpointing sees one operator: kept, neither it nor its exchange runs
+    again in the backward."""
+    plan = ra.make_plan(ra.masks.causal(20), ra.layouts.zigzag(20, 1))
+    forward, calls = attention_room._forward, []
+    monkeypatch.setattr(attention_room, "_forward", lambda *x: calls.append(1) or forward(*x))
+
+    def keep(_, op, *args, **kwargs):
+        ours = op == torch.ops.ringattn.attention.default
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return ra.ring_attention(q * 2, k, v, plan).sin()
+
+    *own, dout = inputs(20)
+    own = [x.requires_grad_() for x in own]
+    want = torch.autograd.grad(block(*own), own, dout)
+    assert len(calls) == 1
+    for context, times in (({}, 2), ({"context_fn": partial(selective, keep)}, 1)):
+        calls.clear()
+        got = torch.autograd.grad(
+            checkpoint(block, *own, use_reentrant=False, **context), own, dout
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len(calls) == times
