@@ -36,7 +36,8 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, "UTCHMMA"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, "v_mfma"),
 }
-_REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
+_REGISTERS, _WARPS = 65536, 64  # of an NVIDIA multiprocessor
+_WAVES = 32  # of an AMD compute unit
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -195,10 +196,8 @@ def report(case: Case, line: Launch | None = None) -> Report:
     a, shared = made.arguments, kernel.metadata.shared
     warps = kernel.metadata.num_warps
     registers, spill, code = _read(kernel) if target.backend == "cuda" else _read_amd(kernel)
-    rounded = -(-registers // 8) * 8
-    programs = min(
-        _REGISTERS // max(1, rounded * 32 * warps), total // (shared + 1024), _WARPS // warps, 32
-    )
+    most = _WARPS if target.backend == "cuda" else _WAVES
+    programs = _programs(registers, shared, warps, total, most)
     everything = Counter(_name(line) for _, line in code)
     kinds = {name: n for name, n in everything.items() if _kind(name) == "matrix"}
     mix, lanes = Counter(_kind(_name(line)) for line in _inner(code)), 32 * warps
@@ -222,13 +221,21 @@ def report(case: Case, line: Launch | None = None) -> Report:
         shared=shared,
         shared_limit=limit,
         programs=programs,
-        occupancy=programs * warps / _WARPS,
+        occupancy=programs * warps / most,
         matrix=kinds,
         wanted=wanted,
         mix=dict(mix),
         needed=needed,
         intensity=operations / (a["N"] * (a["D"] + a["DV"]) * size),
     )
+
+
+def _programs(registers: int, shared: int, warps: int, total: int, most: int) -> int:
+    """How many programs fit on a multiprocessor side by side. A program takes 1 KiB of shared
+    memory of its own; AMD's compute unit has four register files of 512 per lane."""
+    rounded = max(8, -(-registers // 8) * 8)
+    fit = _REGISTERS // (rounded * 32) if most == _WARPS else 4 * (512 // rounded)
+    return min(fit // warps, total // (shared + 1024), most // warps, 32)
 
 
 Code = list[tuple[int, str]]
