@@ -9,8 +9,9 @@ for are named in the result. Writes benchmarks/results/DEVICE_DATE.json and .md.
 
 Conventions: FLOPs are 4 x pairs of the mask x heads x head_dim x batch in the forward and 2.5 times
 that in the backward, whatever a kernel really computes. Times are medians over CUDA events after
-warm-up, contenders in turn, on random inputs larger than the L2 cache. The peak is the median rate
-of an 8192^3 matrix product in the same run.
+warm-up, contenders in turn, on random inputs larger than the L2 cache; the GPU is kept busy while
+the host prepares a call, so that Python's time is not in it. The peak is the median rate of an
+8192^3 matrix product in the same run.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -34,11 +36,13 @@ import torch
 import torch.nn.functional as F
 import triton
 from ringattn.kernels import triton as kernel
+from ringattn.kernels.triton import calls
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import ringattn as ra
-from ringattn.verify import compare, oracle
+from ringattn.comm import VirtualWorld
+from ringattn.verify import oracle
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -80,32 +84,44 @@ class Suite:
     def timed(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of every call, in turn, after one round of warm-up; a call that raises is out."""
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(self.turns + 1):
+        host: dict[str, float] = {}  # seconds that the host needs to enqueue a call
+        for turn in range(self.turns + 2):
             for name, call in calls.items():
                 if name not in times:
                     continue
                 try:
-                    seconds = self._once(call)
-                except (RuntimeError, ValueError, NotImplementedError) as error:
-                    self.found["not_run"].append(f"{name}: {str(error).splitlines()[0][:120]}")
+                    seconds, host[name] = self._once(call, host.get(name, 0.0) if turn > 1 else 0)
+                except (
+                    Exception
+                ) as error:  # Triton's, torch's and the compiler's have no common one
+                    self.found["not_run"].append(f"{name}: {first_line(error)}")
                     del times[name]
                     continue
-                if turn:
+                if turn > 1:  # the first turn compiles
                     times[name].append(seconds)
         return times
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def _once(self, call: Callable[[], object], busy: float) -> tuple[float, float]:
+        """(seconds of the call, seconds until it was enqueued), begun after ``busy`` seconds."""
         if self.device.type == "cpu":
             begun = time.perf_counter()
             call()
-            return time.perf_counter() - begun
+            return time.perf_counter() - begun, 0.0
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if busy:
+            torch.cuda._sleep(int(min(0.1, 1.5 * busy) * 2e9))  # in cycles of at most 2 GHz
         begin.record()
+        begun = time.perf_counter()
         call()
+        enqueued = time.perf_counter() - begun
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3, enqueued
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {str(error).strip().splitlines()[:1]}"[:160]
 
 
 def whole(mask: ra.Mask) -> ra.Plan:
@@ -127,8 +143,25 @@ def masks(n: int) -> dict[str, ra.Mask]:
     }
 
 
+def judge(
+    got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[dict[str, float], float, bool]:
+    """(RMS errors, the worst row over what it may be, the verdict) of out, dq, dk, dv against
+    float64. A row, one token of one head, may be off by 16 times the limit of its own size, and by
+    4 times that of the mean row: in a row of a single key large terms cancel."""
+    errors, worst, limit = {}, 0.0, LIMITS[dtype]
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        off, own = (a.double() - b).norm(dim=-1), b.norm(dim=-1)
+        mean = own.square().mean().sqrt()
+        errors[name] = (off.square().mean().sqrt() / mean).item()
+        worst = max(worst, (off / (16 * limit * own + 4 * limit * mean)).max().item())
+    finite = all(error <= limit for error in errors.values())
+    return errors, worst, finite and worst <= 1
+
+
 def correctness(suite: Suite) -> None:
-    """out, dq, dk, dv against float64, beside torch's own attention where it has the mask."""
+    """out, dq, dk, dv against float64: masks, dtypes, head_dims; then what a ring adds (several
+    steps), softcap, batches, and heads that do not fit the L2 cache together."""
     n = 50 if suite.small else 1501
     more = {
         "prefix": ra.masks.prefix_lm(n, n // 3),
@@ -138,36 +171,57 @@ def correctness(suite: Suite) -> None:
         - ra.masks.from_slices(ra.masks.full(n // 4, n).slices, n, n),
     }
     dtypes = [torch.float16] if suite.small else [torch.bfloat16, torch.float16]
-    cases = [(name, mask, 128, 128, t) for name, mask in masks(n).items() for t in dtypes]
-    cases += [(name, mask, 64, 64, dtypes[0]) for name, mask in more.items()]
+    cases = [(name, mask, 128, 128, t, {}) for name, mask in masks(n).items() for t in dtypes]
+    cases += [(name, mask, 64, 64, dtypes[0], {}) for name, mask in more.items()]
+    causal, half = ra.masks.causal(n), dtypes[0]
     for dims in ((64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (80, 40)):
-        cases.append(("causal", ra.masks.causal(n), *dims, dtypes[0]))
-    cases.append(("causal", ra.masks.causal(n), 128, 128, torch.float32))
+        cases.append(("causal", causal, *dims, half, {}))
+    for dim in (64, 128):
+        cases.append(("causal", causal, dim, dim, torch.float32, {}))
+        cases.append(("softcap", causal, dim, dim, half, {"softcap": 5.0}))
+        cases.append(("4 ranks in turn", causal, dim, dim, half, {"ranks": 4}))
+    cases.append(("2 sequences, small L2", causal, 64, 64, half, {"batch": 2, "l2": 1}))
     rows = suite.found["correctness"] = []
-    for name, mask, dim, v_dim, dtype in cases:
+    for name, mask, dim, v_dim, dtype, how in cases:
         if not suite.left(f"correctness of {name}"):
             break
-        shapes = ((n, 4, dim), (n, 2, dim), (n, 2, v_dim), (n, 4, v_dim))
-        q, k, v, dout = (suite.random(1, *s, dtype=dtype) for s in shapes)
-        own = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = ra.ring_attention(*own, whole(mask), kernel="triton")
-        got = [out.detach(), *torch.autograd.grad(out, own, dout)]
-        want = oracle(mask, q, k, v, dout)
-        results = [compare(a, a, b) for a, b in zip(got, want, strict=True)]
-        errors = [result.ours for result in results]
-        right = max(errors) <= LIMITS[dtype] and all(result.worst <= 1 for result in results)
-        rows.append(
-            {
-                "mask": name,
-                "head_dim": f"{dim}/{v_dim}",
-                "dtype": str(dtype).removeprefix("torch."),
-                "errors": dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
-                "worst_row": max(result.worst for result in results),
-                "right": right,
-            }
-        )
-        print(f"{'right' if right else 'WRONG':6s} {name:18s} {rows[-1]['head_dim']:8s} "
-              f"{rows[-1]['dtype']:9s} {max(errors):.2e}", flush=True)  # fmt: skip
+        row = {"mask": name, "head_dim": f"{dim}/{v_dim}"}
+        row["dtype"] = str(dtype).removeprefix("torch.")
+        rows.append(row)
+        try:
+            row["errors"], row["worst_row"], row["right"] = one_case(
+                suite, mask, dim, v_dim, dtype, **how
+            )
+            text = f"{max(row['errors'].values()):.2e}"
+        except Exception as error:  # a kernel that does not run is wrong, and the next one may run
+            row |= {"errors": dict.fromkeys(("out", "dq", "dk", "dv"), float("inf"))}
+            row |= {"worst_row": float("inf"), "right": False, "error": first_line(error)}
+            text = row["error"]
+        verdict = "right" if row["right"] else "WRONG"
+        print(f"{verdict:6s} {name:22s} {row['head_dim']:8s} {row['dtype']:9s} {text}", flush=True)
+
+
+def one_case(
+    suite: Suite, mask: ra.Mask, dim: int, v_dim: int, dtype: torch.dtype,
+    softcap: float = 0.0, ranks: int = 1, batch: int = 1, l2: int | None = None,
+) -> tuple[dict[str, float], float, bool]:  # fmt: skip
+    """One verdict; on ``ranks`` virtual ranks, with ``l2`` bytes of cache in place of the true."""
+    n, tensors = mask.n_q, []
+    for heads, size in ((4, dim), (2, dim), (2, v_dim), (4, v_dim)):
+        tensors.append(suite.random(batch, n, heads, size, dtype=dtype))
+    plan = ra.make_plan(mask, ra.layouts.zigzag(n, ranks))
+
+    def work(rank):
+        *own, dout = (plan.layout.shard(x, rank.rank) for x in tensors)
+        own = [x.contiguous().requires_grad_() for x in own]
+        ends = {"kernel": "triton", "softcap": softcap or None}
+        out = ra.ring_attention(*own, plan, group=rank, **ends)
+        return out.detach(), *torch.autograd.grad(out, own, dout)
+
+    with mock.patch.object(calls, "_L2_BYTES", l2 or calls._L2_BYTES):
+        parts = VirtualWorld(ranks).run(work)
+    got = [plan.layout.unshard(x) for x in zip(*parts, strict=True)]
+    return judge(got, oracle(mask, *tensors, softcap), dtype)
 
 
 def peak(suite: Suite) -> None:
@@ -184,7 +238,7 @@ def contenders(
 ) -> dict[str, Callable[[], torch.Tensor]]:  # fmt: skip
     """Forward calls by name, each on tensors of the layout it likes."""
     plan = whole(mask)
-    calls = {"ringattn": lambda: ra.ring_attention(q, k, v, plan, kernel="triton")}
+    runs = {"ringattn": lambda: ra.ring_attention(q, k, v, plan, kernel="triton")}
     heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
     suite.leaves = {"ringattn": (q, k, v)}
     if name in ("causal", "full"):
@@ -195,13 +249,13 @@ def contenders(
                 with sdpa_kernel(SDPBackend.MATH if suite.small else code):
                     return F.scaled_dot_product_attention(*heads_first, is_causal=name == "causal")
 
-            calls[backend] = torch_own
+            runs[backend] = torch_own
     if flex is not None:
         # On a CPU it has no backward, and refuses inputs that want one.
         inputs = [x.detach() for x in heads_first] if suite.small else heads_first
         suite.leaves["flex"] = inputs
-        calls["flex"] = lambda: flex(*inputs)
-    return calls
+        runs["flex"] = lambda: flex(*inputs)
+    return runs
 
 
 def flex_for(suite: Suite, name: str, mask: ra.Mask) -> Callable:
@@ -243,14 +297,14 @@ def speed(suite: Suite) -> None:
             batch = max(1, suite.tokens // n)
             q, k, v = (suite.random(batch, n, suite.heads, dim).requires_grad_() for _ in range(3))
             flex = flex_for(suite, name, mask) if name in compared.get((n, dim), ()) else None
-            calls = contenders(suite, name, mask, q, k, v, flex)
+            runs = contenders(suite, name, mask, q, k, v, flex)
             flops = 4 * mask.area * suite.heads * dim * batch
             for which, factor in (("forward", 1.0), ("backward", 2.5)):
                 if which == "forward":
                     with torch.no_grad():
-                        times = suite.timed(calls)
+                        times = suite.timed(runs)
                 else:
-                    times = suite.timed(backward_calls(suite, calls))
+                    times = suite.timed(backward_calls(suite, runs))
                 row = {"pass": which, "mask": name, "tokens": n, "head_dim": dim, "batch": batch}
                 row["tflops"] = {
                     who: [factor * flops / x / 1e12 for x in (median(t), max(t), min(t))]
@@ -262,13 +316,13 @@ def speed(suite: Suite) -> None:
                 print(f"{which:8s} {name:10s} {n:6d} x {dim:3d}: {rates} TFLOP/s", flush=True)
 
 
-def backward_calls(suite: Suite, calls: dict[str, Callable]) -> dict[str, Callable]:
+def backward_calls(suite: Suite, runs: dict[str, Callable]) -> dict[str, Callable]:
     """The backward alone of every call that can run its forward."""
     result = {}
-    for who, call in calls.items():
+    for who, call in runs.items():
         try:
             out = call()
-        except (RuntimeError, ValueError, NotImplementedError):
+        except Exception:
             continue  # noted by the forward
         grad = torch.randn_like(out)
 
@@ -290,11 +344,11 @@ def rings(suite: Suite) -> None:
                 return
             layout = ra.layouts.balanced(mask, world) if name != "causal" else None
             plan = ra.make_plan(mask, layout or ra.layouts.zigzag(n, world), "ring")
-            calls = {}
+            runs = {}
             for label, each in (("one", whole(mask)), ("ring", plan)):
                 for which in ("forward", "backward"):
-                    calls[f"{label} {which}"] = blocks(suite, each, dim, which)
-            times = {who: median(t) for who, t in suite.timed(calls).items()}
+                    runs[f"{label} {which}"] = blocks(suite, each, dim, which)
+            times = {who: median(t) for who, t in suite.timed(runs).items()}
             row = {"mask": name, "ranks": world, "tokens": n, "head_dim": dim}
             for which in ("forward", "backward"):
                 row[which] = times[f"ring {which}"] / times[f"one {which}"]
@@ -304,7 +358,8 @@ def rings(suite: Suite) -> None:
 
 
 def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], None]:
-    """The kernels of all ranks, as the executor calls them, without exchanges."""
+    """The kernels of all ranks in turn. Left out of what the executor does: the exchanges, the sums
+    of gradients that arrive, and the cut of the own block in two in the backward."""
     heads, scale, work = suite.heads, dim**-0.5, []
     # As the executor has it: one block to compute on, one on its way.
     held: dict[tuple, torch.Tensor] = {}
@@ -358,7 +413,9 @@ def ranks(suite: Suite) -> None:
                     "--nproc-per-node", str(world), "-m", "ringattn", "verify", *where, *heads,
                     f"schedule={schedule}", f"backend={backend}", "timeout_s=60", "--json",
                 ]  # fmt: skip
-                environment = os.environ | {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+                # Not from the checkout: it would hide the installed package, which has the kernels.
+                environment = os.environ | {"PYTHONSAFEPATH": "1"}
+                environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
                 environment["OMP_NUM_THREADS"] = "1"
                 said, error = answer(command, environment, 90)
                 lines = [line for line in said.splitlines() if line.startswith("{")]
@@ -400,7 +457,7 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 def markdown(found: dict) -> str:
     """The result for people."""
-    top = found["peak_tflops"]
+    top = found.get("peak_tflops", float("nan"))
     text = (
         f"# {found['device']}, {found['date']}\n\ntorch {found['torch']}, Triton "
         f"{found['triton']}, CUDA {found['cuda']}. Made by `benchmarks/gpu_suite.py`, which states "
@@ -472,12 +529,17 @@ def main() -> int:
     options.to.mkdir(parents=True, exist_ok=True)
     name = f"{suite.found['device']}_{suite.found['date']}".replace(" ", "-").lower()
     for section in (correctness, peak, rings, speed, ranks):
-        section(suite)
+        try:
+            section(suite)
+        except Exception as error:  # the other sections are worth having
+            suite.found["not_run"].append(f"{section.__name__}: {first_line(error)}")
         # After every section: what a time limit cuts off keeps what was measured.
         (options.to / f"{name}.json").write_text(json.dumps(suite.found, indent=1) + "\n")
     (options.to / f"{name}.md").write_text(markdown(suite.found))
     print(f"written: {options.to / name}.json and .md")
-    return int(not all(row["right"] for row in suite.found["correctness"]))
+    verdicts = [row["right"] for row in suite.found["correctness"]]
+    verdicts += [row["passed"] for row in suite.found.get("ranks", [])]
+    return int(not verdicts or not all(verdicts) or "peak_tflops" not in suite.found)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def select(
         if dtype == torch.float64:
             name = "reference"
         elif device.type == "cuda":
-            name = "aten" if _refusal("triton", dtype, device, head_dim, v_dim) else "triton"
+            refusal = _refusal("triton", dtype, device, head_dim, v_dim)
+            name = "aten" if refusal else "triton"
         else:
             name = "aten"
     elif name not in NAMES:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +54,7 @@ def ring_attention(
         group: a process group (None: the default one, or a world of one without
             torch.distributed) or a virtual rank of :mod:`ringattn.comm`.
         kernel: "auto", or a name in :data:`ringattn.kernels.NAMES`.
-        scale: of the scores; default ``1 / sqrt(head_dim)``.
+        scale: of the scores, positive; default ``1 / sqrt(head_dim)``.
         return_lse: also return the log-sum-exp ``[batch, heads, local tokens]``, float32
             (float64 for float64 inputs), natural logarithm; no gradient flows through it.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
@@ -104,13 +105,25 @@ _library.define(
 )
 
 
+def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would round states that stay in float32."""
+
+    @wraps(operator)
+    def inside(x: torch.Tensor, *arguments: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *arguments)
+
+    return inside
+
+
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+@_exact
 def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
     """(out, log-sum-exp, what the backward needs besides). With split heads the latter are q, k,
     v, out and log-sum-exp as this rank has worked on them, flat; the log-sum-exp of all heads is
     then exchanged for return_lse only, and empty otherwise."""
     plan, comm = numbered(plan), connect(group)
-    _check(q, k, v, plan, comm, softcap, sinks)
+    _check(q, k, v, plan, comm, scale, softcap, sinks)
     run = _Run.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), scale, softcap)
     split, heads, kv_heads = run.split, q.shape[2], k.shape[2]
     if not split:
@@ -139,6 +152,7 @@ def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+@_exact
 def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
     """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
     plan, comm = numbered(plan), connect(group)
@@ -220,7 +234,7 @@ def _sinks_grad(
     the output."""
     drops = rearrange((dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), "b q h -> b h q")
     own = _own(sinks, split)
-    weights = torch.exp(own.to(lse.dtype)[:, None] - lse)
+    weights = torch.exp(own.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
     whole = torch.zeros_like(sinks)
     _own(whole, split).copy_(-(weights * drops).sum((0, 2)))
     return whole
@@ -362,7 +376,6 @@ def _backward(
 
 def _walk(own: Pair, run: _Run) -> Iterator[tuple[int, Step, Pair]]:
     """Each step, numbered, with the block it computes on; its moves are on their way meanwhile."""
-    own = (own[0].contiguous(), own[1].contiguous())
     blocks = {0: own}
 
     def begin(step: Step, index: int) -> Callable[[], None]:
@@ -402,6 +415,7 @@ def _check(
     v: torch.Tensor,
     plan: Plan,
     comm: Comm,
+    scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> None:
@@ -433,6 +447,8 @@ def _check(
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k need one head_dim, got {q.shape[3]} and {k.shape[3]}")
     check_degree(plan.ulysses, plan.world, q.shape[2])
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}; negate q instead")
     if softcap < 0 or not math.isfinite(softcap):
         raise ValueError(f"softcap must be positive and finite (None: no cap), got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[2:3] or not sinks.is_floating_point()):

@@ -127,8 +127,15 @@ class VirtualWorld:
 
     def run(self, work: Callable[[VirtualRank], Any]) -> list[Any]:
         """``work(rank)`` for every rank at once; the results in rank order."""
+
+        def one(rank: int) -> Any:
+            # Or all backwards on one GPU would share one thread of autograd, where a rank that
+            # waits for another would keep that one from running.
+            with torch.autograd.set_multithreading_enabled(False):
+                return work(VirtualRank(self, rank))
+
         with ThreadPoolExecutor(self.world) as pool:
-            jobs = [pool.submit(work, VirtualRank(self, rank)) for rank in range(self.world)]
+            jobs = [pool.submit(one, rank) for rank in range(self.world)]
             errors = [error for job in jobs if (error := job.exception())]
             # A rank that failed first makes its peers time out: report the cause, not the echo.
             for error in sorted(errors, key=lambda error: isinstance(error, TimeoutError)):

@@ -46,6 +46,10 @@ class Bands(tuple[Band, ...]):
     """What one step computes. ``derived`` is a place for what a kernel works out from it once,
     as its work lists; it lives as long as the plan."""
 
+    def __reduce__(self) -> tuple:
+        """Copies, and other processes, derive their own."""
+        return Bands, (tuple(self),)
+
     @cached_property
     def derived(self) -> dict[Any, Any]:
         return {}

@@ -16,6 +16,11 @@ from ringattn.comm import Counted, VirtualWorld
 from . import oracle
 from .cases import KINDS, masks, plans
 
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compiled for a GPU here: see test_triton.py"
+)
+THREE = ["aten", "reference", pytest.param("triton", marks=INTERPRETED)]
+
 
 def inputs(
     n, heads=2, kv_heads=1, dim=8, dim_v=None, batch=2, dtype=torch.float32, seed=0, n_k=None
@@ -255,7 +260,7 @@ def test_mutant_output_rounded_at_every_hop(monkeypatch, kernel):
     assert bf16_growth(kernel) > 1.1
 
 
-@pytest.mark.parametrize("kernel", ["aten", "reference", "triton"])
+@pytest.mark.parametrize("kernel", THREE)
 @pytest.mark.parametrize(
     ("schedule", "ulysses", "softcap", "sinks"),
     [("ring", 1, 2.0, False), ("ring", 1, 0.0, True), ("direct", 2, 3.0, True)],
@@ -284,6 +289,28 @@ def test_softcap_and_sinks(kernel, schedule, ulysses, softcap, sinks):
     lse = plan.layout.unshard(parts[4], 2)
     empty = logits[:, None].expand(4, 2) if sinks else torch.full((4, 2), -torch.inf)
     torch.testing.assert_close(lse[..., :2], empty.expand(2, 4, 2))
+
+
+@pytest.mark.parametrize("kernel", THREE)
+def test_autocast_rounds_nothing_inside(kernel):
+    plan = ra.make_plan(ra.masks.causal(20), ra.layouts.zigzag(20, 1))
+    *own, dout = inputs(20, dim=16)
+    own = [x.requires_grad_() for x in own]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ra.ring_attention(*own, plan, kernel=kernel, softcap=5.0)
+            results.append([out, *torch.autograd.grad(out, own, dout)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    """torch's flash operator and the Triton kernels would give NaN or worse."""
+    q, k, v, _ = inputs(16)
+    plan = ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 1))
+    with pytest.raises(ValueError, match=r"scale must be positive and finite.*negate q"):
+        ra.ring_attention(q, k, v, plan, scale=scale)
 
 
 def test_a_second_derivative_is_refused():

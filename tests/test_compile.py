@@ -12,7 +12,7 @@ from ringattn import attention as attention_room
 from ringattn.models.decoder import Decoder, ModelConfig
 
 from .processes import ROOT, launch
-from .test_attention import inputs
+from .test_attention import THREE, inputs
 
 CONFIG = ModelConfig(
     dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab_size=50, head_dim=16
@@ -32,7 +32,7 @@ def results(run, tensors, dout):
     return out, lse, *torch.autograd.grad(out, leaves, dout)
 
 
-@pytest.mark.parametrize("kernel", ["aten", "reference", "triton"])
+@pytest.mark.parametrize("kernel", THREE)
 def test_one_graph_for_all_plans(kernel):
     """fullgraph: nothing breaks the graph; another plan may cost one more graph, a third none."""
     torch._dynamo.reset()

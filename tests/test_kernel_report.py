@@ -35,7 +35,7 @@ def kernels(*arguments):
 def test_nothing_spills_and_every_product_is_the_fastest_there_is():
     """head_dim up to 128 on three architectures, fresh and adding: wgmma on sm_90, tcgen05 on
     sm_100, in all three passes."""
-    status, facts = kernels("bits=16", "head_dim=64,96,128", "pointers=no")
+    status, facts = kernels("bits=16", "head_dim=64,96,128", "pointers=no", "softcap=no")
     assert [fact for fact in facts if fact["misses"]] == [] and status == 0
     seen = {(f["arch"], f["name"], f["head_dim"], f["adds"]) for f in facts}
     assert len(seen) == len(facts) == 3 * 3 * 3 * 2
@@ -54,7 +54,9 @@ def test_nothing_spills_and_every_product_is_the_fastest_there_is():
 
 def test_larger_heads_and_views_that_no_descriptor_reads():
     """They may spill a little; products must still be wgmma."""
-    status, facts = kernels("arch=sm_90", "bits=16", "head_dim=192/128,256", "adds=no")
+    status, facts = kernels(
+        "arch=sm_90", "bits=16", "head_dim=192/128,256", "adds=no", "softcap=no"
+    )
     assert status == 0 and {f["pointers"] for f in facts} == {True, False}
     assert {f["name"] for f in facts} == PASSES
 
@@ -162,7 +164,7 @@ def test_a_case_is_launched_with_the_lines_of_its_own_table():
     cases = list(report.cases())
     for case in cases[:: len(cases) // 40]:
         call, outputs = report.example(case, tokens=256)
-        line = launch.launch(case.arch, case.name, case.dtype.itemsize, case.head_dim, case.v_dim,
-                             not case.pointers)  # fmt: skip
+        how = (case.dtype.itemsize, case.head_dim, case.v_dim, not case.pointers, case.softcap > 0)
+        line = launch.launch(case.arch, case.name, *how)
         assert (call.arguments["M"], call.arguments["N"]) == (line.m, line.n)
         assert call.arguments["ADD"] == case.adds and outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -24,8 +25,9 @@ LOG2E = 1 / math.log(2)
 # K/V (or Q/dO) of heads that run side by side should stay in the L2 cache: 50 MB on an H100.
 _L2_BYTES = 32 * 2**20
 _PREPARE_ROWS = 32
-# Triton's interpreter exchanges the functions of triton.language while it runs: one at a time.
-_INTERPRETER = Lock()
+# Ranks may be threads. Triton's interpreter exchanges the functions of triton.language while it
+# runs, and a compiled kernel is not ready for a second thread while the first one loads it.
+_ONE_AT_A_TIME = Lock()
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Call:
         if not self.grid:
             return
         # Triton launches on the current device, which need not be that of the tensors.
-        on = torch.cuda.device(self.device) if self.device.type == "cuda" else _INTERPRETER
-        with on:
+        on = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with _ONE_AT_A_TIME, on:
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
@@ -69,7 +71,7 @@ def forward(
     line: Launch | None = None,
 ) -> Call:
     """One launch over all bands; ``line``: another one than the table's."""
-    line = line or _line("forward", arch, q, v, (k, v), bands)
+    line = line or _line("forward", arch, q, v, (k, v), bands, softcap)
     before = out if partial is None else partial
     return _call(
         fwd.forward,
@@ -135,7 +137,7 @@ def backward_keys(
     line: Launch | None = None,
 ) -> Call:
     """dk and dv; with ``add`` on top of what they hold."""
-    line = line or _line("backward_keys", arch, q, v, (q, dout), bands)
+    line = line or _line("backward_keys", arch, q, v, (q, dout), bands, softcap)
     return _call(
         bwd.backward_keys,
         line,
@@ -171,7 +173,7 @@ def backward_queries(
     line: Launch | None = None,
 ) -> Call:
     """dq; with ``add`` on top of what it holds."""
-    line = line or _line("backward_queries", arch, q, v, (k, v), bands)
+    line = line or _line("backward_queries", arch, q, v, (k, v), bands, softcap)
     return _call(
         bwd.backward_queries,
         line,
@@ -197,10 +199,11 @@ def _line(
     v: torch.Tensor,
     columns: Sequence[torch.Tensor],
     bands: Sequence[Band],
+    softcap: float,
 ) -> Launch:
     """Descriptors read dense runs of aligned tensors; all else goes through pointers."""
     dense = not _stepped(bands) and all(_aligned(x) for x in columns)
-    return launch(arch, name, q.element_size(), q.shape[3], v.shape[3], dense)
+    return launch(arch, name, q.element_size(), q.shape[3], v.shape[3], dense, softcap > 0)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -276,8 +279,10 @@ def _call(
         x = strided[name]
         arguments[name] = _descriptor(x, line.n, first) if line.tma else x
         arguments[f"{name}2"] = _descriptor(x, line.n, second or first) if line.tma else x
-    size = sum(x[0, :, 0].numel() * x.element_size() for x in cached)
+    size = sum(x.shape[1] * x.shape[3] * x.element_size() for x in cached)
     size *= cached[0].shape[2] // heads or 1
+    together = max(1, _L2_BYTES // max(1, size)) * max(1, heads // cached[0].shape[2])
+    together = min(together, batch * heads)  # beyond that it would only overflow
     arguments |= {
         "tiles": listed.tiles,
         "visits": listed.visits,
@@ -285,7 +290,7 @@ def _call(
         "row_step": listed.row_step,
         "heads": heads,
         "batch_heads": batch * heads,
-        "together": max(1, _L2_BYTES // max(1, size)) * max(1, heads // cached[0].shape[2]),
+        "together": together,
         "tile_count": len(listed.tiles),
         "D": sizes[0],
         "D1": d1,

@@ -47,20 +47,31 @@ def table() -> dict[str, dict[str, dict[str, Launch]]]:
     }
 
 
-def launch(arch: str, name: str, itemsize: int, head_dim: int, v_dim: int, dense: bool) -> Launch:
+def launch(
+    arch: str,
+    name: str,
+    itemsize: int,
+    head_dim: int,
+    v_dim: int,
+    dense: bool,
+    softcap: bool = False,
+) -> Launch:
     """The line for a pass: of this "head_dim/v_dim" if there is one, else of the next listed size.
 
     ``dense``: whether descriptors can read the tensors; if not, a line that needs none, where the
-    architecture has one.
+    architecture has one. ``softcap`` takes registers: a line of its own, where there is one.
     """
     key = f"{name} {8 * itemsize} bit"
     passes = table()[arch]
     if not dense and f"{key} pointers" in passes:
         key = f"{key} pointers"
     lines = passes[key]
-    if (exact := f"{head_dim}/{v_dim}") in lines:
-        return lines[exact]
-    return lines[min((d for d in lines if d.isdigit() and int(d) >= max(head_dim, v_dim)), key=int)]
+    dims = f"{head_dim}/{v_dim}"
+    if dims not in lines:
+        large = (d for d in lines if d.isdigit() and int(d) >= max(head_dim, v_dim))
+        dims = min(large, key=int)
+    special = passes.get(f"{key} softcap", {}) if softcap else {}
+    return special.get(dims, lines[dims])
 
 
 def render(raw: dict[str, dict[str, dict[str, Launch]]]) -> str:

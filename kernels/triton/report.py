@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,21 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every line of the launch table that a GPU would compile, fresh and adding."""
+    """Every line of the launch table that a GPU would compile, fresh and adding; and with softcap,
+    where neither pointers nor float32 have taken the last registers already."""
     for arch in TARGETS:
         for key, lines in table().get(arch, {}).items():
-            name, bits, _, *pointers = key.split()
+            name, bits, _, *variant = key.split()
+            if variant == ["softcap"]:
+                continue
             dtype = torch.float32 if bits == "32" else torch.bfloat16
             for dims in lines:
                 d, _, dv = dims.partition("/")
                 for adds in (False, True):
-                    yield Case(arch, name, dtype, int(d), int(dv or d), adds, bool(pointers))
+                    case = Case(arch, name, dtype, int(d), int(dv or d), adds, bool(variant))
+                    yield case
+                    if dtype != torch.float32 and not variant:
+                        yield replace(case, softcap=30.0)
 
 
 def example(

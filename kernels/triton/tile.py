@@ -15,7 +15,7 @@ COUNTS = ["rows", "row_step", "heads", "group", "batch_heads", "together", "tile
 
 @triton.jit
 def place(tiles, heads, batch_heads, together, count):
-    """(tile, batch, head, row of lse) of this program. ``together`` heads share the L2 cache; of
+    """(tile, batch, head) of this program. ``together`` heads share the L2 cache; of
     these all tiles come before those of the next heads, the heaviest first."""
     pid = tl.program_id(0)
     section = pid // (together * count)

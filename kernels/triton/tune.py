@@ -46,19 +46,30 @@ def tune(case: Case, now: Launch, measure: Measure, say: Callable[[str], None]) 
     say(f"{case.name} {case.head_dim}/{case.v_dim}: {base * 1e3:.3f} ms with {now}")
     for line in candidates(case, now):
         try:
-            if not fits(report(case, line)):
+            # The line is that of the later steps too, which add.
+            if not all(fits(report(replace(case, adds=adds), line)) for adds in (False, True)):
                 continue
             seconds, got = measure(case, line)
         except Exception as error:  # what the compiler or the driver refuses is no line
+            if "CUDA error" in str(error):  # after one, nothing that this process runs is right
+                raise
             say(f"  {line}: {type(error).__name__}")
             continue
-        pairs = zip(got, wanted, strict=True)
-        if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in pairs):
+        if not all(alike(a, b) for a, b in zip(got, wanted, strict=True)):
             say(f"  {line}: WRONG")
         elif seconds < least:
             best, least = line, seconds
             say(f"  {seconds * 1e3:.3f} ms with {line}")
     return best
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Two outputs, as a whole and in every row, but for the rounding of half precision."""
+    a, b = a.float(), b.float()
+    rows = (a - b).norm(dim=-1) <= 5e-2 * b.norm(dim=-1) + 1e-3 * b.norm() / b[
+        ..., 0
+    ].numel() ** 0.5
+    return bool(rows.all()) and bool((a - b).norm() <= 1e-2 * b.norm())
 
 
 def measured(case: Case, line: Launch, turns: int = 20) -> tuple[float, list[torch.Tensor]]:

@@ -42,6 +42,7 @@ KEYS = {
     "head_dim": Key(_split, None, "of the table, or head_dim/v_dim; all unless given"),
     "bits": Key(choice("16", "32"), None, "of the inputs: 16, 32; both unless given"),
     "adds": Key(choice("yes", "no"), None, "on top of a running sum, or not; both unless given"),
+    "softcap": Key(choice("yes", "no"), None, "with it, or without; both unless given"),
     "pointers": Key(choice("yes", "no"), None, "where no descriptor reads; both unless given"),
     "processes": Key(count, None, "that compile; one per core unless given"),
 }  # fmt: skip
@@ -98,6 +99,7 @@ def _chosen(case: Any, values: dict[str, Any]) -> bool:
         (values["bits"], str(8 * case.dtype.itemsize)),
         (truth[values["adds"]], case.adds),
         (truth[values["pointers"]], case.pointers),
+        (truth[values["softcap"]], case.softcap > 0),
     )
     return all(some is None or have in some for some, have in lists) and all(
         want is None or want == have for want, have in exact
@@ -121,7 +123,7 @@ def _facts(made: Any) -> dict[str, Any]:
 def _title(fact: dict[str, Any]) -> tuple[str, ...]:
     d, dv = fact["head_dim"], fact["v_dim"]
     dims = f"{d}" if d == dv else f"{d}/{dv}"
-    how = " ".join(word for word in ("adds", "pointers") if fact[word])
+    how = " ".join(word for word in ("adds", "pointers", "softcap") if fact[word])
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[fact["dtype"]]
     return fact["arch"], fact["name"], short, dims, how
 
@@ -198,13 +200,12 @@ def _tune(cases: list[Any]) -> int:
     if not torch.cuda.is_available():
         raise RequestError("--tune needs a GPU, and torch sees none here")
     arch = architecture(torch.device("cuda"))
-    console = _console()
     found = {a: {p: dict(lines) for p, lines in ps.items()} for a, ps in launch.table().items()}
     for case in cases:
-        if case.arch == arch and not case.adds:
+        if case.arch == arch and not case.adds and not case.softcap:
             key = f"{case.name} {8 * case.dtype.itemsize} bit" + " pointers" * case.pointers
             now = found[arch][key][_dims(case)]
-            found[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, console.print)
-    launch.FILE.write_text(launch.render(found))
-    console.print(f"written: {launch.FILE}; compile it all with `ringattn kernels`, then commit it")
+            found[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, print)
+            launch.FILE.write_text(launch.render(found))  # what follows may fail
+    print(f"written: {launch.FILE}; compile it all with `ringattn kernels`, then commit it")
     return 0

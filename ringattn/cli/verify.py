@@ -88,7 +88,12 @@ def run(arguments: Sequence[str]) -> int:
         return _verified(values, options, plan, device, launched)
     backend = values["backend"] or ("nccl" if device.type == "cuda" else "gloo")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=values["timeout_s"]))
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=values["timeout_s"]),
+            # NCCL connects at once then: made lazily, its first exchange would need all ranks.
+            device_id=device if backend == "nccl" else None,
+        )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise RequestError(f"backend={backend}: {str(error).splitlines()[0]}") from None
     try:
