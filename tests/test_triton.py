@@ -149,7 +149,7 @@ def test_work_lists_are_kept_with_the_plan():
 # --- the kernels ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_random_bands_heads_and_steps(data):
     """Any mask, grouped heads, odd lengths and head_dims; the bands dealt over up to 3 steps."""
