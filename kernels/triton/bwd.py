@@ -1,4 +1,4 @@
-"""The backward kernels: dk and dv of a tile of keys, dq of a tile of queries, and delta.
+"""The backward kernels: dk and dv of a tile of keys, dq of a tile of queries; what both need.
 
 Each gradient is summed by the one program that owns its rows, in a fixed order: no atomics, the
 same bits every time. Scores and their gradients are computed twice for it, seven matrix products

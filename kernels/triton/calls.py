@@ -79,7 +79,6 @@ def forward(
         # A new tensor wants all of its rows, one that is added to only those with work.
         _listed(bands, q.shape[1], line, False, partial is not out, q.device),
         rows=q,
-        cached=(k, v),
         sizes=(q.shape[3], v.shape[3]),
         strided={"q": q, "k": k, "v": v, "partial": before, "out": out},
         columns=("k", "v"),
@@ -143,7 +142,6 @@ def backward_keys(
         line,
         _listed(bands, k.shape[1], line, True, not add, k.device),
         rows=k,
-        cached=(q, dout),
         sizes=(q.shape[3], v.shape[3]),
         strided={"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv},
         columns=("q", "dout"),
@@ -179,7 +177,6 @@ def backward_queries(
         line,
         _listed(bands, q.shape[1], line, False, not add, q.device),
         rows=q,
-        cached=(k, v),
         sizes=(q.shape[3], v.shape[3]),
         strided={"q": q, "k": k, "v": v, "dout": dout, "dq": dq},
         columns=("k", "v"),
@@ -263,14 +260,13 @@ def _call(
     line: Launch,
     listed: _Listed,
     rows: torch.Tensor,
-    cached: Sequence[torch.Tensor],
     sizes: tuple[int, int],
     strided: dict[str, torch.Tensor],
     columns: tuple[str, str],
     **arguments: Any,
 ) -> Call:
-    """``strided``: tensors that go with their strides; ``columns``: those whose tiles stream, one
-    of q's head_dim and one of v's; ``cached``: the same, whose heads should share the L2 cache."""
+    """``strided``: tensors that go with their strides; ``columns``: those of them whose tiles
+    stream, one of q's head_dim and one of v's."""
     batch, tokens, heads, _ = rows.shape
     (d1, d2), (dv1, dv2) = (halves(size) for size in sizes)
     arguments |= strided
@@ -279,9 +275,11 @@ def _call(
         x = strided[name]
         arguments[name] = _descriptor(x, line.n, first) if line.tma else x
         arguments[f"{name}2"] = _descriptor(x, line.n, second or first) if line.tma else x
-    size = sum(x.shape[1] * x.shape[3] * x.element_size() for x in cached)
-    size *= cached[0].shape[2] // heads or 1
-    together = max(1, _L2_BYTES // max(1, size)) * max(1, heads // cached[0].shape[2])
+    # Bytes that stream for one K/V head, and how many of these, with all their programs, fit.
+    streams = [strided[name] for name in columns]
+    kv_heads = min(heads, streams[0].shape[2])
+    size = sum(x.shape[1:].numel() * x.element_size() for x in streams) // kv_heads
+    together = max(1, _L2_BYTES // max(1, size)) * (heads // kv_heads)
     together = min(together, batch * heads)  # beyond that it would only overflow
     arguments |= {
         "tiles": listed.tiles,

@@ -22,7 +22,9 @@ GAIN = 1.02  # a line must be faster than the table's by this much to take its p
 
 def candidates(case: Case, now: Launch) -> Iterator[Launch]:
     """Lines worth a try for a case whose line is ``now``."""
-    for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+    # Three TF32 products for one of float32 take the registers of large tiles.
+    sizes = ((16, 32, 64),) * 2 if case.dtype == torch.float32 else ((64, 128), (32, 64, 128))
+    for m, n, warps, stages in product(*sizes, (4, 8), (1, 2, 3, 4)):
         overlaps = (False, True) if case.name == "forward" and case.arch == "sm_90" else (False,)
         specials = (False, True) if case.arch == "sm_100" and now.tma else (False,)
         for overlap, specialize in product(overlaps, specials):
@@ -66,9 +68,8 @@ def tune(case: Case, now: Launch, measure: Measure, say: Callable[[str], None]) 
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Two outputs, as a whole and in every row, but for the rounding of half precision."""
     a, b = a.float(), b.float()
-    rows = (a - b).norm(dim=-1) <= 5e-2 * b.norm(dim=-1) + 1e-3 * b.norm() / b[
-        ..., 0
-    ].numel() ** 0.5
+    off, own = (a - b).norm(dim=-1), b.norm(dim=-1)
+    rows = off <= 5e-2 * own + 1e-3 * own.square().mean().sqrt()
     return bool(rows.all()) and bool((a - b).norm() <= 1e-2 * b.norm())
 
 
