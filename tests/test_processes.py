@@ -24,7 +24,7 @@ def test_the_example_in_the_readme_runs(tmp_path):
     script = tmp_path / "example.py"
     script.write_text(
         example
-        + "grad = model.head.weight.grad\n"
+        + "grad = model.lm_head.weight.grad\n"
         + "dist.all_reduce(grad)\n"
         + "if dist.get_rank() == 0:\n"
         + "    print('norm', grad.norm().item() / context.world)\n"
@@ -77,7 +77,11 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     def case(name, *rest):
         return {name: _case(tmp_path / name, text, *rest)}
 
-    continued = f"checkpoint.resume={tmp_path / 'base'}/checkpoints/step_2"
+    def of(name):
+        return f"checkpoint.resume={tmp_path / name}/checkpoints/step_2"
+
+    save = "checkpoint.every=2"
+    long = ("memory=long", "memory.offload=true", "memory.ffn_tile=16", "memory.loss_chunk=20")
     worlds = {
         1: case("base", 1, 6, 1, 0, "checkpoint.every=2") | case("accum2", 1, 3, 2, 0),
         2: case("striped", 2, 6, 1, 1, "parallel.layout=striped") | case("dp2", 1, 3, 1, 2),
@@ -98,12 +102,23 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     for stage in (0, 3):
         worlds[3] |= case(f"cp3-zero{stage}", 3, 3, 2, stage)
         worlds[4] |= case(f"cp4-zero{stage}", 4, 6, 1, stage)
-    worlds[3] |= case("cp3-continues-cp1", 3, 3, 2, 0, continued)
+    worlds[2] |= case("fsdp", 2, 3, 2, 3, "engine=fsdp", save)
+    worlds[2] |= case("fsdp-dp2", 1, 3, 1, 2, "engine=fsdp", "engine.offload_params=true")
+    worlds[2] |= case("long", 2, 6, 1, 1, "engine.offload_optimizer=true", *long, save)
+    worlds[2] |= case("long-zero3", 2, 6, 1, 3, "engine.offload_params=true", *long, save)
+    worlds[4] |= case("fsdp-cp2", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context", *long)
+    # Any world, stage and engine continues any other.
+    worlds[3] |= case("1-to-3", 3, 3, 2, 0, of("base"))
+    worlds[3] |= case("zero3-to-fsdp", 3, 6, 1, 2, "engine=fsdp", of("long-zero3"))
+    worlds[3] |= case("fsdp-to-zero3", 1, 2, 1, 3, of("fsdp"))
+    worlds[4] |= case("fsdp-to-shards", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context",
+                      of("fsdp"))  # fmt: skip
+    worlds[4] |= case("zero1-to-zero2", 4, 6, 1, 2, of("long"))
     runs = _train_all(tmp_path, worlds)
-    assert len(runs) == 27 and len(runs["base"]) == 3
+    assert len(runs) == 36 and len(runs["base"]) == 3
     for name, got in runs.items():
         _assert_equal(runs["base"][-len(got) :], got, name)
-    assert [m["step"] for m in runs["cp3-continues-cp1"]] == [3]
+        assert [m["step"] for m in got] == ([3] if "-to-" in name else [1, 2, 3])
 
 
 def test_bf16_is_the_same_at_every_stage(tmp_path, text):
@@ -112,9 +127,11 @@ def test_bf16_is_the_same_at_every_stage(tmp_path, text):
     keys = ("precision=bf16", "optim.warmup_tokens=0", "train.steps=4", "optim.weight_decay=30")
     cases = {f"zero{s}": _case(tmp_path / f"zero{s}", text, 2, 3, 2, s, *keys) for s in range(4)}
     cases["fp32"] = _case(tmp_path / "fp32", text, 2, 3, 2, 0, *keys, "precision=fp32")
+    cases["fsdp"] = _case(tmp_path / "fsdp", text, 2, 3, 2, 3, *keys, "engine=fsdp")
     runs = _train_all(tmp_path, {2: cases})
     for stage in (0, 2, 3):
         _assert_equal(runs["zero1"], runs[f"zero{stage}"], f"zero{stage}", 1e-3)
+    _assert_equal(runs["zero1"], runs["fsdp"], "fsdp", 3e-3)
     _assert_equal(runs["fp32"], runs["zero1"], "fp32", 3e-2)
 
 

@@ -1,23 +1,30 @@
-"""A Llama-style decoder: RMSNorm, RoPE, grouped K/V heads, SwiGLU, tied or untied head.
+"""A decoder as in Llama, Mistral and Qwen 2 and 3: RMSNorm, RoPE, grouped K/V heads, SwiGLU, tied
+or untied head. Modules and weights have the names of their Hugging Face checkpoints.
 
 It knows nothing of ranks: it sees local tokens, their positions, and a function ``attend``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import nn
 
 from ringattn.context import Attend
-from ringattn.models.rope import rotate, rotation
+from ringattn.models.loss import chunked_cross_entropy
+from ringattn.models.memory import Memory
+from ringattn.models.rope import RopeConfig, rotate, rotation
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder. Raises ValueError, naming the key, for sizes that do not fit."""
+    """Sizes of a decoder. ``qkv_bias`` is Qwen 2's, ``qk_norm`` (RMSNorm over each head of q and
+    k) Qwen 3's. Raises ValueError, naming the key, for sizes that do not fit.
+    """
 
     dim: int
     layers: int
@@ -26,9 +33,11 @@ class ModelConfig:
     ffn_dim: int
     vocab_size: int
     head_dim: int
-    rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         for key in ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab_size", "head_dim"):
@@ -51,7 +60,10 @@ class ModelConfig:
     def parameters(self) -> int:
         """All parameters."""
         extra = 0 if self.tied else self.dim * self.vocab_size
-        return self.matmul_parameters + extra + (2 * self.layers + 1) * self.dim
+        per_layer = 2 * self.dim
+        per_layer += self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
+        per_layer += 2 * self.head_dim if self.qk_norm else 0
+        return self.matmul_parameters + extra + self.layers * per_layer + self.dim
 
 
 class Attention(nn.Module):
@@ -59,17 +71,20 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv, bias=False)
+        self.q_proj = nn.Linear(config.dim, q, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q, config.dim, bias=False)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(config.head_dim, config.norm_eps)
+        self.k_norm = norm(config.head_dim, config.norm_eps)
 
     def forward(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
         q, k, v = (
             rearrange(proj(x), "b t (h d) -> b t h d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attend(rotate(q, phases), rotate(k, phases), v)
+        out = attend(rotate(self.q_norm(q), phases), rotate(self.k_norm(k), phases), v)
         return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
 
 
@@ -85,54 +100,87 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: Memory) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.memory = memory
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
 
     def forward(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), phases, attend)
-        return x + self.ffn(self.ffn_norm(x))
+        return self.memory.block(partial(self._compute, phases=phases, attend=attend), x)
+
+    def _compute(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), phases, attend)
+        return self.memory.tiles(lambda t: t + self.mlp(self.post_attention_layernorm(t)), x)
+
+
+class Head(nn.Linear):
+    """Logits, or with labels the loss; a module, so that engines gather its weight for both."""
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None, chunk: int | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if labels is None:
+            return super().forward(x)
+        return chunked_cross_entropy(x, self.weight, labels, chunk)
 
 
 class Decoder(nn.Module):
-    """``forward(tokens, positions, attend)`` gives logits ``[batch, tokens, vocab]``.
+    """``forward(tokens, positions, attend)`` gives logits ``[batch, tokens, vocab]``; with
+    ``labels`` (shifted before the split) the loss: its sum over the supervised local tokens and
+    that of each token, ``[batch, tokens]``, float32. Logits of all tokens then never exist.
 
     tokens ``[batch, tokens]`` and positions ``[tokens]`` are this rank's own; ``attend`` is
     attention over the whole sequence (see :meth:`ringattn.context.Context.attend`).
+
+    ``seed`` None leaves the weights as torch makes them: an engine fills in each rank's own.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None, memory: Memory | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.config, self.memory = config, memory or Memory()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, self.memory) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self._initialise(seed)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        self.lm_head = Head(config.dim, config.vocab_size, bias=False)
+        self.tie()
+        if seed is not None:
+            with torch.no_grad():
+                for name, weight in self.named_parameters():
+                    weight.copy_(initial_weight(config, seed, name, weight.shape))
 
-    def _initialise(self, seed: int) -> None:
-        """From a generator of its own, so the weights depend on the seed alone, not on the world.
-
-        Normal with deviation 0.02; projections into the residual stream are scaled down by the
-        square root of their number (GPT-2).
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-                nn.init.normal_(weight, std=std, generator=generator)
+    def tie(self) -> None:
+        """Makes the head's weight the embedding's, if the model is so configured."""
+        if self.config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        phases = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, phases, attend)
-        return self.head(self.norm(x))
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        phases = rotation(positions, self.config.head_dim, self.config.rope)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, phases, attend)
+        return self.lm_head(self.norm(x), labels, self.memory.loss_chunk)
+
+
+def initial_weight(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> torch.Tensor:
+    """The first value of a parameter, float32 on the host: a function of seed and name alone, so
+    that any rank can make any parameter without making the others.
+
+    Normal with deviation 0.02; projections into the residual stream are scaled down by the square
+    root of their number (GPT-2). Norms are 1, biases 0.
+    """
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
+    generator = torch.Generator().manual_seed(number)
+    into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = 0.02 / (2 * config.layers) ** 0.5 if into_residual else 0.02
+    return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

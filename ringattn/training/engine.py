@@ -1,8 +1,5 @@
-"""DeepSpeed as plain data parallelism over the whole world.
-
-DeepSpeed is not told about the sequence split: with its own sequence-parallel settings, gradients
-are off by a factor that depends on the ZeRO stage. The loss carries the scaling (see
-:meth:`ringattn.context.Context.scaled_loss`), which then means the same at every stage.
+"""What the loop asks of an engine, and how one is started. ``deepspeed_engine`` and
+``fsdp_engine`` are the engines; the loop does not know which one it drives.
 """
 
 from __future__ import annotations
@@ -10,12 +7,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import math
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,20 +22,125 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ringattn.context import Attend, Context
+from ringattn.models.decoder import Decoder, ModelConfig
+from ringattn.models.memory import Memory
 from ringattn.training.settings import ConfigError
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # what training keeps of a parameter, in float32
 
-def start_distributed(device: torch.device, timeout_s: float) -> None:
-    """Initialises torch.distributed and DeepSpeed's communication, once per process."""
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start`` to ``start + count`` of a parameter, flattened: what this rank keeps of
+    it. However an engine splits weights and optimizer state, the parts are such runs, so that a
+    checkpoint of them fits any other split.
+
+    ``read(kind)`` is a float32 tensor ``[count]`` and ``write(kind, value)`` sets it, kind from
+    KINDS. ``copy`` of ``copies`` ranks hold the same fragment.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    read: Callable[[str], torch.Tensor]
+    write: Callable[[str, torch.Tensor], None]
+    copy: int = 0
+    copies: int = 1
+
+
+class Engine(Protocol):
+    """A model with its optimizer, split over the world as its kind does it."""
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As :class:`ringattn.models.decoder.Decoder`."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to gradients that are means over the world and over ``train.grad_accum``."""
+
+    def step(self) -> float | None:
+        """After the last micro-step: clips, steps, and gives the norm of the gradient before
+        clipping. If that is not finite, nothing but the gradients has changed. None after other
+        micro-steps."""
+
+    def set_lr(self, lr: float) -> None: ...
+
+    def train(self, mode: bool) -> None: ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of every parameter, in the same order of names on all ranks."""
+
+    def written(self, adam_steps: int) -> None:
+        """Collective. To be called after fragments were written: what is computed with follows
+        them, and the optimizer has made ``adam_steps`` steps."""
+
+    def close(self) -> None: ...
+
+
+def build(config: DictConfig, model: ModelConfig, context: Context) -> Engine:
+    """The configured engine, on every rank; its weights are still to be written."""
+    if config.engine.name == "fsdp":
+        from ringattn.training.fsdp_engine import FSDPEngine as Kind
+    else:
+        from ringattn.training.deepspeed_engine import DeepSpeedEngine as Kind
+    memory = Memory(
+        config.memory.checkpoint,
+        config.memory.offload,
+        config.memory.ffn_tile,
+        config.memory.loss_chunk,
+    )
+    return Kind(lambda: Decoder(model, None, memory), config, context)
+
+
+def make_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.AdamW:
+    """AdamW; only matrices decay (what is a matrix, a flat part of ZeRO 3 does not show).
+
+    The learning rate is set before every step; until then it is 0, so that a step on gradients of
+    0, which DeepSpeed makes to allocate, changes nothing."""
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in model.parameters():
+        parts[len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
+    groups = [
+        {"params": params, "weight_decay": config.optim.weight_decay if decays else 0.0}
+        for decays, params in parts.items()
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.optim.betas), fused=True)
+
+
+def allocate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Gives AdamW the state that it would make at its first step, so that it can be written."""
+    for p in parameters:
+        state = optimizer.state[p]
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+        for kind in KINDS[1:]:
+            state.setdefault(kind, torch.zeros_like(p))
+
+
+def set_steps(optimizer: torch.optim.Optimizer, adam_steps: int) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(adam_steps)
+
+
+def start_distributed(device: torch.device, timeout_s: float, engine: str) -> None:
+    """Initialises torch.distributed and, for that engine, DeepSpeed's communication, once per
+    process."""
     if dist.is_initialized():
         return
     # On a GPU the communicator is made eagerly: lazy ones hang in asymmetric exchanges.
     eager = {"device_id": device} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **eager)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if engine != "deepspeed":
+        return
     quiet = logging.getLogger("DeepSpeed")
     quiet.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
         _build_extension()
     import deepspeed
@@ -73,92 +177,6 @@ def _build_extension() -> None:
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
         if builder is not None and builder.is_compatible():
             builder.load(verbose=False)
-
-
-class DeepSpeedEngine:
-    """A model with its optimizer. The loop calls forward, backward, step, save and load."""
-
-    def __init__(self, model: nn.Module, config: DictConfig, context: Context) -> None:
-        import deepspeed
-
-        decayed = [p for p in model.parameters() if p.ndim >= 2]
-        others = [p for p in model.parameters() if p.ndim < 2]
-        self._groups = [
-            {"weight_decay": decay, "betas": tuple(config.optim.betas)}
-            for decay in (config.optim.weight_decay, 0.0)
-        ]
-        # The learning rate is set before every step. Until then it is 0: with bf16 at ZeRO 0
-        # DeepSpeed makes a step of its own, on gradients of 0, to allocate the optimizer's state.
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": params, **group}
-                for params, group in zip((decayed, others), self._groups, strict=True)
-            ],
-            lr=0.0,
-        )
-        settings = {
-            "train_micro_batch_size_per_gpu": config.batch_size,
-            "gradient_accumulation_steps": config.train.grad_accum,
-            "train_batch_size": config.batch_size * config.train.grad_accum * context.world,
-            "gradient_clipping": config.optim.clip,
-            "zero_optimization": {"stage": config.engine.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": config.precision == "bf16"},
-            # Sums over many ranks would lose bits in bf16.
-            "communication_data_type": "fp32",
-            "steps_per_print": 2**62,
-        }
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        for state in self.engine.basic_optimizer.state.values():
-            state["step"].zero_()  # that step must not count in Adam's bias correction
-
-    def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        return self.engine(tokens, positions, attend)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss)
-
-    def step(self) -> float | None:
-        """Steps after the last micro-step of an accumulation; then the gradient norm, else None."""
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
-            return None
-        # Without an optimizer wrapper (ZeRO 0 in fp32) DeepSpeed does not keep the norm.
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        own = nn.utils.get_total_norm(grads) if self._plain else None
-        self.engine.step()
-        norm = own if self._plain else self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
-
-    @property
-    def _plain(self) -> bool:
-        return isinstance(self.engine.optimizer, torch.optim.Optimizer) and not hasattr(
-            self.engine.optimizer, "optimizer"
-        )
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-
-    def train(self, mode: bool) -> None:
-        self.engine.train(mode)
-
-    def save(self, path: Path) -> None:
-        """Collective: every rank writes its part below ``path``."""
-        self.engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
-
-    def load(self, path: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
-        # A checkpoint brings its own weight decay and betas; this run's hold.
-        for group, ours in zip(self.engine.optimizer.param_groups, self._groups, strict=True):
-            group.update(ours)
-
-    def close(self) -> None:
-        self.engine.destroy()
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,18 +23,20 @@ from ringattn.context import (
     Strategy,
     check_engaged,
     check_same_data,
-    loss_sum,
     position_ids,
 )
 from ringattn.data.corpus import Corpus
 from ringattn.data.stream import Span, Stream
 from ringattn.masks import Mask
-from ringattn.models.decoder import Decoder, ModelConfig
+from ringattn.models.decoder import ModelConfig
+from ringattn.models.rope import RopeConfig
 from ringattn.plan import Plan
-from ringattn.training import checkpoint
-from ringattn.training.checkpoint import Manifest
+from ringattn.training import checkpoint, states
+from ringattn.training import engine as engines
+from ringattn.training.checkpoint import Found, Manifest, Saver
 from ringattn.training.display import Display, plan_table
-from ringattn.training.engine import DeepSpeedEngine
+from ringattn.training.engine import Engine
+from ringattn.training.heartbeat import Heartbeat
 from ringattn.training.metrics import (
     DTYPES,
     MetricsLog,
@@ -46,7 +49,7 @@ from ringattn.training.sample import generate
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is not finite."""
+    """Loss or gradient were not finite too many times in a row."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Job:
     model: ModelConfig
     corpus: Corpus
     run_dir: Path
-    resume: tuple[Path, Manifest] | None
     manifest: Manifest  # of step 0
+    resume: list[Found] = field(default_factory=list)  # newest first
+    remarks: list[str] = field(default_factory=list)  # on checkpoints that are passed over
 
 
 @dataclass(frozen=True)
@@ -162,17 +166,26 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
     """
     config, rank = job.config, dist.get_rank()
-    start = job.resume[1] if job.resume else job.manifest
+    resume, damaged = checkpoint.first_sound(job.resume)
+    if job.resume and not resume:
+        raise checkpoint.Damaged(f"{damaged[0]}; no other checkpoint is left")
+    start = resume[1] if resume else job.manifest
     display = Display(rank == 0, config.train.steps, start.step)
+    for remark in job.remarks + damaged:
+        display.say(f"passed over: {remark}")
     if rank == 0:
-        job.run_dir.mkdir(parents=True, exist_ok=True)
-        if aside := checkpoint.set_aside(job.run_dir, job.resume):
+        (job.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if aside := checkpoint.set_aside(job.run_dir, resume):
             display.say(f"what another run left in {job.run_dir} is now in {aside.name}")
         OmegaConf.save(config, job.run_dir / "config.yaml")
-    engine = DeepSpeedEngine(Decoder(job.model, config.seed), config, context)
-    if job.resume:
-        engine.load(job.resume[0])
-        display.say(f"resumed {job.resume[0]} at step {start.step}")
+    dist.barrier()
+    engine = engines.build(config, job.model, context)
+    if resume:
+        with states.Saved([resume[0] / name for name in sorted(start.files)]) as saved:
+            states.fill(engine, saved, start.adam_steps)
+        display.say(f"resumed {resume[0]} at step {start.step}")
+    else:
+        states.fill(engine, states.Fresh(job.model, config.seed), 0)
     stream = Stream(job.corpus, config.seq_len, config.seed)
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
@@ -185,7 +198,12 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         display.say(plan_table(config, job.model, context, first.plan, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         display.say(f"run directory: {job.run_dir}")
-        end = _steps(job, context, engine, stream, split, start, peak, stops, display, log)
+        at = checkpoint.folder(job.run_dir, start.step)
+        saved = resume is not None and resume[0].resolve() == at.resolve()
+        with Heartbeat(config.parallel.timeout_s) as heartbeat:
+            end = _Steps(
+                job, context, engine, stream, split, peak, stops, display, log, heartbeat
+            ).run(start, saved)
         if end.step < config.train.steps:
             display.say(f"stopped on request at step {end.step}; checkpoint saved")
         elif config.train.sample_tokens:
@@ -210,7 +228,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
 def _self_check(
     job: Job,
     context: Context,
-    engine: DeepSpeedEngine,
+    engine: Engine,
     stream: Stream,
     split: Strategy,
     start: Manifest,
@@ -230,124 +248,174 @@ def _sequences(config: DictConfig, context: Context, seen: int, micro: int) -> l
     return list(range(first, first + config.batch_size))
 
 
-def _steps(
-    job: Job,
-    context: Context,
-    engine: DeepSpeedEngine,
-    stream: Stream,
-    split: Strategy,
-    state: Manifest,
-    peak: float,
-    stops: list[int],
-    display: Display,
-    log: MetricsLog | None,
-) -> Manifest:
-    config = job.config
-    accum, every = config.train.grad_accum, config.checkpoint.every
-    per_step = config.batch_size * context.dp * accum
-    total_tokens = config.train.steps * per_step * config.seq_len
-    first_loss, began = None, time.perf_counter()
-    # A run that has nothing left to do must not write its last checkpoint again.
-    at = checkpoint.folder(job.run_dir, state.step)
-    saved = state.step if job.resume and job.resume[0].resolve() == at.resolve() else -1
-    with display.progress:
-        while state.step < config.train.steps:
-            begin = time.perf_counter()
-            batches = [
-                load_batch(job, stream, context, split, sequences)
-                for sequences in (
-                    _sequences(config, context, state.sequences_seen, m) for m in range(accum)
+@dataclass
+class _Steps:
+    """The optimizer steps of one run on this rank."""
+
+    job: Job
+    context: Context
+    engine: Engine
+    stream: Stream
+    split: Strategy
+    peak: float
+    stops: list[int]
+    display: Display
+    log: MetricsLog | None
+    heartbeat: Heartbeat
+    skipped: int = 0  # in a row
+
+    def run(self, state: Manifest, saved: bool) -> Manifest:
+        """From ``state`` to the last step, or to a request to stop; ``saved``: whether the run
+        directory already holds ``state``, which then is not written again."""
+        config, display = self.job.config, self.display
+        saver = Saver(self.job.run_dir, config.checkpoint.keep, config.checkpoint.background)
+        every, at = config.checkpoint.every, state.step if saved else -1
+        first, last, began = None, None, time.perf_counter()
+        with display.progress:
+            while state.step < config.train.steps:
+                begin = time.perf_counter()
+                self.heartbeat.where = f"step {state.step + 1}, data"
+                batches = self._batches(state)
+                area = sum(batch.plan.mask.area for batch in batches) / self.context.cp
+                supervised, area, stop, written = self.context.total(
+                    sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready
                 )
-            ]
-            area = sum(batch.plan.mask.area for batch in batches) / context.cp
-            supervised, area, stop = context.total(
-                sum(batch.supervised for batch in batches), area, len(stops)
+                if written == self.context.world:
+                    saver.finish()
+                if stop:
+                    break
+                state, values = self._step(state, batches, supervised)
+                seconds = time.perf_counter() - begin
+                tokens = self._per_step * config.seq_len
+                flops = step_flops(self.job.model, tokens, int(area))
+                values |= {
+                    "tokens_per_s": tokens / seconds,
+                    "step_s": seconds,
+                    "mfu": flops / seconds / (self.peak * self.context.world),
+                    "peak_memory_bytes": peak_memory_bytes(self.context.device),
+                }
+                last = values["loss"]
+                first = first or last
+                display.update(values)
+                if self.log:
+                    self.log.write(values)
+                if every and state.step % every == 0:
+                    self.heartbeat.where = f"step {state.step}, checkpoint"
+                    saver.save(self.engine, state)
+                    at = state.step
+        self.heartbeat.where = f"step {state.step}, last checkpoint"
+        if at != state.step:
+            saver.save(self.engine, state)
+        saver.finish()
+        if first is not None:
+            display.say(
+                f"loss {first:.3f} -> {last:.3f} ({last / math.log(2):.2f} bits per byte) in "
+                f"{time.perf_counter() - began:.0f} s, {state.tokens_seen:,} tokens"
             )
-            if stop:
-                break
-            lr = learning_rate(config, state.tokens_seen, total_tokens)
-            engine.set_lr(lr)
-            local_loss, norm = torch.zeros((), device=context.device), None
-            for batch in batches:
-                logits = engine.forward(batch.tokens, batch.positions, context.attend(batch.plan))
-                loss = loss_sum(logits, batch.labels)
-                engine.backward(context.scaled_loss(loss, supervised, accum))
-                local_loss += loss.detach()
-                norm = engine.step()
-            loss = context.total(float(local_loss))[0] / max(supervised, 1)
-            # Both numbers are global, so all ranks stop here together.
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(
-                    f"step {state.step + 1}: loss {loss}, gradient norm {norm}; nothing of this "
-                    f"step is saved (run directory: {job.run_dir})"
-                )
-            tokens = per_step * config.seq_len
-            state = replace(
-                state,
-                step=state.step + 1,
-                sequences_seen=state.sequences_seen + per_step,
-                tokens_seen=state.tokens_seen + tokens,
+        return state
+
+    @property
+    def _per_step(self) -> int:
+        """Sequences of an optimizer step, over all ranks."""
+        config = self.job.config
+        return config.batch_size * self.context.dp * config.train.grad_accum
+
+    def _batches(self, state: Manifest) -> list[MicroBatch]:
+        config, seen = self.job.config, state.sequences_seen
+        return [
+            load_batch(
+                self.job, self.stream, self.context, self.split,
+                _sequences(config, self.context, seen, micro),
             )
-            seconds = time.perf_counter() - begin
-            flops = step_flops(job.model, tokens, int(area))
-            values = {
-                "step": state.step,
-                "loss": loss,
-                "grad_norm": norm,
-                "lr": lr,
-                "tokens_seen": state.tokens_seen,
-                "supervised_tokens": int(supervised),
-                "tokens_per_s": tokens / seconds,
-                "step_s": seconds,
-                "mfu": flops / seconds / (peak * context.world),
-                "peak_memory_bytes": peak_memory_bytes(context.device),
-            }
-            first_loss = first_loss or loss
-            display.update(values)
-            if log:
-                log.write(values)
-            if every and state.step % every == 0:
-                _save(job, engine, state)
-                saved = state.step
-    if saved != state.step:
-        _save(job, engine, state)
-    if first_loss is not None:
-        display.say(
-            f"loss {first_loss:.3f} -> {loss:.3f} ({loss / math.log(2):.2f} bits per byte) in "
-            f"{time.perf_counter() - began:.0f} s, {state.tokens_seen:,} tokens"
+            for micro in range(config.train.grad_accum)
+        ]  # fmt: skip
+
+    def _step(
+        self, state: Manifest, batches: list[MicroBatch], supervised: float
+    ) -> tuple[Manifest, dict[str, float]]:
+        """One optimizer step; skipped, and counted, if its loss or gradient is not finite."""
+        config, context, engine = self.job.config, self.context, self.engine
+        accum, number = config.train.grad_accum, state.step + 1
+        total_tokens = config.train.steps * self._per_step * config.seq_len
+        lr = learning_rate(config, state.tokens_seen, total_tokens)
+        engine.set_lr(lr)
+        local_loss, norm = torch.zeros((), device=context.device), None
+        for batch in batches:
+            self.heartbeat.where = f"step {number}, forward"
+            loss, _ = engine.forward(
+                batch.tokens, batch.positions, context.attend(batch.plan), batch.labels
+            )
+            self.heartbeat.where = f"step {number}, backward"
+            engine.backward(context.scaled_loss(loss, supervised, accum))
+            local_loss += loss.detach()
+            self.heartbeat.where = f"step {number}, optimizer"
+            norm = engine.step()
+        loss = context.total(float(local_loss))[0] / max(supervised, 1)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        seen = state.sequences_seen
+        if self.skipped:
+            ids = list(range(seen, seen + self._per_step))
+            self._report_skipped(number, loss, norm, ids)
+        state = replace(
+            state,
+            step=number,
+            adam_steps=state.adam_steps + finite,
+            sequences_seen=seen + self._per_step,
+            tokens_seen=state.tokens_seen + self._per_step * config.seq_len,
         )
-    return state
+        return state, {
+            "step": number,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens_seen": state.tokens_seen,
+            "supervised_tokens": int(supervised),
+            "skipped_steps": number - state.adam_steps,
+        }
 
-
-def _save(job: Job, engine: DeepSpeedEngine, state: Manifest) -> None:
-    path = checkpoint.folder(job.run_dir, state.step)
-    engine.save(path)
-    dist.barrier()  # the manifest says that every rank's part is there
-    if dist.get_rank() == 0:
-        checkpoint.publish(path, state)
-    dist.barrier()
+    def _report_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
+        """Writes down which sequences it was. Raises Diverged after too many in a row."""
+        most = self.job.config.train.max_skipped
+        path = self.job.run_dir / "skipped.jsonl"
+        if self.log:
+            # Python's JSON would write NaN, which others do not read.
+            line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "sequences": ids}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.display.say(
+            f"step {step} skipped: loss {loss}, gradient norm {norm}; its sequences are in "
+            f"{path.name}"
+        )
+        if self.skipped > most:
+            raise Diverged(
+                f"step {step}: loss {loss}, gradient norm {norm}, {self.skipped} such steps in a "
+                f"row (train.max_skipped={most}); the last was of sequences {ids[0]} to "
+                f"{ids[-1]} (all in {path})"
+            )
 
 
 def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     check_login(config)
-    model = ModelConfig(**OmegaConf.to_container(config.model))
+    sizes = OmegaConf.to_container(config.model)
+    model = ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
     corpus = Corpus.open(config.data.root, config.data.glob)
     manifest = Manifest(
         step=0,
         sequences_seen=0,
         tokens_seen=0,
-        world=world,
-        zero_stage=config.engine.zero_stage,
+        adam_steps=0,
         precision=config.precision,
         seq_len=config.seq_len,
         seed=config.seed,
         corpus=corpus.fingerprint,
         model=asdict(model),
         attention=OmegaConf.to_container(config.attention),
+        written_by=f"{config.engine.name}, ZeRO {config.engine.zero_stage}, {world} ranks, "
+        f"parallel.cp={config.parallel.cp}",
     )
-    resume = checkpoint.find(str(config.checkpoint.resume), run_dir)
-    if resume:
-        checkpoint.check(*resume, manifest)
-        resume = (resume[0], replace(resume[1], world=world))
-    return Job(config, model, corpus, run_dir, resume, manifest)
+    resume, remarks = checkpoint.find(str(config.checkpoint.resume), run_dir)
+    for found in resume:
+        checkpoint.check(*found, manifest)
+    return Job(config, model, corpus, run_dir, manifest, resume, remarks)

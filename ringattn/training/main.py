@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
         # Only now torch: a mistyped key costs no second.
         from ringattn.kernels import select
         from ringattn.training import loop
+        from ringattn.training.checkpoint import Damaged, SaveFailed
         from ringattn.training.engine import pick_device, start_distributed
         from ringattn.training.metrics import DTYPES
 
@@ -50,19 +51,22 @@ def main(arguments: list[str]) -> int:
 
     import torch.distributed as dist
 
-    if rank == 0:
+    if rank == 0 and config.engine.name == "deepspeed":
         print(
             "starting DeepSpeed (its first start on a machine compiles a small extension, "
             "about half a minute)",
             flush=True,
         )
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    start_distributed(device, config.parallel.timeout_s)
+    start_distributed(device, config.parallel.timeout_s, config.engine.name)
     try:
         run(job, device)
-    except loop.Diverged as error:
+    except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
         return FAILED
     finally:
         dist.destroy_process_group()
@@ -104,9 +108,11 @@ def _print_help(config) -> None:
     from omegaconf import OmegaConf
 
     print("torchrun --nproc-per-node N train.py KEY=VALUE ...\n")
-    for group in ("model", "data", "attention", "engine", "logger"):
+    for group in ("model", "data", "attention", "memory", "engine", "logger"):
         folder = files("ringattn.configs") / group
-        names = sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if ".yaml" in x.name)
+        names = sorted(
+            x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name[0] not in "_."
+        )
         print(f"{group}: {', '.join(names)}")
     print("\nkeys, with the values of this command line:\n")
     print(OmegaConf.to_yaml(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import secrets
 import sys
@@ -89,7 +90,10 @@ class MetricsLog:
         self.run = _wandb_run(run_dir, config) if config.logger.name == "wandb" else None
 
     def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        # Python's JSON would write NaN, which others do not read.
+        legal = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                 for k, v in values.items()}  # fmt: skip
+        self.file.write(json.dumps(legal) + "\n")
         if self.run:
             self.run.log(values, step=values["step"])
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from ringattn import masks
 from ringattn.context import Context, Strategy
 from ringattn.data.corpus import END
-from ringattn.training.engine import DeepSpeedEngine
+from ringattn.training.engine import Engine
 
 
 def generate(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     context: Context,
     prompt: str,
     count: int,

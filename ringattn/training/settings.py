@@ -83,6 +83,7 @@ def _or_null(rule: Rule) -> Rule:
 
 
 # Every key of a run and what it may hold. A key that is not here is refused, wherever it came from.
+ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
 RULES: dict[str, Rule] = {
     "seq_len": _integer(1),
     "batch_size": _integer(1),
@@ -99,16 +100,33 @@ RULES: dict[str, Rule] = {
     "model.head_dim": _integer(1),
     "model.ffn_dim": _integer(1),
     "model.vocab_size": _integer(VOCAB_SIZE),  # byte tokens need so many
-    "model.rope_theta": _number(0, above=True),
+    "model.rope.type": _choice(*ROPE_TYPES),
+    "model.rope.theta": _number(1, above=True),
+    "model.rope.factor": _number(1),
+    "model.rope.original_length": _or_null(_integer(1)),
+    "model.rope.beta_fast": _number(0, above=True),
+    "model.rope.beta_slow": _number(0, above=True),
+    "model.rope.low_freq_factor": _number(0, above=True),
+    "model.rope.high_freq_factor": _number(0, above=True),
+    "model.rope.attention_factor": _or_null(_number(0, above=True)),
     "model.norm_eps": _number(0, above=True),
     "model.tied": _choice(True, False),
+    "model.qkv_bias": _choice(True, False),
+    "model.qk_norm": _choice(True, False),
     "data.root": _or_null(_text),
     "data.glob": _text,
     "attention.name": _choice("documents", "causal"),
     "attention.window": _or_null(_integer(1)),
     "attention.sinks": _integer(0),
-    "engine.name": _choice("deepspeed"),
+    "memory.checkpoint": _choice(True, False),
+    "memory.offload": _choice(True, False),
+    "memory.ffn_tile": _or_null(_integer(1)),
+    "memory.loss_chunk": _or_null(_integer(1)),
+    "engine.name": _choice("deepspeed", "fsdp"),
     "engine.zero_stage": _choice(0, 1, 2, 3),
+    "engine.shard": _choice("world", "context"),
+    "engine.offload_optimizer": _choice(True, False),
+    "engine.offload_params": _choice(True, False),
     "logger.name": _choice("wandb", "none"),
     "logger.mode": _choice("offline", "online"),
     "logger.project": _text,
@@ -126,12 +144,15 @@ RULES: dict[str, Rule] = {
     "optim.clip": _number(0),
     "train.steps": _integer(1),
     "train.grad_accum": _integer(1),
+    "train.max_skipped": _integer(0),
     "train.sample_tokens": _integer(0),
     "train.sample_prompt": _text,
     "checkpoint.every": _integer(0),
+    "checkpoint.keep": _or_null(_integer(1)),
+    "checkpoint.background": _choice(True, False),
     "checkpoint.resume": _text,
 }
-PARENTS = {key.split(".")[0] for key in RULES if "." in key}
+PARENTS = {key.rsplit(".", n)[0] for key in RULES for n in (1, 2) if key.count(".") >= n}
 
 
 def load(overrides: list[str]) -> DictConfig:
@@ -186,6 +207,7 @@ def check(config: DictConfig, world: int) -> None:
     """
     if config.parallel.cp is None:
         config.parallel.cp = world
+    _check_engine(config)
     if world % config.parallel.cp:
         legal = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
@@ -211,6 +233,30 @@ def check(config: DictConfig, world: int) -> None:
                 f"parallel.ulysses={parallel.ulysses} and parallel.node_size="
                 f"{parallel.node_size}: one must divide the other"
             )
+
+
+def _check_engine(config: DictConfig) -> None:
+    engine, memory = config.engine, config.memory
+    if memory.offload and not memory.checkpoint:
+        raise ConfigError("memory.offload=true needs memory.checkpoint=true")
+    if engine.name == "fsdp":
+        if engine.zero_stage < 2:
+            raise ConfigError(
+                f"engine.zero_stage={engine.zero_stage}: engine=fsdp has 2 (weights stay gathered "
+                "between forward and backward) and 3"
+            )
+        if engine.offload_optimizer and not engine.offload_params:
+            raise ConfigError(
+                "engine.offload_optimizer=true: engine=fsdp offloads weights and optimizer "
+                "together; give engine.offload_params=true"
+            )
+        return
+    if engine.shard != "world":
+        raise ConfigError(f"engine.shard={engine.shard}: engine=deepspeed has world only")
+    if engine.offload_params and engine.zero_stage < 3:
+        raise ConfigError("engine.offload_params=true needs engine.zero_stage=3")
+    if engine.offload_optimizer and engine.zero_stage < 1:
+        raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage of at least 1")
 
 
 @contextmanager

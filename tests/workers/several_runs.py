@@ -13,7 +13,7 @@ from ringattn.training.engine import pick_device, start_distributed
 from ringattn.training.main import run
 
 device = pick_device("cpu")
-start_distributed(device, 60)
+start_distributed(device, 60, "deepspeed")
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
     config = settings.load(overrides)
     world = int(os.environ["WORLD_SIZE"])

@@ -1,0 +1,75 @@
+"""Cross-entropy of a linear head in chunks of tokens: logits of all tokens never exist.
+
+torch's own ``linear_cross_entropy`` (2.13) does the same, but in bf16 it rounds the loss itself to
+bf16 (off by 0.5 % on a sum over 1,000 tokens): ``benchmarks/loss.py`` compares them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ringattn.context import IGNORED
+
+LEAST = 64  # tokens: a chunk of fewer rows leaves the matrix product inefficient
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over supervised tokens, the loss of every token), float32 scalar and ``labels.shape``.
+
+    hidden ``[..., dim]``, weight ``[vocab, dim]`` in the same dtype, labels ``[...]`` with IGNORED
+    where not supervised (loss 0; the sum is connected, and 0, if no token is). Only the sum has a
+    gradient. It is computed in the forward, chunk by chunk, so that nothing is computed twice:
+    three matrix products for each chunk and no logits kept. Products are in the dtype of
+    ``hidden``, the rest and the gradient of ``weight`` over the chunks in float32.
+
+    ``chunk``: tokens at a time. None: as many as make a chunk's logits as large as ``hidden``.
+    """
+    if chunk is None:
+        tokens = labels.numel()
+        chunk = max(LEAST, tokens * hidden.shape[-1] // max(weight.shape[0], 1))
+    return _Chunked.apply(hidden, weight, labels, chunk)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk):
+        rows, flat = hidden.flatten(0, -2), labels.flatten()
+        losses = rows.new_zeros(len(rows), dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        d_rows = torch.empty_like(rows) if wanted else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        for at in range(0, len(rows), chunk):
+            part = slice(at, at + chunk)
+            x, supervised = rows[part], flat[part] != IGNORED
+            index = flat[part].where(supervised, 0)[:, None]
+            logits = (x @ weight.T).float()
+            lse = logits.logsumexp(-1, keepdim=True)
+            losses[part] = (lse - logits.gather(-1, index))[:, 0].where(supervised, 0.0)
+            if not wanted:
+                continue
+            # In place: softmax minus one-hot, 0 where not supervised.
+            logits.sub_(lse).exp_()
+            logits.scatter_add_(-1, index, logits.new_full(index.shape, -1.0))
+            logits.masked_fill_(~supervised[:, None], 0.0)
+            d_logits = logits.to(x.dtype)
+            d_rows[part] = d_logits @ weight
+            if d_weight.dtype == x.dtype:
+                d_weight.addmm_(d_logits.T, x)
+            else:
+                d_weight += d_logits.T @ x
+        if wanted:
+            ctx.save_for_backward(d_rows.view_as(hidden), d_weight.to(weight.dtype))
+        losses = losses.view(labels.shape)
+        ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
+        return losses.sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None

@@ -1,0 +1,131 @@
+"""torch's FSDP2 over the whole world, or within each group of ranks that share a sequence
+(``engine.shard=context``: copies over the data axis). Weights, gradients and optimizer state are
+float32 shards; bf16 computes with gathered bf16 copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ringattn.context import Attend, Context
+from ringattn.models.decoder import Decoder
+from ringattn.training.engine import Fragment, allocate, make_optimizer, set_steps
+
+
+class FSDPEngine:
+    """An :class:`ringattn.training.engine.Engine`."""
+
+    def __init__(
+        self, make_model: Callable[[], Decoder], config: DictConfig, context: Context
+    ) -> None:
+        self.config, self.context, self.micro_steps = config, context, 0
+        kind = context.device.type
+        if config.engine.shard == "context":
+            self.mesh = init_device_mesh(
+                kind, (context.dp, context.cp), mesh_dim_names=("data", "context")
+            )
+        else:
+            self.mesh = init_device_mesh(kind, (context.world,), mesh_dim_names=("world",))
+        with torch.device("meta"):
+            model = make_model()
+        options = {
+            "mesh": self.mesh,
+            # At stage 2 weights stay gathered between forward and backward.
+            "reshard_after_forward": config.engine.zero_stage == 3,
+        }
+        if config.precision == "bf16":
+            # RoPE's phases stay float32: inputs are not cast.
+            options["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        if config.engine.offload_params:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
+        for layer in model.layers:
+            fully_shard(layer, **options)
+        if not model.config.tied:
+            for part in (model.embed_tokens, model.lm_head):
+                fully_shard(part, **options)
+        fully_shard(model, **options)
+        model.to_empty(device="cpu" if config.engine.offload_params else context.device)
+        model.tie()
+        self.model = model
+        self.optimizer = make_optimizer(model, config)
+        allocate(self.optimizer, model.parameters())
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self.model(tokens, positions, attend, labels)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # FSDP averages over the world, and sums over micro-steps.
+        (loss / self.config.train.grad_accum).backward()
+
+    def step(self) -> float | None:
+        self.micro_steps += 1
+        if self.micro_steps % self.config.train.grad_accum:
+            return None
+        parameters = list(self.model.parameters())
+        total = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if math.isfinite(norm):
+            if self.config.optim.clip:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, total)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+
+    def fragments(self) -> Iterator[Fragment]:
+        shards = self.mesh.size(-1)
+        place = self.mesh.get_local_rank(self.mesh.ndim - 1)
+        copies = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        copy = self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
+        for name, p in self.model.named_parameters():
+            # Whole rows, cut as torch.chunk does.
+            rows = -(-p.shape[0] // shards)
+            start = min(place * rows, p.shape[0]) * (p.numel() // p.shape[0])
+            tensor = _local(p, self.optimizer.state[p])
+            count = tensor("weight").numel()
+            yield Fragment(
+                name, tuple(p.shape), start, count, tensor, _writer(tensor), copy, copies
+            )
+
+    def written(self, adam_steps: int) -> None:
+        set_steps(self.optimizer, adam_steps)
+
+    def close(self) -> None:
+        pass
+
+
+def _local(p: nn.Parameter, state: dict[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    def tensor(kind: str) -> torch.Tensor:
+        whole = p.data if kind == "weight" else state[kind]
+        return whole.to_local().view(-1)
+
+    return tensor
+
+
+def _writer(tensor: Callable[[str], torch.Tensor]) -> Callable[[str, torch.Tensor], None]:
+    def write(kind: str, value: torch.Tensor) -> None:
+        tensor(kind).copy_(value)
+
+    return write

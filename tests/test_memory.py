@@ -1,0 +1,119 @@
+"""The loss in chunks, and what blocks keep: equal results, and attention computed once."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ringattn as ra
+from ringattn.attention import ring_attention
+from ringattn.comm import VirtualWorld
+from ringattn.context import IGNORED
+from ringattn.models.decoder import Decoder, ModelConfig
+from ringattn.models.loss import chunked_cross_entropy
+from ringattn.models.memory import Memory
+
+ATTENTION = {torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default}
+
+
+def naive(hidden, weight, labels):
+    logits = hidden.double() @ weight.double().T
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.none() | st.integers(1, 50),
+    st.integers(0, 2**31),
+)
+def test_loss_and_its_gradients(tokens, vocab, dim, chunk, seed):
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(1, tokens, dim, generator=draw).requires_grad_()
+    weight = (3 * torch.randn(vocab, dim, generator=draw)).requires_grad_()
+    labels = torch.randint(vocab, (1, tokens), generator=draw)
+    labels[torch.rand(1, tokens, generator=draw) < 0.3] = IGNORED
+    total, each = chunked_cross_entropy(hidden, weight, labels, chunk)
+    want = naive(hidden, weight, labels)
+    assert torch.allclose(each.double(), want, atol=1e-4) and not each.requires_grad
+    assert abs(total - want.sum()) <= 1e-4 * (1 + want.sum())
+    got = torch.autograd.grad(2 * total, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(2 * want.sum(), (hidden, weight)), strict=True):
+        assert torch.allclose(a, b.float(), atol=1e-4)
+
+
+def test_bf16_loss_is_float32_and_its_weight_gradient_is_summed_in_float32():
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 4096, 16, generator=draw).bfloat16()
+    weight = torch.randn(9, 16, generator=draw).bfloat16().requires_grad_()
+    labels = torch.randint(9, (1, 4096), generator=draw)
+    total, each = chunked_cross_entropy(hidden, weight, labels, 8)
+    want = naive(hidden, weight, labels).sum()
+    assert each.dtype == total.dtype == torch.float32
+    assert abs(total - want) <= 2e-3 * want
+    (got,) = torch.autograd.grad(total, weight)
+    (exact,) = torch.autograd.grad(want, weight)
+    # Summed in bf16 over 512 chunks it would be off by several per cent.
+    assert (got.float() - exact).norm() <= 5e-3 * exact.norm()
+
+
+class Count(TorchDispatchMode):
+    """Calls of attention, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in ATTENTION:
+            self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        Memory(checkpoint=True),
+        Memory(checkpoint=True, offload=True, ffn_tile=5, loss_chunk=7),
+        Memory(ffn_tile=4),
+    ],
+    ids=["checkpoint", "all", "tiles"],
+)
+def test_same_gradients_and_attention_runs_once(memory):
+    config = ModelConfig(
+        dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, vocab_size=50
+    )
+    n = 37
+    plan = ra.make_plan(ra.masks.causal(n), ra.layouts.zigzag(n, 2))
+    tokens = torch.randint(50, (1, n + 1), generator=torch.Generator().manual_seed(0))
+
+    def run(memory):
+        def work(rank):
+            model = Decoder(config, 0, memory)
+            own = torch.from_numpy(plan.layout.positions(rank.rank))
+
+            def attend(q, k, v):
+                return ring_attention(q, k, v, plan, group=rank)
+
+            with Count() as count:
+                loss, _ = model(tokens[:, own], own, attend, tokens[:, own + 1])
+                loss.backward()
+            # 3 forwards, 3 backwards, and no third time.
+            assert len(count.calls) == 2 * config.layers
+            return loss.detach(), [p.grad for p in model.parameters()]
+
+        return VirtualWorld(2).run(work)
+
+    for (loss, grads), (other, others) in zip(run(Memory()), run(memory), strict=True):
+        assert torch.equal(loss, other)
+        for a, b in zip(grads, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_offload_needs_checkpoint():
+    with pytest.raises(ValueError, match=r"memory\.offload"):
+        Memory(offload=True)
