@@ -225,7 +225,7 @@ def test_checkpoint_of_another_model_or_run_is_refused(tmp_path, text, refused):
     assert "precision=fp32" in refused(resume, "precision=bf16", world=1)
     manifest = run_dir / "checkpoints/step_2/ringattn.json"
     content = json.loads(manifest.read_text())
-    for damage in ({"step": 2}, content | {"step": "2"}, content | {"model": 5}, [1]):
+    for damage in ({"step": 2, "format": 2}, content | {"step": "2"}, content | {"model": 5}, [1]):
         manifest.write_text(json.dumps(damage))
         assert "damaged" in refused(resume, world=1)
     manifest.unlink()

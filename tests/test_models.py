@@ -10,7 +10,8 @@ from ringattn.attention import ring_attention
 from ringattn.comm import VirtualWorld
 from ringattn.context import IGNORED, loss_sum, shift_labels
 from ringattn.models.decoder import Decoder, ModelConfig
-from ringattn.models.rope import RopeConfig, rotate, rotation
+from ringattn.models.rope import rotate, rotation
+from ringattn.models.rope_config import RopeConfig
 
 SIZES = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 64}
 

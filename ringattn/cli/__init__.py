@@ -11,6 +11,7 @@ from ringattn.cli.request import RequestError
 COMMANDS = {
     "plan": "what every rank computes and receives for a mask, a layout and a schedule",
     "kernels": "compile the launch table of the Triton kernels without a GPU, and read the result",
+    "export": "write a training checkpoint as a Hugging Face folder",
     "verify": "compare distributed attention with float64, on your device, backend and shapes",
 }
 
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.plan import run
         elif name == "kernels":
             from ringattn.cli.kernels import run
+        elif name == "export":
+            from ringattn.cli.export import run
         else:
             from ringattn.cli.verify import run
         return run(rest)

@@ -17,7 +17,8 @@ from torch import nn
 from ringattn.context import Attend
 from ringattn.models.loss import chunked_cross_entropy
 from ringattn.models.memory import Memory
-from ringattn.models.rope import RopeConfig, rotate, rotation
+from ringattn.models.rope import rotate, rotation
+from ringattn.models.rope_config import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, phases, attend)
         return self.lm_head(self.norm(x), labels, self.memory.loss_chunk)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Decoder(config, None).named_parameters()}
 
 
 def initial_weight(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> torch.Tensor:

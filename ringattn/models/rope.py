@@ -5,88 +5,36 @@ with the scalings that stretch a trained context: linear, NTK-aware, YaRN, Llama
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-TYPES = ("default", "linear", "ntk", "yarn", "llama3")
+from ringattn.models.rope_config import RopeConfig
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """``type`` and what it uses; the names in transformers are given where they differ.
-
-    * default: ``theta`` alone.
-    * linear: positions / ``factor`` (Chen et al. 2023).
-    * ntk: theta * factor ** (d / (d - 2)), which is transformers' "dynamic" at a length of
-      ``factor`` times the trained one.
-    * yarn: high frequencies kept, low ones / ``factor``, in between a ramp from ``beta_fast`` to
-      ``beta_slow`` rotations over ``original_length``; cos and sin times ``attention_factor``
-      (null: 0.1 ln factor + 1) (Peng et al. 2023).
-    * llama3: wavelengths above original_length / ``low_freq_factor`` are stretched by ``factor``,
-      those below original_length / ``high_freq_factor`` kept.
-
-    ``original_length`` (original_max_position_embeddings) is the trained length in tokens. Raises
-    ValueError, naming the key, for what does not fit.
-    """
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_length: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.type not in TYPES:
-            raise ValueError(f"model.rope.type={self.type}: must be one of: {', '.join(TYPES)}")
-        if self.type in ("yarn", "llama3") and self.original_length is None:
-            raise ValueError(
-                f"model.rope.original_length must be given for model.rope.type={self.type}: "
-                "the length in tokens that the model was trained on"
-            )
-        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"model.rope.low_freq_factor={self.low_freq_factor} must be below "
-                f"model.rope.high_freq_factor={self.high_freq_factor}"
-            )
-
-    @property
-    def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
-        if self.type != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-    def frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians per token, float64 ``[head_dim / 2]``."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        if self.type == "ntk":
-            return (self.theta * self.factor ** (head_dim / max(head_dim - 2, 1))) ** -exponent
-        plain = self.theta**-exponent
-        if self.type == "linear":
-            return plain / self.factor
-        if self.type == "yarn":
-            low, high = (
-                head_dim * math.log(self.original_length / (turns * 2 * math.pi))
-                / (2 * math.log(self.theta))
-                for turns in (self.beta_fast, self.beta_slow)
-            )  # fmt: skip
-            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-            ramp = torch.arange(head_dim // 2, dtype=torch.float64) - low
-            stretched = (ramp / max(high - low, 0.001)).clamp(0, 1)
-            return plain * (1 - stretched + stretched / self.factor)
-        if self.type == "llama3":
-            turns = self.original_length * plain / (2 * math.pi)
-            between = self.high_freq_factor - self.low_freq_factor
-            kept = ((turns - self.low_freq_factor) / between).clamp(0, 1)
-            return plain * (kept + (1 - kept) / self.factor)
-        return plain
+def frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Radians per token, float64 ``[head_dim / 2]``."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    if config.type == "ntk":
+        return (config.theta * config.factor ** (head_dim / max(head_dim - 2, 1))) ** -exponent
+    plain = config.theta**-exponent
+    if config.type == "linear":
+        return plain / config.factor
+    if config.type == "yarn":
+        low, high = (
+            head_dim * math.log(config.original_length / (turns * 2 * math.pi))
+            / (2 * math.log(config.theta))
+            for turns in (config.beta_fast, config.beta_slow)
+        )  # fmt: skip
+        low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+        ramp = torch.arange(head_dim // 2, dtype=torch.float64) - low
+        stretched = (ramp / max(high - low, 0.001)).clamp(0, 1)
+        return plain * (1 - stretched + stretched / config.factor)
+    if config.type == "llama3":
+        turns = config.original_length * plain / (2 * math.pi)
+        between = config.high_freq_factor - config.low_freq_factor
+        kept = ((turns - config.low_freq_factor) / between).clamp(0, 1)
+        return plain * (kept + (1 - kept) / config.factor)
+    return plain
 
 
 def rotation(positions: torch.Tensor, head_dim: int, config: RopeConfig) -> torch.Tensor:
@@ -95,7 +43,7 @@ def rotation(positions: torch.Tensor, head_dim: int, config: RopeConfig) -> torc
     positions: int64 ``[tokens]``, global or per document. The product of position and frequency
     is taken in float64, since float32 is off by 0.06 rad at position 1,000,000.
     """
-    phases = positions.double()[:, None] * config.frequencies(head_dim).to(positions.device)
+    phases = positions.double()[:, None] * frequencies(config, head_dim).to(positions.device)
     return (torch.stack([phases.cos(), phases.sin()]) * config.amplitude)[:, :, None].float()
 
 

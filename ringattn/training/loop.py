@@ -28,8 +28,10 @@ from ringattn.context import (
 from ringattn.data.corpus import Corpus
 from ringattn.data.stream import Span, Stream
 from ringattn.masks import Mask
-from ringattn.models.decoder import ModelConfig
-from ringattn.models.rope import RopeConfig
+from ringattn.models.decoder import ModelConfig, shapes
+from ringattn.models.hf_config import UnknownModel
+from ringattn.models.hf_weights import Pretrained
+from ringattn.models.rope_config import RopeConfig
 from ringattn.plan import Plan
 from ringattn.training import checkpoint, states
 from ringattn.training import engine as engines
@@ -46,6 +48,7 @@ from ringattn.training.metrics import (
     step_flops,
 )
 from ringattn.training.sample import generate
+from ringattn.training.settings import ConfigError, path_errors
 
 
 class Diverged(RuntimeError):
@@ -61,6 +64,7 @@ class Job:
     corpus: Corpus
     run_dir: Path
     manifest: Manifest  # of step 0
+    source: states.Source  # the weights of step 0
     resume: list[Found] = field(default_factory=list)  # newest first
     remarks: list[str] = field(default_factory=list)  # on checkpoints that are passed over
 
@@ -185,7 +189,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
             states.fill(engine, saved, start.adam_steps)
         display.say(f"resumed {resume[0]} at step {start.step}")
     else:
-        states.fill(engine, states.Fresh(job.model, config.seed), 0)
+        states.fill(engine, job.source, 0)
     stream = Stream(job.corpus, config.seq_len, config.seed)
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
@@ -399,6 +403,7 @@ def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     check_login(config)
     sizes = OmegaConf.to_container(config.model)
+    path = sizes.pop("path")
     model = ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
     corpus = Corpus.open(config.data.root, config.data.glob)
     manifest = Manifest(
@@ -418,4 +423,11 @@ def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
     resume, remarks = checkpoint.find(str(config.checkpoint.resume), run_dir)
     for found in resume:
         checkpoint.check(*found, manifest)
-    return Job(config, model, corpus, run_dir, manifest, resume, remarks)
+    source: states.Source = states.Fresh(model, config.seed)
+    if path is not None and not resume:
+        with path_errors("model.path", path):
+            try:
+                source = Pretrained(Path(path).expanduser(), shapes(model))
+            except UnknownModel as error:
+                raise ConfigError(f"model.path: {error}") from None
+    return Job(config, model, corpus, run_dir, manifest, source, resume, remarks)

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ringattn.data.corpus import VOCAB_SIZE
 from ringattn.heads import check_degree
 from ringattn.layouts import NAMES as LAYOUTS
+from ringattn.models import hf_config
+from ringattn.models.rope_config import TYPES as ROPE_TYPES
+from ringattn.models.rope_config import RopeConfig
 from ringattn.schedules import BUILDERS as SCHEDULES
 
 
@@ -82,8 +86,15 @@ def _or_null(rule: Rule) -> Rule:
     return either
 
 
+def _auto_or(rule: Rule) -> Rule:
+    def either(value: Any) -> str | None:
+        legal = None if value == "auto" else rule(value)
+        return legal and f"auto or {legal}"
+
+    return either
+
+
 # Every key of a run and what it may hold. A key that is not here is refused, wherever it came from.
-ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
 RULES: dict[str, Rule] = {
     "seq_len": _integer(1),
     "batch_size": _integer(1),
@@ -93,6 +104,7 @@ RULES: dict[str, Rule] = {
     "kernel": _choice("auto", "triton", "aten", "reference"),
     "device": _choice("auto", "cpu", "cuda"),
     "peak_flops": _or_null(_number(0, above=True)),
+    "model.path": _or_null(_text),
     "model.dim": _integer(1),
     "model.layers": _integer(1),
     "model.heads": _integer(1),
@@ -116,7 +128,7 @@ RULES: dict[str, Rule] = {
     "data.root": _or_null(_text),
     "data.glob": _text,
     "attention.name": _choice("documents", "causal"),
-    "attention.window": _or_null(_integer(1)),
+    "attention.window": _or_null(_auto_or(_integer(1))),
     "attention.sinks": _integer(0),
     "memory.checkpoint": _choice(True, False),
     "memory.offload": _choice(True, False),
@@ -174,6 +186,9 @@ def load(overrides: list[str]) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
+    window = _fill_model(config)
+    if config.attention.get("window") == "auto":
+        config.attention.window = window
     given = dict(_leaves(OmegaConf.to_container(config)))
     for key in given:
         _known(key, set(RULES))
@@ -183,6 +198,35 @@ def load(overrides: list[str]) -> DictConfig:
         if legal := rule(given[key]):
             raise ConfigError(f"{key} must be {legal}; got {given[key]!r}")
     return config
+
+
+def _fill_model(config: DictConfig) -> int | None:
+    """Takes what ``model.*`` leaves open from the config.json in ``model.path``; returns the
+    model's sliding window. Of what is given there, only RoPE may differ: to extend the context.
+    """
+    model = config.model
+    if not isinstance(model, DictConfig) or not isinstance(model.get("path"), str):
+        return None
+    with path_errors("model.path", model.path):
+        try:
+            found, window = hf_config.read(Path(model.path).expanduser())
+        except hf_config.UnknownModel as error:
+            raise ConfigError(f"model.path: {error}") from None
+    rope = found.pop("rope")
+    for key, value in found.items():
+        if model.get(key) is not None and model[key] != value:
+            raise ConfigError(
+                f"model.{key}={model[key]}: the model in model.path={model.path} has {value}"
+            )
+        model[key] = value
+    if isinstance(model.get("rope"), DictConfig):
+        same = model.rope.get("type") in (None, rope["type"])
+        usual = {f.name: f.default for f in fields(RopeConfig)}
+        for key, value in model.rope.items():
+            keeps = same or key in ("theta", "original_length")
+            if value is None and key in usual:
+                model.rope[key] = rope.get(key, usual[key]) if keeps else usual[key]
+    return window
 
 
 def _known(key: str, legal: set[str]) -> None:

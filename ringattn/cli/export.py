@@ -1,0 +1,97 @@
+"""``ringattn export``: a training checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringattn.cli.request import Key, RequestError, choice, parse
+from ringattn.models import hf_config, hf_weights
+from ringattn.models.decoder import ModelConfig, shapes
+from ringattn.models.rope_config import RopeConfig
+from ringattn.training import checkpoint, states
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise ValueError("a number above 0")
+    return size
+
+
+KEYS = {
+    "checkpoint": Key(str, None, "a checkpoints/step_N folder, or a run directory (its newest)"),
+    "out": Key(str, None, "the folder to write; it may not exist yet"),
+    "dtype": Key(choice("bfloat16", "float16", "float32"), "bfloat16", "of the weights"),
+    "shard_gb": Key(_size, 5.0, "the largest file, in GB"),
+    "tokenizer": Key(str, None, "a folder or a tokenizer.json, copied along"),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command. Nothing is at ``out`` unless it is whole."""
+    values, _ = parse("export", KEYS, arguments, lambda parser: None)
+    for key in ("checkpoint", "out"):
+        if values[key] is None:
+            raise RequestError(f"{key} must be given: {KEYS[key].text}")
+    try:
+        path, size, step = _export(values)
+    except (ValueError, OSError) as error:
+        raise RequestError(str(error)) from None
+    print(json.dumps({"out": values["out"], "from": str(path), "step": step, "bytes": size}))
+    return 0
+
+
+def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
+    out = Path(values["out"])
+    if out.exists():
+        raise ValueError(f"out={out} is already there")
+    tokenizer = _tokenizer_files(values["tokenizer"])
+    found, _ = checkpoint.find(values["checkpoint"], Path(values["checkpoint"]))
+    if not found:
+        raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
+    path, manifest = found[0]
+    for name, (_, digest) in manifest.files.items():
+        if states.digest(path / name) != digest:
+            raise ValueError(f"{path / name} has changed since it was written")
+    model = ModelConfig(**{**manifest.model, "rope": RopeConfig(**manifest.model["rope"])})
+    dtype = getattr(torch, values["dtype"])
+    draft = out.with_name(out.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    with states.Saved([path / name for name in sorted(manifest.files)]) as saved:
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, shape in shapes(model).items():
+                count = torch.Size(shape).numel()
+                yield name, saved.read("weight", name, shape, 0, count).view(shape).to(dtype)
+
+        size = hf_weights.save(draft, weights(), int(values["shard_gb"] * 1e9))
+    hf_config.write(
+        draft, manifest.model, manifest.attention.get("window"), manifest.seq_len, values["dtype"]
+    )
+    for file in tokenizer:
+        shutil.copy(file, draft)
+    draft.rename(out)
+    return path, size, manifest.step
+
+
+def _tokenizer_files(given: str | None) -> list[Path]:
+    if given is None:
+        return []
+    where = Path(given)
+    if where.is_file():
+        return [where]
+    names = ("tokenizer*.json", "special_tokens_map.json", "tokenizer.model", "chat_template*")
+    files = [path for name in names for path in where.glob(name)]
+    if not files:
+        raise ValueError(f"tokenizer={where}: no tokenizer*.json there")
+    return files

@@ -1,0 +1,118 @@
+"""Weights of Hugging Face checkpoints in a local folder: sharded safetensors, read run by run, so
+that no process holds more than its own part, and written shard by shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ringattn.models.hf_config import UnknownModel
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def hf_name(name: str) -> str:
+    """Our name of a weight as such checkpoints have it."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+class Pretrained:
+    """The weights of a folder as a :class:`ringattn.training.states.Source`.
+
+    Raises UnknownModel if the folder has no safetensors, or not just the weights of ``shapes``
+    (name to shape, ours): what would be missing or ignored is named.
+    """
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.folder = folder
+        self.files = self._index()
+        wanted = {hf_name(name) for name in shapes}
+        # Tied heads are often saved too, and old checkpoints have RoPE's frequencies.
+        extra = {
+            name
+            for name in self.files
+            if name not in wanted and name != "lm_head.weight" and "rotary_emb" not in name
+        }
+        for names, what in ((wanted - set(self.files), "lacks"), (extra, "has more:")):
+            if names:
+                raise UnknownModel(f"{folder} {what} {len(names)} weights, as {min(names)}")
+        for name, shape in shapes.items():
+            found = tuple(self._slice(name).get_shape())
+            if found != tuple(shape):
+                raise UnknownModel(f"{folder}: {hf_name(name)} is {found}, not {tuple(shape)}")
+
+    def _index(self) -> dict[str, Path]:
+        try:
+            if (self.folder / INDEX).is_file():
+                weights = json.loads((self.folder / INDEX).read_text())["weight_map"]
+                return {name: self.folder / Path(file).name for name, file in weights.items()}
+            if (self.folder / SINGLE).is_file():
+                with safe_open(self.folder / SINGLE, "pt") as file:
+                    return dict.fromkeys(file.keys(), self.folder / SINGLE)
+        except (ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise UnknownModel(f"{self.folder}: cannot be read: {error}") from None
+        other = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(kind)]
+        raise UnknownModel(
+            f"{self.folder}: no {SINGLE} and no {INDEX}"
+            + (f" (pickled weights as {other[0]} are not read)" if other else "")
+        )
+
+    def _slice(self, name: str):
+        path = self.files[hf_name(name)]
+        try:
+            return safe_open(path, "pt").__enter__().get_slice(hf_name(name))
+        except (OSError, SafetensorError) as error:
+            raise UnknownModel(f"{path}: {error}") from None
+
+    def read(
+        self, kind: str, name: str, shape: tuple[int, ...], start: int, count: int
+    ) -> torch.Tensor:
+        if kind != "weight":
+            return torch.zeros(count)
+        if not count:
+            return torch.empty(0)
+        width = 1
+        for size in shape[1:]:
+            width *= size
+        first, last = start // width, -(-(start + count) // width)
+        rows = self._slice(name)[first:last].float().flatten()
+        return rows[start - first * width :][:count]
+
+
+def save(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
+    """Writes (our name, tensor) pairs as safetensors of up to ``shard_bytes`` each, with an index;
+    holds one shard at a time. Returns the bytes of all tensors."""
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal size
+        save_file(held, folder / f"part_{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+        size = 0
+
+    for name, tensor in weights:
+        held[hf_name(name)] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+        if size >= shard_bytes:
+            flush()
+    if held:
+        flush()
+    places = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"part_{i}").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return total
