@@ -114,11 +114,35 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     worlds[4] |= case("fsdp-to-shards", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context",
                       of("fsdp"))  # fmt: skip
     worlds[4] |= case("zero1-to-zero2", 4, 6, 1, 2, of("long"))
+    # Two sources by weight, packed by best fit, evaluated.
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_text("".join(json.dumps({"text": "round " * n}) + "\n" for n in range(1, 30)))
+    mix = (
+        f"data.mix=[{{root: {text.split('=')[1]}, weight: 2, glob: '*.txt'}},"
+        f"{{root: {tmp_path}, weight: 1, glob: '*.jsonl'}}]",
+        "data.packing=best_fit", f"data.cache={tmp_path / 'cache'}", "eval.every=3",
+        "eval.holdout=0.3", "eval.sequences=5", "eval.probes=[passkey,recall]",
+        "eval.lengths=[130]", "eval.samples=3", save,
+    )  # fmt: skip
+    worlds[1] |= case("mix", 1, 6, 1, 1, *mix)
+    worlds[2] |= case("mix-dp2", 1, 3, 1, 3, *mix)
+    worlds[4] |= case("mix-to-cp2", 2, 3, 1, 2, "engine=fsdp", of("mix"), *mix)
     runs = _train_all(tmp_path, worlds)
-    assert len(runs) == 36 and len(runs["base"]) == 3
+    assert len(runs) == 39 and len(runs["base"]) == 3
+    evaluations = {}
     for name, got in runs.items():
-        _assert_equal(runs["base"][-len(got) :], got, name)
+        base = "mix" if name.startswith("mix") else "base"
+        _assert_equal(runs[base][-len(got) :], got, name)
+        if base == "mix":
+            (line,) = (tmp_path / name / "eval.jsonl").read_text().splitlines()
+            evaluations[name] = json.loads(line)
         assert [m["step"] for m in got] == ([3] if "-to-" in name else [1, 2, 3])
+    want = evaluations["mix"]
+    for got in evaluations.values():
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+        for a, b in zip(want["loss_by_position"], got["loss_by_position"], strict=True):
+            assert a["tokens"] == b["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert got["probes"] == want["probes"] and len(want["probes"]) == 10
 
 
 def test_bf16_is_the_same_at_every_stage(tmp_path, text):

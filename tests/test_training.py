@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from ringattn.training import loop, settings
+from ringattn.training import batch, loop, settings
 from ringattn.training.checkpoint import set_aside
 from ringattn.training.metrics import step_flops
 
@@ -16,8 +17,8 @@ from ringattn.training.metrics import step_flops
     st.integers(0, 5),
 )
 def test_mask_of_window_and_sinks_in_every_document(lengths, window, sinks):
-    keys = ["logger=none", f"attention.window={window or 'null'}", f"attention.sinks={sinks}"]
-    mask = loop.build_mask(settings.load(keys), lengths)
+    config = OmegaConf.create({"attention": {"window": window, "sinks": sinks}})
+    mask = batch.build_mask(config, lengths)
     document = np.repeat(np.arange(len(lengths)), lengths)
     within = np.concatenate([np.arange(length) for length in lengths])
     q, k = np.arange(sum(lengths))[:, None], np.arange(sum(lengths))[None, :]
@@ -34,7 +35,7 @@ def test_learning_rate_warms_up_and_falls_to_its_share():
 
 
 def test_flops_follow_the_mask():
-    config = loop.ModelConfig(
+    config = batch.ModelConfig(
         dim=8, layers=3, heads=2, kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=10
     )
     # q and o: 8 x 8, k and v: 8 x 4, three of 8 x 16, the head 8 x 10

@@ -67,6 +67,10 @@ class ModelConfig:
         return self.matmul_parameters + extra + self.layers * per_layer + self.dim
 
 
+# The sum over supervised local tokens, that of each token, and whether its label is the likeliest.
+Loss = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class Head(nn.Linear):
 
     def forward(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, chunk: int | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | Loss:
         if labels is None:
             return super().forward(x)
         return chunked_cross_entropy(x, self.weight, labels, chunk)
@@ -131,7 +135,8 @@ class Head(nn.Linear):
 class Decoder(nn.Module):
     """``forward(tokens, positions, attend)`` gives logits ``[batch, tokens, vocab]``; with
     ``labels`` (shifted before the split) the loss: its sum over the supervised local tokens and
-    that of each token, ``[batch, tokens]``, float32. Logits of all tokens then never exist.
+    that of each token, ``[batch, tokens]``, float32, and under no_grad whether each label is the
+    likeliest token (else None). Logits of all tokens then never exist.
 
     tokens ``[batch, tokens]`` and positions ``[tokens]`` are this rank's own; ``attend`` is
     attention over the whole sequence (see :meth:`ringattn.context.Context.attend`).
@@ -163,7 +168,7 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         attend: Attend,
         labels: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | Loss:
         phases = rotation(positions, self.config.head_dim, self.config.rope)
         x = self.embed_tokens(tokens)
         for layer in self.layers:

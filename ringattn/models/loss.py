@@ -7,6 +7,7 @@ bf16 (off by 0.5 % on a sum over 1,000 tokens): ``benchmarks/loss.py`` compares 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ringattn.context import IGNORED
 
@@ -15,8 +16,10 @@ LEAST = 64  # tokens: a chunk of fewer rows leaves the matrix product inefficien
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum over supervised tokens, the loss of every token), float32 scalar and ``labels.shape``.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(sum over supervised tokens, the loss of every token, whether each token's label is the
+    likeliest): float32 scalar and ``labels.shape``, and bool ``labels.shape`` where no gradient is
+    wanted, else None.
 
     hidden ``[..., dim]``, weight ``[vocab, dim]`` in the same dtype, labels ``[...]`` with IGNORED
     where not supervised (loss 0; the sum is connected, and 0, if no token is). Only the sum has a
@@ -29,7 +32,17 @@ def chunked_cross_entropy(
     if chunk is None:
         tokens = labels.numel()
         chunk = max(LEAST, tokens * hidden.shape[-1] // max(weight.shape[0], 1))
-    return _Chunked.apply(hidden, weight, labels, chunk)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return (*_Chunked.apply(hidden, weight, labels, chunk), None)
+    losses, correct = [], []
+    for x, y in zip(hidden.flatten(0, -2).split(chunk), labels.flatten().split(chunk), strict=True):
+        logits = (x @ weight.T).float()
+        losses.append(
+            nn.functional.cross_entropy(logits, y, ignore_index=IGNORED, reduction="none")
+        )
+        correct.append(logits.argmax(-1) == y)
+    each = torch.cat(losses).view(labels.shape)
+    return each.sum(), each, torch.cat(correct).view(labels.shape)
 
 
 class _Chunked(torch.autograd.Function):
@@ -37,9 +50,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, chunk):
         rows, flat = hidden.flatten(0, -2), labels.flatten()
         losses = rows.new_zeros(len(rows), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        d_rows = torch.empty_like(rows) if wanted else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        d_rows = torch.empty_like(rows)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             x, supervised = rows[part], flat[part] != IGNORED
@@ -47,8 +59,6 @@ class _Chunked(torch.autograd.Function):
             logits = (x @ weight.T).float()
             lse = logits.logsumexp(-1, keepdim=True)
             losses[part] = (lse - logits.gather(-1, index))[:, 0].where(supervised, 0.0)
-            if not wanted:
-                continue
             # In place: softmax minus one-hot, 0 where not supervised.
             logits.sub_(lse).exp_()
             logits.scatter_add_(-1, index, logits.new_full(index.shape, -1.0))
@@ -59,8 +69,7 @@ class _Chunked(torch.autograd.Function):
                 d_weight.addmm_(d_logits.T, x)
             else:
                 d_weight += d_logits.T @ x
-        if wanted:
-            ctx.save_for_backward(d_rows.view_as(hidden), d_weight.to(weight.dtype))
+        ctx.save_for_backward(d_rows.view_as(hidden), d_weight.to(weight.dtype))
         losses = losses.view(labels.shape)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)

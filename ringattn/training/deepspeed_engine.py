@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ringattn.context import Attend, Context
-from ringattn.models.decoder import Decoder
+from ringattn.models.decoder import Decoder, Loss
 from ringattn.training.engine import Fragment, allocate, make_optimizer, set_steps
 
 
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         positions: torch.Tensor,
         attend: Attend,
         labels: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | Loss:
         return self.engine(tokens, positions, attend, labels)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ringattn.context import Attend, Context
-from ringattn.models.decoder import Decoder, ModelConfig
+from ringattn.models.decoder import Decoder, Loss, ModelConfig
 from ringattn.models.memory import Memory
 from ringattn.training.settings import ConfigError
 
@@ -58,7 +58,7 @@ class Engine(Protocol):
         positions: torch.Tensor,
         attend: Attend,
         labels: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | Loss:
         """As :class:`ringattn.models.decoder.Decoder`."""
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -12,11 +12,11 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ringattn.context import Attend, Context
-from ringattn.models.decoder import Decoder
+from ringattn.models.decoder import Decoder, Loss
 from ringattn.training.engine import Fragment, allocate, make_optimizer, set_steps
 
 
@@ -66,7 +66,7 @@ class FSDPEngine:
         positions: torch.Tensor,
         attend: Attend,
         labels: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | Loss:
         return self.model(tokens, positions, attend, labels)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -95,6 +95,10 @@ class FSDPEngine:
         self.model.train(mode)
 
     def fragments(self) -> Iterator[Fragment]:
+        # A forward without backward, as of an evaluation, leaves some weights gathered.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         shards = self.mesh.size(-1)
         place = self.mesh.get_local_rank(self.mesh.ndim - 1)
         copies = self.mesh.size(0) if self.mesh.ndim == 2 else 1

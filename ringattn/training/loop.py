@@ -8,136 +8,33 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn import masks
-from ringattn.context import (
-    IGNORED,
-    Context,
-    Strategy,
-    check_engaged,
-    check_same_data,
-    position_ids,
-)
-from ringattn.data.corpus import Corpus
-from ringattn.data.stream import Span, Stream
-from ringattn.masks import Mask
-from ringattn.models.decoder import ModelConfig, shapes
-from ringattn.models.hf_config import UnknownModel
-from ringattn.models.hf_weights import Pretrained
-from ringattn.models.rope_config import RopeConfig
-from ringattn.plan import Plan
-from ringattn.training import checkpoint, states
+from ringattn.context import Context, Strategy, check_engaged, check_same_data
+from ringattn.data.stream import Sequences
+from ringattn.data.tokenizer import BYTES
+from ringattn.training import checkpoint, evaluate, states
 from ringattn.training import engine as engines
-from ringattn.training.checkpoint import Found, Manifest, Saver
+from ringattn.training.batch import MicroBatch, load_batch, numbers, strategy
+from ringattn.training.checkpoint import Manifest, Saver
 from ringattn.training.display import Display, plan_table
 from ringattn.training.engine import Engine
+from ringattn.training.evaluate import Evaluation
 from ringattn.training.heartbeat import Heartbeat
+from ringattn.training.job import Job
 from ringattn.training.metrics import (
     DTYPES,
     MetricsLog,
-    check_login,
     measured_peak,
     peak_memory_bytes,
     step_flops,
 )
+from ringattn.training.pictures import draw
 from ringattn.training.sample import generate
-from ringattn.training.settings import ConfigError, path_errors
-
-
-class Diverged(RuntimeError):
-    """Loss or gradient were not finite too many times in a row."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked run: everything that is known before a model is built."""
-
-    config: DictConfig
-    model: ModelConfig
-    corpus: Corpus
-    run_dir: Path
-    manifest: Manifest  # of step 0
-    source: states.Source  # the weights of step 0
-    resume: list[Found] = field(default_factory=list)  # newest first
-    remarks: list[str] = field(default_factory=list)  # on checkpoints that are passed over
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-step's tokens on this rank, ``[1, tokens]``, and the plan that they share."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    plan: Plan
-
-    @property
-    def supervised(self) -> int:
-        return int((self.labels != IGNORED).sum())
-
-
-def segments(config: DictConfig, spans: list[Span]) -> list[int]:
-    """The lengths of what attends itself only: documents, or whole sequences."""
-    if config.attention.name == "documents":
-        return [span.length for span in spans]
-    return [config.seq_len] * config.batch_size
-
-
-def build_mask(config: DictConfig, lengths: list[int]) -> Mask:
-    """The mask of segments laid end to end: causal, within the window or at the first keys."""
-    window, sinks = config.attention.window, config.attention.sinks
-    n = sum(lengths)
-    if window is None:
-        return masks.documents(lengths)
-    slices = []
-    for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
-        own, first = masks.Run(at, at + length), masks.Run(at, at + min(length, sinks))
-        near = masks.Slice.make(own, own, 1 - window, 0)
-        far = masks.Slice.make(own, first, None, -window)  # the first keys, beyond the window
-        slices += [near, far]
-    return masks.from_slices(slices, n, n)
-
-
-def strategy(config: DictConfig, model: ModelConfig) -> Strategy:
-    """How this run splits its masks."""
-    parallel = config.parallel
-    return Strategy(
-        cp=parallel.cp,
-        layout=parallel.layout,
-        schedule=parallel.schedule,
-        ulysses=parallel.ulysses,
-        node_size=parallel.node_size,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-    )
-
-
-def load_batch(
-    job: Job, stream: Stream, context: Context, split: Strategy, sequences: list[int]
-) -> MicroBatch:
-    """This rank's part of ``sequences``; only its own tokens are read."""
-    config = job.config
-    spans = stream.batch_spans(sequences)
-    lengths = segments(config, spans)
-    plan = split.plan(build_mask(config, lengths))
-    local = stream.local(spans, plan.layout, context.cp_rank)
-    tokens, labels, positions = (
-        x.to(context.device)
-        for x in (
-            torch.from_numpy(local.tokens),
-            torch.from_numpy(local.labels),
-            position_ids(plan.layout, context.cp_rank, lengths),
-        )
-    )
-    return MicroBatch(tokens[None], labels[None], positions, plan)
 
 
 def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> float:
@@ -148,6 +45,10 @@ def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> fl
     done = (tokens_seen - optim.warmup_tokens) / max(1, total_tokens - optim.warmup_tokens)
     falling = (1 + math.cos(math.pi * min(1, done))) / 2
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient were not finite too many times in a row."""
 
 
 @contextmanager
@@ -190,30 +91,35 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         display.say(f"resumed {resume[0]} at step {start.step}")
     else:
         states.fill(engine, job.source, 0)
-    stream = Stream(job.corpus, config.seq_len, config.seed)
+    stream = job.data.train
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
         split = strategy(config, job.model)
-        sequences = _sequences(config, context, start.sequences_seen, 0)
-        first = load_batch(job, stream, context, split, sequences)
+        sequences = numbers(config, context, start.sequences_seen, 0)
+        first = load_batch(config, stream, context, split, sequences)
         split = split.like(first.plan)
         _self_check(job, context, engine, stream, split, start)
         peak = config.peak_flops or measured_peak(context.device, DTYPES[config.precision])
         display.say(plan_table(config, job.model, context, first.plan, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
+        for remark in job.data.remarks:
+            display.say(remark)
         display.say(f"run directory: {job.run_dir}")
         at = checkpoint.folder(job.run_dir, start.step)
         saved = resume is not None and resume[0].resolve() == at.resolve()
         with Heartbeat(config.parallel.timeout_s) as heartbeat:
+            evaluation = Evaluation.make(config, context, engine, split, job.data)
             end = _Steps(
-                job, context, engine, stream, split, peak, stops, display, log, heartbeat
-            ).run(start, saved)
+                job, context, engine, stream, split, evaluation, peak, stops, display, log,
+                heartbeat,
+            ).run(start, saved)  # fmt: skip
         if end.step < config.train.steps:
             display.say(f"stopped on request at step {end.step}; checkpoint saved")
         elif config.train.sample_tokens:
             text = generate(
                 engine,
                 context,
+                job.data.tokenizer,
                 config.train.sample_prompt,
                 config.train.sample_tokens,
                 config.seed,
@@ -233,7 +139,7 @@ def _self_check(
     job: Job,
     context: Context,
     engine: Engine,
-    stream: Stream,
+    stream: Sequences,
     split: Strategy,
     start: Manifest,
 ) -> None:
@@ -242,14 +148,8 @@ def _self_check(
     engine.train(False)
     check_engaged(context, split, engine.forward, job.model.vocab_size)
     engine.train(True)
-    sequences = _sequences(config, context, start.sequences_seen, 0)
+    sequences = numbers(config, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))
-
-
-def _sequences(config: DictConfig, context: Context, seen: int, micro: int) -> list[int]:
-    """The sequence numbers of one micro-step: they depend on the data coordinate only."""
-    first = seen + (micro * context.dp + context.dp_rank) * config.batch_size
-    return list(range(first, first + config.batch_size))
 
 
 @dataclass
@@ -259,8 +159,9 @@ class _Steps:
     job: Job
     context: Context
     engine: Engine
-    stream: Stream
+    stream: Sequences
     split: Strategy
+    evaluation: Evaluation
     peak: float
     stops: list[int]
     display: Display
@@ -303,6 +204,7 @@ class _Steps:
                 display.update(values)
                 if self.log:
                     self.log.write(values)
+                self._evaluate(state.step)
                 if every and state.step % every == 0:
                     self.heartbeat.where = f"step {state.step}, checkpoint"
                     saver.save(self.engine, state)
@@ -313,10 +215,26 @@ class _Steps:
         saver.finish()
         if first is not None:
             display.say(
-                f"loss {first:.3f} -> {last:.3f} ({last / math.log(2):.2f} bits per byte) in "
+                f"loss {first:.3f} -> {last:.3f}{self._bits(last)} in "
                 f"{time.perf_counter() - began:.0f} s, {state.tokens_seen:,} tokens"
             )
         return state
+
+    def _bits(self, loss: float) -> str:
+        if self.job.data.tokenizer.fingerprint != BYTES:
+            return ""
+        return f" ({loss / math.log(2):.2f} bits per byte)"
+
+    def _evaluate(self, step: int) -> None:
+        every, last = self.job.config.eval.every, self.job.config.train.steps
+        if not every or (step % every and step != last):
+            return
+        self.heartbeat.where = f"step {step}, evaluation"
+        values = self.evaluation.run(step)
+        self.display.say(evaluate.summary(values))
+        if self.log:
+            evaluate.write(self.job.run_dir, values)
+            self.log.write_evaluation(values, draw(self.job.run_dir, values))
 
     @property
     def _per_step(self) -> int:
@@ -328,8 +246,8 @@ class _Steps:
         config, seen = self.job.config, state.sequences_seen
         return [
             load_batch(
-                self.job, self.stream, self.context, self.split,
-                _sequences(config, self.context, seen, micro),
+                config, self.stream, self.context, self.split,
+                numbers(config, self.context, seen, micro),
             )
             for micro in range(config.train.grad_accum)
         ]  # fmt: skip
@@ -346,7 +264,7 @@ class _Steps:
         local_loss, norm = torch.zeros((), device=context.device), None
         for batch in batches:
             self.heartbeat.where = f"step {number}, forward"
-            loss, _ = engine.forward(
+            loss, *_ = engine.forward(
                 batch.tokens, batch.positions, context.attend(batch.plan), batch.labels
             )
             self.heartbeat.where = f"step {number}, backward"
@@ -397,37 +315,3 @@ class _Steps:
                 f"row (train.max_skipped={most}); the last was of sequences {ids[0]} to "
                 f"{ids[-1]} (all in {path})"
             )
-
-
-def prepare(config: DictConfig, run_dir: Path, world: int) -> Job:
-    """Everything that can be wrong before a model exists is found here. Raises ValueError."""
-    check_login(config)
-    sizes = OmegaConf.to_container(config.model)
-    path = sizes.pop("path")
-    model = ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
-    corpus = Corpus.open(config.data.root, config.data.glob)
-    manifest = Manifest(
-        step=0,
-        sequences_seen=0,
-        tokens_seen=0,
-        adam_steps=0,
-        precision=config.precision,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        corpus=corpus.fingerprint,
-        model=asdict(model),
-        attention=OmegaConf.to_container(config.attention),
-        written_by=f"{config.engine.name}, ZeRO {config.engine.zero_stage}, {world} ranks, "
-        f"parallel.cp={config.parallel.cp}",
-    )
-    resume, remarks = checkpoint.find(str(config.checkpoint.resume), run_dir)
-    for found in resume:
-        checkpoint.check(*found, manifest)
-    source: states.Source = states.Fresh(model, config.seed)
-    if path is not None and not resume:
-        with path_errors("model.path", path):
-            try:
-                source = Pretrained(Path(path).expanduser(), shapes(model))
-            except UnknownModel as error:
-                raise ConfigError(f"model.path: {error}") from None
-    return Job(config, model, corpus, run_dir, manifest, source, resume, remarks)

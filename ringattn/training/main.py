@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def main(arguments: list[str]) -> int:
         from ringattn.training import loop
         from ringattn.training.checkpoint import Damaged, SaveFailed
         from ringattn.training.engine import pick_device, start_distributed
+        from ringattn.training.job import prepare
         from ringattn.training.metrics import DTYPES
 
-        job = loop.prepare(config, run_dir, world)
+        job = prepare(config, run_dir, world, _tokenizing())
         device = pick_device(config.device)
         select(config.kernel, DTYPES[config.precision], device, config.model.head_dim)
     except ValueError as error:
@@ -92,6 +94,19 @@ def run(job, device) -> None:
 
 def _run_dir(given: str | None) -> Path:
     return Path(given or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser().absolute()
+
+
+def _tokenizing() -> Callable[[int, int], None]:
+    """Speaks of every tenth of the text that this process tokenizes."""
+    said = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        if (tenths := 10 * done // max(total, 1)) > said:
+            said = tenths
+            print(f"tokenizing: {10 * tenths} % of {total / 1e6:,.1f} MB", flush=True)
+
+    return report
 
 
 def _free_port() -> int:

@@ -97,6 +97,21 @@ class MetricsLog:
         if self.run:
             self.run.log(values, step=values["step"])
 
+    def write_evaluation(self, values: dict[str, Any], pictures: dict[str, Path]) -> None:
+        """To wandb: loss, perplexity, every probe's mean accuracy, and the pictures."""
+        if not self.run:
+            return
+        import wandb
+
+        cells = values.get("probes", [])
+        found: dict[str, list[float]] = {}
+        for cell in cells:
+            found.setdefault(cell["task"], []).append(cell["accuracy"])
+        line = {f"eval/{key}": values[key] for key in ("loss", "perplexity") if key in values}
+        line |= {f"eval/{task}": sum(each) / len(each) for task, each in found.items()}
+        line |= {f"eval/{name}_map": wandb.Image(str(file)) for name, file in pictures.items()}
+        self.run.log(line, step=values["step"])
+
     def close(self) -> None:
         self.file.close()
         if self.run:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ringattn.data.corpus import VOCAB_SIZE
+from ringattn.data import packing, records
 from ringattn.heads import check_degree
 from ringattn.layouts import NAMES as LAYOUTS
 from ringattn.models import hf_config
@@ -78,6 +78,34 @@ def _betas(value: Any) -> str | None:
     return None if fits and max(value) < 1 else "two numbers of at least 0 and below 1"
 
 
+def _list_of(rule: Rule) -> Rule:
+    def each(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return "a list, as [A,B]"
+        legal = next((legal for item in value if (legal := rule(item))), None)
+        return legal and f"a list, each of it {legal}"
+
+    return each
+
+
+def _mix(value: Any) -> str | None:
+    """Several sources: what differs from the keys of ``data``, and how much of each."""
+    keys = {"root": _text, "weight": _number(0, above=True), "glob": _text, "field": _text,
+            "split": _text, "format": _choice("auto", *records.FORMATS, "tokens")}  # fmt: skip
+    legal = (
+        "a list of at least two {root: PATH, weight: NUMBER above 0}, each with glob, format, "
+        "field or split where it differs"
+    )
+    if not isinstance(value, list) or len(value) < 2:
+        return legal
+    for part in value:
+        if not isinstance(part, dict) or not {"root", "weight"} <= set(part) <= set(keys):
+            return legal
+        if any(keys[key](given) for key, given in part.items()):
+            return legal
+    return None
+
+
 def _or_null(rule: Rule) -> Rule:
     def either(value: Any) -> str | None:
         legal = None if value is None else rule(value)
@@ -111,7 +139,7 @@ RULES: dict[str, Rule] = {
     "model.kv_heads": _integer(1),
     "model.head_dim": _integer(1),
     "model.ffn_dim": _integer(1),
-    "model.vocab_size": _integer(VOCAB_SIZE),  # byte tokens need so many
+    "model.vocab_size": _integer(1),
     "model.rope.type": _choice(*ROPE_TYPES),
     "model.rope.theta": _number(1, above=True),
     "model.rope.factor": _number(1),
@@ -127,6 +155,24 @@ RULES: dict[str, Rule] = {
     "model.qk_norm": _choice(True, False),
     "data.root": _or_null(_text),
     "data.glob": _text,
+    "data.format": _choice("auto", *records.FORMATS, "tokens", "passkey", "recall"),
+    "data.field": _text,
+    "data.split": _text,
+    "data.tokenizer": _or_null(_text),
+    "data.end": _or_null(_text),
+    "data.packing": _choice(*packing.NAMES),
+    "data.mix": _or_null(_mix),
+    "data.max_corrupt": _integer(0),
+    "data.cache": _or_null(_text),
+    "data.workers": _or_null(_integer(1)),
+    "eval.every": _integer(0),
+    "eval.sequences": _integer(0),
+    "eval.holdout": _number(0, 0.5),
+    "eval.root": _or_null(_text),
+    "eval.probes": _list_of(_choice("passkey", "recall")),
+    "eval.lengths": _or_null(_list_of(_integer(1))),
+    "eval.depths": _list_of(_number(0, 1)),
+    "eval.samples": _integer(1),
     "attention.name": _choice("documents", "causal"),
     "attention.window": _or_null(_auto_or(_integer(1))),
     "attention.sinks": _integer(0),

@@ -8,8 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from ringattn.training import loop, settings
+from ringattn.training import settings
 from ringattn.training.engine import pick_device, start_distributed
+from ringattn.training.job import prepare
 from ringattn.training.main import run
 
 device = pick_device("cpu")
@@ -18,4 +19,4 @@ for overrides in json.loads(Path(sys.argv[1]).read_text()):
     config = settings.load(overrides)
     world = int(os.environ["WORLD_SIZE"])
     settings.check(config, world)
-    run(loop.prepare(config, Path(config.run_dir), world), device)
+    run(prepare(config, Path(config.run_dir), world), device)

@@ -1,0 +1,92 @@
+"""Tasks that need the context, made on the fly: passkey retrieval (Mohtashami & Jaggi 2023) and
+multi-query associative recall (Arora et al. 2023), with what is asked for at a chosen depth.
+
+Only the answer is supervised, so accuracy and loss are those of retrieval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+from ringattn.context import IGNORED
+from ringattn.data.documents import DataError
+from ringattn.data.stream import Sequences, Span
+from ringattn.data.tokenizer import Tokenizer
+
+NAMES = ("passkey", "recall")
+HAYSTACK = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
+NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key. "
+QUESTION = "What is the pass key? The pass key is "
+DIGITS = 5
+PAIRS = 8  # of recall; each is asked for once
+
+
+class Probe(Sequences):
+    """Numbered sequences of one task, each drawn from (seed, number).
+
+    ``depth`` is where what is asked for stands: 0 at the beginning, 1 right before the question,
+    None anywhere. Raises DataError if ``seq_len`` is too short for the task.
+    """
+
+    def __init__(
+        self, task: str, tokenizer: Tokenizer, seq_len: int, seed: int, depth: float | None = None
+    ) -> None:
+        self.task, self.tokenizer, self.seq_len = task, tokenizer, seq_len
+        self.seed, self.depth, self.filler = seed, depth, tokenizer.end
+        about = f"{task} {tokenizer.fingerprint} {seed} {depth}"
+        self.fingerprint = hashlib.sha256(about.encode()).hexdigest()[:16]
+        self._made = lru_cache(64)(self._make)
+        self._encoded = lru_cache(8)(tokenizer.encode)
+        self._made(0)  # raises
+
+    def spans(self, sequence: int) -> list[Span]:
+        return [Span(sequence, 0, self.seq_len, 0)]
+
+    def tokens(self, span: Span, start: int, stop: int, step: int) -> np.ndarray:
+        return self._made(span.document)[0][start:stop:step]
+
+    def labels(self, span: Span, start: int, stop: int, step: int) -> np.ndarray:
+        return self._made(span.document)[1][start:stop:step]
+
+    def _make(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, labels), ``[seq_len]``."""
+        draw = np.random.default_rng([self.seed, number])
+        depth = draw.random() if self.depth is None else self.depth
+        needle, question, asked = (self._passkey if self.task == "passkey" else self._recall)(draw)
+        room = self.seq_len - len(needle) - len(question)
+        if room < 0:
+            raise DataError(
+                f"{self.task} of {self.seq_len} tokens: it takes at least "
+                f"{len(needle) + len(question)}"
+            )
+        hay = self._encoded(HAYSTACK)
+        before = round(depth * room)
+        if self.task == "passkey":  # between two sentences' turns
+            before -= before % len(hay)
+        hay = np.resize(hay, room)
+        tokens = np.concatenate([hay[:before], needle, hay[before:], question])
+        labels = np.full(self.seq_len, IGNORED, np.int64)
+        answers = self.seq_len - len(question) + np.flatnonzero(asked)
+        labels[answers - 1] = tokens[answers]
+        return tokens, labels
+
+    def _passkey(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        key = "".join(map(str, draw.integers(0, 10, DIGITS)))
+        encode = self.tokenizer.encode
+        question, answer = self._encoded(QUESTION), encode(key)
+        asked = np.repeat([False, True], [len(question), len(answer)])
+        return encode(NEEDLE.format(key)), np.concatenate([question, answer]), asked
+
+    def _recall(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """PAIRS of (key, value), then every key again in another order with its value asked for.
+        Keys and values are token ids: two halves of the vocabulary without the haystack's."""
+        used = {*self._encoded(HAYSTACK).tolist(), self.tokenizer.end}
+        free = np.array([i for i in range(min(self.tokenizer.vocab_size, 512)) if i not in used])
+        keys = draw.permutation(free[: len(free) // 2])[:PAIRS]
+        values = draw.choice(free[len(free) // 2 :], PAIRS)
+        order = draw.permutation(PAIRS)
+        pairs = np.stack([keys, values], 1)
+        return pairs.ravel(), pairs[order].ravel(), np.tile([False, True], PAIRS)

@@ -1,0 +1,233 @@
+"""Token shards: documents of tokens in memory-mapped files, written in parallel from any source.
+
+A folder of them has ``tokens.json`` (written last), and per shard ``N.tokens`` (little-endian
+uint16 or uint32) and ``N.ends`` (int64: where each document ends), ``corrupt.jsonl`` with every
+record that was left out, and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringattn.data import tokenizer as tokenizers
+from ringattn.data.documents import DataError
+from ringattn.data.records import Corrupt, Piece, Source
+from ringattn.data.tokenizer import Tokenizer
+
+MANIFEST = "tokens.json"
+FORMAT = 1
+
+
+class Shards:
+    """The :class:`ringattn.data.documents.Documents` of a folder; nothing is read but what is
+    asked for. Raises DataError if it is not such a folder or not whole."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            content = (root / MANIFEST).read_bytes()
+            about = json.loads(content)
+            if about["format"] != FORMAT:
+                raise DataError(f"{root}: token shards of format {about['format']}, not {FORMAT}")
+            self.about: dict[str, Any] = about
+            dtype = np.dtype(about["dtype"])
+            self._tokens, self._ends = [], []
+            for shard in about["shards"]:
+                path, documents = root / shard["name"], shard["documents"]
+                self._tokens.append(_mapped(path.with_suffix(".tokens"), dtype, shard["tokens"]))
+                self._ends.append(_mapped(path.with_suffix(".ends"), "<i8", documents))
+        except OSError as error:
+            raise DataError(f"data.root={root}: {error.filename}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"data.root={root}: {MANIFEST} is damaged: {error}") from None
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self._first = np.cumsum([0, *(len(ends) for ends in self._ends)])
+        starts = [np.concatenate([[0], ends[:-1]]) for ends in self._ends if len(ends)]
+        lengths = [e - s for e, s in zip((e for e in self._ends if len(e)), starts, strict=True)]
+        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        if not len(self.lengths):
+            raise DataError(f"data.root={root}: no documents")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the tokens came from."""
+        given = self.about["tokenizer"]
+        where = given if given == tokenizers.BYTES else str(self.root / given)
+        return tokenizers.make(where, self.about["end_token"])
+
+    def read(self, document: int, start: int, stop: int, step: int = 1) -> np.ndarray:
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        index = document - int(self._first[shard])
+        end = int(self._ends[shard][index])
+        first = int(self._ends[shard][index - 1]) if index else 0
+        part = self._tokens[shard][first + start : min(first + stop, end) : step]
+        return part.astype(np.int64)
+
+
+def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
+    size = path.stat().st_size
+    if size != count * np.dtype(dtype).itemsize:
+        raise DataError(f"{path} has {size} bytes, not those of {count} {np.dtype(dtype)}")
+    return np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+
+
+@dataclass(frozen=True)
+class _Written:
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+    corrupt: list[Corrupt]
+
+
+_loaded = lru_cache(1)(tokenizers.make)  # once per process, not once per shard
+
+
+def _start() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
+
+
+def _write_unit(
+    folder: Path, number: int, pieces: list[Piece], source: Source, given: str | None,
+    end: str | None, most: int,
+) -> _Written:  # fmt: skip
+    """One shard. Gives up after more than ``most`` corrupt records: the caller ends it."""
+    tokenizer = _loaded(given, end)
+    dtype, name = _dtype(tokenizer), f"{number:05}"
+    corrupt: list[Corrupt] = []
+    ends, at, digest = [], 0, hashlib.sha256()
+    with open(folder / f"{name}.tokens", "wb") as file:
+        for piece in pieces:
+            for text in source.texts(piece):
+                if isinstance(text, Corrupt):
+                    corrupt.append(text)
+                    if len(corrupt) > most:
+                        return _Written(name, at, len(ends), "", corrupt)
+                    continue
+                if not text:
+                    continue
+                tokens = np.append(tokenizer.encode(text), tokenizer.end).astype(dtype).tobytes()
+                file.write(tokens)
+                digest.update(tokens)
+                at += len(tokens) // dtype.itemsize
+                ends.append(at)
+    np.array(ends, "<i8").tofile(folder / f"{name}.ends")
+    return _Written(name, at, len(ends), digest.hexdigest(), corrupt)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+def write(
+    source: Source,
+    out: Path,
+    tokenizer: str | None = None,
+    end: str | None = None,
+    max_corrupt: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Shards:
+    """Tokenizes a source into ``out`` (which may not exist), with ``workers`` processes (None: one
+    per core); the result depends on the source and the tokenizer only. ``progress(done, total)``
+    is in bytes. Records that cannot be read are left out, at most ``max_corrupt``.
+
+    Raises DataError; nothing is then left at ``out``.
+    """
+    made = tokenizers.make(tokenizer, end)
+    units = source.units()
+    workers = min(workers or os.cpu_count() or 1, len(units))
+    draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        draft.mkdir(parents=True)
+        written = _write_units(units, draft, source, tokenizer, end, max_corrupt, workers, progress)
+        tokens = sum(w.tokens for w in written)
+        if not tokens:
+            raise DataError(f"data.root={source.root}: no text")
+        corrupt = [c for w in written for c in w.corrupt]
+        if corrupt:
+            lines = [json.dumps(asdict(c)) + "\n" for c in corrupt]
+            (draft / "corrupt.jsonl").write_text("".join(lines))
+        name = tokenizers.BYTES
+        if isinstance(made, tokenizers.FileTokenizer):
+            name = "tokenizer.json"
+            shutil.copy(made.path, draft / name)
+            beside = made.path.with_name("tokenizer_config.json")
+            if beside.is_file():
+                shutil.copy(beside, draft)
+        about = {
+            "format": FORMAT,
+            "dtype": _dtype(made).str,
+            "tokenizer": name,
+            "end_token": end,
+            "vocab_size": made.vocab_size,
+            "tokens": tokens,
+            "documents": sum(w.documents for w in written),
+            "corrupt": len(corrupt),
+            "shards": [
+                {"name": w.name, "tokens": w.tokens, "documents": w.documents, "sha256": w.sha256}
+                for w in written
+            ],
+        }
+        (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
+        draft.rename(out)
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Shards(out)
+
+
+def _write_units(
+    units: list[list[Piece]], folder: Path, source: Source, tokenizer: str | None,
+    end: str | None, most: int, workers: int, progress: Callable[[int, int], None],
+) -> list[_Written]:  # fmt: skip
+    sizes = [sum(piece.size for piece in unit) for unit in units]
+    jobs = [(folder, i, unit, source, tokenizer, end, most) for i, unit in enumerate(units)]
+    written: list[_Written] = []
+
+    def add(result: _Written) -> None:
+        written.append(result)
+        corrupt = [c for w in written for c in w.corrupt]
+        if len(corrupt) > most:
+            last = corrupt[most]
+            raise DataError(
+                f"{last.where}: {last.reason}; that is corrupt record {most + 1} "
+                f"(data.max_corrupt={most})"
+            )
+        progress(sum(sizes[: len(written)]), sum(sizes))
+
+    if workers == 1:
+        for job in jobs:
+            add(_write_unit(*job))
+        return written
+    # Not forked: the caller may have threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start) as pool:
+        futures = [pool.submit(_write_unit, *job) for job in jobs]
+        try:
+            for future in futures:
+                add(future.result())
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenizing process was killed (out of memory?); give fewer data.workers"
+            ) from None
+        finally:
+            for future in futures:
+                future.cancel()
+    return written

@@ -1,0 +1,147 @@
+"""The configured data: a stream to train on, one that is held out, and their tokenizer."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ringattn.data import probes, tokenizer
+from ringattn.data.corpus import Corpus
+from ringattn.data.documents import DataError, Documents, hold_out
+from ringattn.data.records import Source
+from ringattn.data.shards import MANIFEST, Shards, write
+from ringattn.data.stream import Mixture, Sequences, Stream
+from ringattn.data.tokenizer import Tokenizer
+from ringattn.training.settings import ConfigError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """``remarks``: what a person should know of it, a line each."""
+
+    tokenizer: Tokenizer
+    train: Sequences
+    held_out: Sequences | None
+    remarks: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.train.fingerprint.encode()).hexdigest()[:16]
+
+
+def open_data(config: DictConfig, progress: Progress) -> Data:
+    """Opens what ``data`` and ``eval`` name; text that needs it is tokenized into the cache first,
+    once per machine. Raises ConfigError or DataError, naming the key."""
+    data, seed = OmegaConf.to_container(config.data), config.seed
+    if data["format"] in probes.NAMES:
+        known = tokenizer.make(data["tokenizer"], data["end"])
+        # A seed that no evaluation draws from.
+        task = probes.Probe(data["format"], known, config.seq_len, seed + 2**32)
+        return Data(known, task, None, [f"data: {data['format']}, made on the fly"])
+    parts = [{**data, **part} for part in data["mix"] or [{**data, "weight": 1.0}]]
+    opened = [_open(part, progress) for part in parts]
+    known = _tokenizer(data, opened)
+    held = [None] * len(parts)
+    if config.eval.root is not None:
+        held = [_open({**parts[0], "root": config.eval.root}, progress)]
+    elif config.eval.holdout:
+        opened, held = zip(*(hold_out(d, config.eval.holdout) for d in opened), strict=True)
+    weights = [part["weight"] for part in parts]
+    remarks: list[str] = []
+
+    def stream(documents: list[Documents], weights: list[float], seed: int) -> Sequences:
+        seeds = [seed] if len(documents) == 1 else [(seed, i) for i in range(len(documents))]
+        streams = [
+            Stream(d, config.seq_len, s, data["packing"], known.end)
+            for d, s in zip(documents, seeds, strict=True)
+        ]
+        return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
+
+    train = stream(list(opened), weights, seed)
+    for part, documents, own in zip(parts, opened, getattr(train, "streams", [train]), strict=True):
+        remarks.append(_remark(part, documents, own))
+    held_out = None
+    if held[0] is not None:
+        held_out = stream(list(held), weights[: len(held)], 0)
+        tokens = sum(int(d.lengths.sum()) for d in held)
+        remarks.append(f"held out: {sum(len(d.lengths) for d in held):,} documents, "
+                       f"{tokens:,} tokens")  # fmt: skip
+    return Data(known, train, held_out, remarks)
+
+
+def _open(part: dict[str, Any], progress: Progress) -> Documents:
+    root = part["root"]
+    given = None if root is None else Path(root).expanduser()
+    if part["format"] == "tokens" or (
+        part["format"] == "auto" and given is not None and (given / MANIFEST).is_file()
+    ):
+        if given is None:
+            raise ConfigError("data.root must be given for data.format=tokens")
+        return Shards(given)
+    source = Source.open(root, part["glob"], part["format"], part["field"], part["split"])
+    if source.format == "text" and part["tokenizer"] in (None, tokenizer.BYTES):
+        return Corpus.open(root, part["glob"])
+    return _cached(source, part, progress)
+
+
+def _cached(source: Source, part: dict[str, Any], progress: Progress) -> Shards:
+    """Token shards of a source, written by the first process of a machine that comes here."""
+    known = tokenizer.make(part["tokenizer"], part["end"])
+    about = [known.fingerprint, source.format, source.field, source.split, str(source.root)]
+    for piece in source.pieces:
+        about += [piece.path, str(piece.start), str(piece.stop), str(_age(piece.path))]
+    key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(part["cache"] or usual / "ringattn" / "tokens").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{key}.lock").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if (cache / key / MANIFEST).is_file():
+                return Shards(cache / key)
+            return write(
+                source, cache / key, part["tokenizer"], part["end"], part["max_corrupt"],
+                part["workers"], progress,
+            )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(f"data.cache={cache}: {error.strerror}") from None
+
+
+def _age(path: str) -> int:
+    return os.stat(path).st_mtime_ns
+
+
+def _tokenizer(data: dict[str, Any], opened: list[Documents]) -> Tokenizer:
+    """The one tokenizer of all sources: token shards bring theirs."""
+    made = [d.tokenizer if isinstance(d, Shards) else tokenizer.ByteTokenizer() for d in opened]
+    if len({known.fingerprint for known in made}) > 1:
+        raise DataError(
+            "data.mix: its sources have different tokenizers; tokenize them with the same one"
+        )
+    if data["tokenizer"] is not None:
+        asked = tokenizer.make(data["tokenizer"], data["end"])
+        if asked.fingerprint != made[0].fingerprint:
+            raise DataError(
+                f"data.tokenizer={data['tokenizer']}: the tokens in data.root={data['root']} are "
+                "of another one; leave it out"
+            )
+    return made[0]
+
+
+def _remark(part: dict[str, Any], documents: Documents, stream: Stream) -> str:
+    text = f"data: {len(documents.lengths):,} documents, {int(documents.lengths.sum()):,} tokens"
+    if part["packing"] == "best_fit":
+        text += f", best_fit leaves {stream.waste:.2%} of the rows empty"
+    corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
+    if corrupt:
+        text += f", {corrupt} corrupt records left out ({documents.root / 'corrupt.jsonl'})"
+    return text

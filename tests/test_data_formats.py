@@ -1,0 +1,279 @@
+"""Sources, tokenizers, token shards and packing: everything against the plain way."""
+
+import gzip
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn.cli import main as cli
+from ringattn.data import records, shards
+from ringattn.data.corpus import Corpus
+from ringattn.data.documents import DataError, hold_out
+from ringattn.data.packing import best_fit
+from ringattn.data.probes import Probe
+from ringattn.data.records import Corrupt, Source
+from ringattn.data.stream import EMPTY, Mixture, Stream
+from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
+
+TEXTS = ["one", "two words", "", "drei Wörter ✓", "the ring goes round\nand round"] * 7
+
+
+def write_jsonl(path, texts=TEXTS, field="text"):
+    path.write_text("".join(json.dumps({field: t, "id": i}) + "\n" for i, t in enumerate(texts)))
+
+
+def write_all(root):
+    """The same texts in every format."""
+    for name in ("text", "jsonl", "gz", "parquet"):
+        (root / name).mkdir()
+    for i, text in enumerate(TEXTS):
+        (root / f"text/{i:03}.txt").write_text(text)
+    write_jsonl(root / "jsonl/a.jsonl")
+    write_jsonl(root / "jsonl.tmp")
+    (root / "gz/a.jsonl.gz").write_bytes(gzip.compress((root / "jsonl.tmp").read_bytes()))
+    table = pa.table({"id": range(len(TEXTS)), "text": TEXTS})
+    pq.write_table(table, root / "parquet/a.parquet", row_group_size=4)
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(root / "dataset"))
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(
+        str(root / "splits")
+    )
+
+
+def read_all(source):
+    return [text for piece in source.pieces for text in source.texts(piece)]
+
+
+def documents(found):
+    return [found.read(i, 0, int(n)).tolist() for i, n in enumerate(found.lengths)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_format_gives_the_same_documents(tmp_path, workers, monkeypatch):
+    write_all(tmp_path)
+    monkeypatch.setattr(records, "PIECE_BYTES", 100)  # many pieces, lines across their ends
+    monkeypatch.setattr(records, "PIECE_ROWS", 3)
+    want = [[*text.encode(), 256] for text in TEXTS if text]
+    names = ("text", "jsonl", "gz", "parquet", "dataset", "splits")
+    for name in names if workers == 1 else ("jsonl",):
+        source = Source.open(str(tmp_path / name), "**/*")
+        assert len(source.units()) > (name == "jsonl")
+        seen = []
+        found = shards.write(
+            source, tmp_path / f"{name}.shards", workers=workers,
+            progress=lambda done, total, seen=seen: seen.append(done / total),
+        )  # fmt: skip
+        assert documents(found) == want, name
+        assert seen == sorted(seen) and seen[-1] == 1
+    # Text files as bytes need no shards.
+    assert documents(Corpus.open(str(tmp_path / "text"), "**/*")) == want
+
+
+@given(st.lists(st.sampled_from(["", "a", "bc", "d" * 30]), max_size=12), st.integers(1, 60))
+def test_every_line_belongs_to_one_piece(tmp_path_factory, lines, size):
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    content = "\n".join(json.dumps({"text": line}) for line in lines)
+    path.write_text(content)
+    pieces = [
+        records.Piece(str(path), start, min(start + size, len(content)), size)
+        for start in range(0, len(content), size)
+    ]
+    source = Source(path.parent, "jsonl", "text", "train", tuple(pieces))
+    assert read_all(source) == lines
+
+
+def test_corrupt_records_are_named_counted_and_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PIECE_BYTES", 60)
+    lines = [json.dumps({"text": "fine"})] * 6
+    lines[2], lines[4] = '{"text": "cut sho', '{"title": "no text"}'
+    lines.append('{"text": 5}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = Source.open(str(tmp_path), "*.jsonl")
+    found = shards.write(source, tmp_path / "out", max_corrupt=3)
+    assert len(found.lengths) == 4 and found.about["corrupt"] == 3
+    listed = (tmp_path / "out/corrupt.jsonl").read_text().splitlines()
+    where = [json.loads(line)["where"] for line in listed]
+    assert where == [f"{tmp_path}/a.jsonl:{n}" for n in (3, 5, 7)]
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"a\.jsonl:7: 'text' is int.*max_corrupt=2"):
+            shards.write(source, tmp_path / "no", max_corrupt=2, workers=workers)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_corrupt_files_of_other_formats(tmp_path):
+    def first(name, content):
+        (tmp_path / name).write_bytes(content)
+        source = Source.open(str(tmp_path), name)
+        return next(x for x in read_all(source) if type(x) is Corrupt)
+
+    assert first("a.txt", b"one\ntwo\n\xff").where.endswith("a.txt:3")
+    cut = gzip.compress(json.dumps({"text": "long" * 99}).encode())[:-9]
+    assert "a.jsonl.gz:1" in first("a.jsonl.gz", cut).where
+    assert "not readable" in first("a.parquet", b"PAR1 and no more").reason
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    source = Source.open(str(tmp_path), "null.parquet")
+    assert next(x for x in source.texts(source.pieces[0]) if x != "a").where.endswith("row 1")
+
+
+def test_bad_sources_are_named(tmp_path):
+    write_all(tmp_path)
+    for keys, shown in (
+        ({"root": str(tmp_path / "parquet"), "field": "body"}, "data.field=body.*id, text"),
+        ({"root": str(tmp_path / "dataset"), "field": "body"}, "data.field=body"),
+        ({"root": str(tmp_path / "splits"), "split": "test"}, "data.split=test.*train"),
+        ({"root": str(tmp_path)}, "formats jsonl, parquet, text"),
+        ({"root": str(tmp_path / "text"), "format": "datasets"}, "not a dataset"),
+    ):
+        with pytest.raises(DataError, match=shown):
+            read_all(Source.open(glob="**/[!d.]*", **keys))
+
+
+def test_bpe_round_trip_and_shards_remember_their_tokenizer(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl")
+    text = f"root={tmp_path} glob=*.jsonl"
+    assert cli(["bpe", *text.split(), "vocab_size=280", f"out={tmp_path}/bpe.json"]) == 0
+    tokenizer = make(f"{tmp_path}/bpe.json")
+    assert 257 <= tokenizer.vocab_size <= 280
+    assert len(tokenizer.encode("the ring goes round")) < 19
+    out = tmp_path / "tokens"
+    assert cli(["tokenize", *text.split(), f"tokenizer={tmp_path}/bpe.json", f"out={out}"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = shards.Shards(out)
+    assert said["documents"] == len(found.lengths) == sum(map(bool, TEXTS))
+    for ids, want in zip(documents(found), filter(None, TEXTS), strict=True):
+        assert ids[-1] == tokenizer.end and found.tokenizer.decode(ids[:-1]) == want
+    assert found.tokenizer.fingerprint == tokenizer.fingerprint
+    assert cli(["tokenize", *text.split(), f"out={out}"]) == 2  # it is already there
+    odd = (tmp_path / "bpe.json").read_text().replace("<|endoftext|>", "<odd>")
+    (tmp_path / "bare.json").write_text(odd)
+    with pytest.raises(DataError, match=r"give data\.end=TOKEN"):
+        make(f"{tmp_path}/bare.json")
+    assert make(f"{tmp_path}/bare.json", "<odd>").end == tokenizer.end
+
+
+def test_damaged_shards_are_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    shards.write(Source.open(str(tmp_path), "*.jsonl"), tmp_path / "out")
+    path = tmp_path / "out/00000.tokens"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"00000\.tokens has \d+ bytes"):
+        shards.Shards(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        shards.Shards(tmp_path / "out")
+
+
+class Numbers:
+    """Documents whose tokens tell where they are from."""
+
+    fingerprint = "numbers"
+
+    def __init__(self, lengths):
+        self.lengths = np.array(lengths, np.int64)
+
+    def read(self, document, start, stop, step=1):
+        return np.arange(start, min(stop, self.lengths[document]), step) + 1000 * (document + 1)
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 9))
+def test_best_fit_packs_every_token_once_and_splits_only_what_is_too_long(lengths, seq_len, seed):
+    lengths = np.array(lengths)
+    rows = best_fit(lengths, seq_len, np.random.default_rng(seed).permutation(len(lengths)))
+    covered = [np.zeros(n, int) for n in lengths]
+    for r in range(len(rows.first) - 1):
+        pieces = slice(rows.first[r], rows.first[r + 1])
+        assert 0 < rows.length[pieces].sum() <= seq_len
+        for d, start, n in zip(
+            rows.document[pieces], rows.start[pieces], rows.length[pieces], strict=True
+        ):
+            covered[d][start : start + n] += 1
+            assert n == min(seq_len, lengths[d] - start)
+    assert all((c == 1).all() for c in covered)
+    # No two rows could have been one, so it is never worse than twice the best.
+    filled = np.add.reduceat(rows.length, rows.first[:-1])
+    assert len(filled) < 2 or sorted(filled)[0] + sorted(filled)[1] > seq_len
+
+
+def test_best_fit_stream_pads_and_supervises_every_token_once_an_epoch():
+    found = Numbers([5, 9, 3, 30, 12, 1])
+    stream = Stream(found, 13, seed=0, packing="best_fit", filler=7)
+    assert 0 < stream.waste < 0.3
+    for epoch in range(2):
+        spans = [s for row in range(stream.rows) for s in stream.spans(epoch * stream.rows + row)]
+        real = [s for s in spans if s.document != EMPTY]
+        assert sum(s.length for s in real) == found.lengths.sum()
+        assert sum(s.length for s in spans) == 13 * stream.rows
+
+
+def test_a_mixture_has_its_shares_and_loses_no_sequence():
+    streams = [Stream(Numbers([40, 30]), 10, seed=(0, i)) for i in range(3)]
+    mixture = Mixture(streams, [5, 3, 0.001], seed=0)
+    places = [mixture.place(n) for n in range(3 * Mixture.BLOCK + 50)]
+    for source in range(3):
+        numbers = [number for s, number in places if s == source]
+        assert numbers == list(range(len(numbers)))  # each stream in its own order
+        full = [s for s, _ in places[: 3 * Mixture.BLOCK]].count(source)
+        assert abs(full - 3 * Mixture.BLOCK * mixture.shares[source]) < 2
+    # A position means the same, whatever was asked for before.
+    again = Mixture(streams, [5, 3, 0.001], seed=0)
+    assert again.place(2500) == places[2500]
+    assert {s.source for s in again.spans(2500)} == {places[2500][0]}
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=2, max_size=6))
+def test_shares_of_a_mixture_never_drift(weights):
+    mixture = Mixture([Stream(Numbers([9]), 3, seed=0)] * len(weights), weights, seed=0)
+    for block in range(40):
+        mixture.place(block * Mixture.BLOCK)
+        counts = mixture._counts[block + 1]
+        assert counts.sum() == (block + 1) * Mixture.BLOCK
+        assert (counts >= mixture._counts[block]).all()
+        assert abs(counts - mixture.shares * counts.sum()).max() < 2
+
+
+def test_held_out_documents_are_never_trained_on():
+    found = Numbers(range(1, 400))
+    train, held = hold_out(found, 0.1)
+    assert sorted([*train.chosen, *held.chosen]) == list(range(399))
+    assert 20 < len(held.lengths) < 60 and train.fingerprint != held.fingerprint
+    first = held.read(0, 0, 1)[0]
+    assert first == 1000 * (held.chosen[0] + 1)
+    with pytest.raises(DataError, match=r"eval\.holdout"):
+        hold_out(Numbers([5]), 0.01)
+
+
+@pytest.mark.parametrize("task", ["passkey", "recall"])
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0, None])
+def test_probes_ask_for_what_they_show(task, depth):
+    tokenizer = ByteTokenizer()
+    probe = Probe(task, tokenizer, 400, 0, depth)
+    for number in range(5):
+        (span,) = probe.spans(number)
+        tokens = probe.tokens(span, 0, 400, 1)
+        labels = probe.labels(span, 0, 400, 1)
+        at = np.flatnonzero(labels >= 0)
+        assert (labels[at] == tokens[at + 1]).all() and len(tokens) == 400
+        if task == "passkey":
+            text = tokenizer.decode(tokens.tolist())
+            key = tokenizer.decode(labels[at].tolist())
+            assert text.endswith(f"The pass key is {key}") and len(key) == 5
+            assert f"The pass key is {key}. Remember it. {key} is the pass key." in text
+            where = text.index("The pass key is") / 400
+            assert depth is None or abs(where - 0.7 * depth) < 0.2
+        else:
+            question = tokens[384:].reshape(8, 2)
+            start = next(i for i in range(400) if set(tokens[i : i + 16 : 2]) == {*question[:, 0]})
+            pairs = dict(tokens[start : start + 16].reshape(8, 2))
+            assert all(pairs[key] == value for key, value in question)
+    assert Probe(task, tokenizer, 400, 1).fingerprint != probe.fingerprint
+    with pytest.raises(DataError, match="takes at least"):
+        Probe(task, tokenizer, 20, 0)
+
+
+def test_bpe_stops_where_the_text_has_no_more(tmp_path):
+    assert train_bpe(["ab ab"], 500, tmp_path / "t.json") < 500
