@@ -23,10 +23,10 @@ TINY = [
 class Launch:
     """torchrun in a process group of its own; use as a context manager."""
 
-    def __init__(self, world: int, script: Path, *arguments: str) -> None:
+    def __init__(self, world: int, script: Path, *arguments: str, restarts: int = 0) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         self.process = subprocess.Popen(
-            [*TORCHRUN, str(world), str(script), *arguments],
+            [*TORCHRUN, str(world), f"--max-restarts={restarts}", str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -35,7 +35,7 @@ class DeepSpeedEngine:
     def __init__(
         self, make_model: Callable[[], Decoder], config: DictConfig, context: Context
     ) -> None:
-        self.context, stage = context, config.engine.zero_stage
+        self.context, self.clip, stage = context, config.optim.clip, config.engine.zero_stage
         settings = _settings(config, context)
         if stage == 3:  # no rank ever holds the whole model
             with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -80,12 +80,14 @@ class DeepSpeedEngine:
         if self._plain:
             # Without an optimizer wrapper (ZeRO 0 in fp32) DeepSpeed neither keeps the norm nor
             # looks whether it is finite; without gradients, the optimizer does nothing.
-            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(grads))
+            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
             if not math.isfinite(norm):
                 self.engine.module.zero_grad(set_to_none=True)
+            elif self.clip:
+                nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
             self.engine.step()
-            return norm
+            return float(norm)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         # A step that DeepSpeed has not taken leaves inf, -1 or nothing.
@@ -150,11 +152,13 @@ def _settings(config: DictConfig, context: Context) -> dict[str, Any]:
         zero["offload_optimizer"] = place
     if config.engine.offload_params:
         zero["offload_param"] = place
+    plain = config.engine.zero_stage == 0 and config.precision == "fp32"
     return {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.train.grad_accum,
         "train_batch_size": config.batch_size * config.train.grad_accum * context.world,
-        "gradient_clipping": config.optim.clip,
+        # Where there is no optimizer wrapper, step() clips itself.
+        "gradient_clipping": 0.0 if plain else config.optim.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch import nn
 from ringattn.context import Attend, Context
 from ringattn.models.decoder import Decoder, Loss, ModelConfig
 from ringattn.models.memory import Memory
+from ringattn.training.rendezvous import fresh_store
 from ringattn.training.settings import ConfigError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # what training keeps of a parameter, in float32
@@ -133,8 +134,11 @@ def start_distributed(device: torch.device, timeout_s: float, engine: str) -> No
     if dist.is_initialized():
         return
     # On a GPU the communicator is made eagerly: lazy ones hang in asymmetric exchanges.
-    eager = {"device_id": device} if device.type == "cuda" else {}
+    eager: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if (store := fresh_store(timeout_s)) is not None:
+        eager |= {"store": store, "rank": int(os.environ["RANK"]),
+                  "world_size": int(os.environ["WORLD_SIZE"])}  # fmt: skip
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **eager)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if engine != "deepspeed":

@@ -7,6 +7,7 @@ such a rank names it, with the step and the phase that it was in.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import threading
 import time
@@ -20,8 +21,9 @@ PERIOD_S = 1.0
 class Heartbeat:
     """Use as a context manager around training; set :attr:`where` as it goes on.
 
-    A rank that has not been heard of for ``timeout_s`` ends this process with status 1 and a line;
-    torchrun then ends the others. Nothing happens in a world of one.
+    A rank that has not been heard of for half of ``timeout_s``, so before any exchange gives up,
+    ends this process with status 1 and a line; torchrun then ends the others. Nothing happens in
+    a world of one.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -40,7 +42,9 @@ class Heartbeat:
                 timeout=timedelta(seconds=self.timeout_s),
             )
             # torchrun's store outlives a restart.
-            self._prefix = f"ringattn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            shared = [f"ringattn/beat/{secrets.token_hex(8)}"]
+            dist.broadcast_object_list(shared)
+            self._prefix = shared[0]
             self._thread.start()
         return self
 
@@ -56,7 +60,7 @@ class Heartbeat:
     def _run(self) -> None:
         peer = (self.rank + 1) % self.world
         count, heard, since = 0, "", time.monotonic()
-        while not self._stop.wait(PERIOD_S):
+        while count == 0 or not self._stop.wait(PERIOD_S):
             count += 1
             try:
                 self._store.set(self._key(self.rank), f"{count}|{self.where}")
@@ -67,12 +71,13 @@ class Heartbeat:
             if said == "done":
                 return
             now = time.monotonic()
-            if said != heard or not said:
+            if said != heard:
                 heard, since = said, now
-            elif now - since > 0.8 * self.timeout_s:
+            elif now - since > 0.5 * self.timeout_s:
+                there = said.split("|", 1)[-1] or "the start"
                 print(
                     f"train.py: rank {self.rank}: rank {peer} has not been heard of for "
-                    f"{now - since:.0f} s; it was at {said.split('|', 1)[1]}, this rank is at "
+                    f"{now - since:.0f} s; it was at {there}, this rank is at "
                     f"{self.where} (parallel.timeout_s={self.timeout_s:g})",
                     file=sys.stderr,
                     flush=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -12,6 +13,7 @@ from ringattn.training import settings
 
 USAGE_ERROR = 2
 FAILED = 1
+LAUNCH = "launch"  # the file of a run directory that says who started it
 
 
 def main(arguments: list[str]) -> int:
@@ -60,8 +62,8 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    start_distributed(device, config.parallel.timeout_s, config.engine.name)
     try:
+        start_distributed(device, config.parallel.timeout_s, config.engine.name)
         run(job, device)
     except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
@@ -71,7 +73,8 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
         return FAILED
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
@@ -85,15 +88,34 @@ def run(job, device) -> None:
     from ringattn.training import loop
 
     with loop.stop_requests() as stops:
-        shared = [str(job.run_dir)]
+        shared = [(job.run_dir, job.resume, job.remarks)]
         dist.broadcast_object_list(shared)
-        job = replace(job, run_dir=Path(shared[0]))
+        run_dir, resume, remarks = shared[0]
+        job = replace(job, run_dir=run_dir, resume=resume, remarks=remarks)
+        if dist.get_rank() == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / LAUNCH).write_text(_launch())
         context = Context.create(job.config.parallel.cp, device, job.config.kernel)
         loop.train(job, context, stops)
 
 
 def _run_dir(given: str | None) -> Path:
-    return Path(given or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser().absolute()
+    """``run_dir``; where it is not given, a new one, or after a restart by torchrun the one that
+    this launch began with."""
+    if given is not None:
+        return Path(given).expanduser().absolute()
+    runs = Path("runs").absolute()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
+            if path.read_text() == _launch():
+                return path.parent
+    return runs / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def _launch() -> str:
+    """Stands for one launch on this machine: its torchrun, however often that restarts us."""
+    names = (os.environ.get("TORCHELASTIC_RUN_ID", ""), socket.gethostname(), str(os.getppid()))
+    return " ".join(names)
 
 
 def _tokenizing() -> Callable[[int, int], None]:
@@ -110,8 +132,6 @@ def _tokenizing() -> Callable[[int, int], None]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -123,7 +143,7 @@ def _print_help(config) -> None:
     from omegaconf import OmegaConf
 
     print("torchrun --nproc-per-node N train.py KEY=VALUE ...\n")
-    for group in ("model", "data", "attention", "memory", "engine", "logger"):
+    for group in ("model", "data", "attention", "memory", "engine", "logger", "experiment"):
         folder = files("ringattn.configs") / group
         names = sorted(
             x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name[0] not in "_."

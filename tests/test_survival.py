@@ -1,0 +1,177 @@
+"""What a run survives, and what it says when it cannot: kills, damage, full disks, stopped
+ranks.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from .processes import ROOT, TINY, Launch, launch, metrics, train
+
+
+def job(run_dir, text, *more):
+    return [*TINY, text, f"run_dir={run_dir}", "parallel.cp=2", *more]
+
+
+def wait_for(condition, running, limit=90):
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until, "nothing happened"
+        assert running.process.poll() is None, running.finish(10)[1]
+        time.sleep(0.02)
+
+
+def test_kills_under_max_restarts_change_nothing():
+    """benchmarks/restarts.py does it 20 times; the run without a directory of its own finds it."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/restarts.py", "--kills", "2", "--limit", "100",
+         "train.steps=60"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads(run.stdout)
+    assert report["equal"] and report["kills"] == 2 and report["steps"] == 60
+
+
+def test_a_restart_finds_the_run_directory_that_was_not_named(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    keys = [key for key in job("x", text, "train.steps=40", "checkpoint.every=2")
+            if not key.startswith("run_dir")]  # fmt: skip
+    with Launch(2, ROOT / "train.py", *keys, restarts=1) as running:
+        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_4/ringattn.json")), running)
+        os.kill(running.workers()[0], signal.SIGKILL)
+        status, output = running.finish()
+    assert status == 0 and "resumed" in output, output
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert [m["step"] for m in metrics(run_dir)] == list(range(1, 41))
+
+
+def test_a_stopped_rank_is_named_with_its_step(tmp_path, text):
+    run_dir = tmp_path / "run"
+    keys = ("train.steps=100000", "parallel.timeout_s=8")
+    with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir), running)
+        time.sleep(2.5)  # beats say where a rank is once a second
+        waiting, stopped = running.workers()
+        os.kill(stopped, signal.SIGSTOP)
+        # torchrun would give it half a minute to end.
+        until = time.monotonic() + 60
+        while waiting in running.workers() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(stopped, signal.SIGCONT)
+        status, output = running.finish()
+    said = [line for line in output.splitlines() if "has not been heard of" in line]
+    assert status != 0 and said, output
+    assert "rank 0: rank 1 has not been heard of" in said[0]
+    assert "it was at step " in said[0] and "parallel.timeout_s=8" in said[0]
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, text):
+    run_dir = tmp_path / "run"
+    keys = ("checkpoint.every=1", "checkpoint.keep=4", "train.steps=6", "optim.min_lr_ratio=1")
+    status, output = train(2, *job(run_dir, text, *keys))
+    assert status == 0, output
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        f"step_{n}" for n in (3, 4, 5, 6)
+    ]
+    before = [(m["loss"], m["grad_norm"]) for m in metrics(run_dir)]
+    changed = run_dir / "checkpoints/step_6/rank_00001.safetensors"
+    content = bytearray(changed.read_bytes())
+    content[-5] ^= 1  # one bit
+    changed.write_bytes(content)
+    cut = run_dir / "checkpoints/step_5/rank_00000.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (run_dir / "checkpoints/step_7").mkdir()  # half-written: it has no manifest
+    status, output = train(2, *job(run_dir, text, *keys))
+    assert status == 0, output
+    assert "step_6 is damaged: rank_00001.safetensors has changed" in output
+    assert "step_5 is damaged: rank_00000.safetensors has" in output
+    assert "step_4 at step 4" in output
+    assert [(m["loss"], m["grad_norm"]) for m in metrics(run_dir)] == before
+    for path in run_dir.glob("**/*.safetensors"):
+        path.write_bytes(b"")
+    status, output = train(2, *job(run_dir, text, *keys))
+    assert status != 0 and "no other is left" in output, output
+
+
+def test_a_full_disk_ends_with_a_line_and_the_earlier_checkpoint(tmp_path, text):
+    run_dir = tmp_path / "run"
+    keys = ("checkpoint.every=1", "train.steps=100000", "checkpoint.keep=null")
+    with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
+        first = run_dir / "checkpoints/step_1/ringattn.json"
+        wait_for(first.exists, running)
+        # No file may grow beyond 20 kB: what a full disk does to a checkpoint.
+        resource.prlimit(running.workers()[1], resource.RLIMIT_FSIZE, (20_000, 20_000))
+        status, output = running.finish()
+    (line,) = {line for line in output.splitlines() if line.startswith("train.py:")}
+    assert status != 0 and "could not be written: rank_00001" in line, output
+    whole = sorted(run_dir.glob("checkpoints/step_*/ringattn.json"))
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert whole and left == sorted(path.parent.name for path in whole)  # nothing half-written
+    status, output = train(2, *job(run_dir, text, "train.steps=1000", "checkpoint.resume=auto",
+                                   f"train.steps={len(whole) + 1}"))  # fmt: skip
+    assert status == 0 and f"resumed {run_dir}/checkpoints/step_" in output, output
+
+
+def test_a_vanished_run_directory_ends_with_a_line(tmp_path, text):
+    run_dir = tmp_path / "run"
+    keys = ("checkpoint.every=1", "train.steps=100000")
+    with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
+        wait_for((run_dir / "checkpoints/step_2/ringattn.json").exists, running)
+        run_dir.rename(tmp_path / "away")
+        status, output = running.finish()
+    lines = [line for line in output.splitlines() if line.startswith("train.py:")]
+    assert status != 0 and len(lines) == 1, output
+    assert str(run_dir) in lines[0] and "No such file" in lines[0]
+    assert list(tmp_path.glob("away/checkpoints/step_*/ringattn.json"))
+    assert not run_dir.exists()  # not made again
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_every_engine(tmp_path, text):
+    engines = {
+        **{f"zero{s}": [f"engine.zero_stage={s}"] for s in range(4)},
+        **{f"bf16-{s}": [f"engine.zero_stage={s}", "precision=bf16"] for s in (0, 1, 3)},
+        "fsdp": ["engine=fsdp"],
+        "fsdp-bf16": ["engine=fsdp", "precision=bf16"],
+    }
+    keys = ("train.steps=5", "checkpoint.every=1", "checkpoint.keep=null")
+    listing = tmp_path / "cases.json"
+    cases = [job(tmp_path / name, text, *keys, *more) for name, more in engines.items()]
+    listing.write_text(json.dumps(cases))
+    status, output = launch(2, ROOT / "tests/workers/poisoned.py", str(listing))
+    assert status == 0, output
+    assert output.count("step 3 skipped: loss nan, gradient norm ") == len(engines)
+    for name in engines:
+        want = metrics(tmp_path / ("bf16-1" if "bf16" in name else "zero1"))
+        got = metrics(tmp_path / name)
+        assert [m["skipped_steps"] for m in got] == [0, 0, 1, 1, 1]
+        assert got[2]["loss"] is None and got[2]["grad_norm"] is None
+        for a, b in zip(want, got, strict=True):
+            for key in ("loss", "grad_norm") if a["step"] != 3 else ():
+                assert a[key] == pytest.approx(b[key], rel=3e-3 if "bf16" in name else 1e-4), name
+        (line,) = (tmp_path / name / "skipped.jsonl").read_text().splitlines()
+        assert json.loads(line)["sequences"] == [2] and json.loads(line)["step"] == 3
+        for rank in range(2):
+            two, three = (
+                load_file(tmp_path / name / f"checkpoints/step_{s}/rank_0000{rank}.safetensors")
+                for s in (2, 3)
+            )
+            assert all(two[key].equal(three[key]) for key in two), name  # nothing has changed
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path, text):
+    """As on a read-only file system, which not even root may write to."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("a file where a folder must be")
+    status, output = train(1, *TINY, text, f"run_dir={run_dir}", "train.steps=1")
+    assert status != 0 and "ringattn/training" not in output, output
+    assert f"(run directory: {run_dir})" in output

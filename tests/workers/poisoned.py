@@ -1,0 +1,39 @@
+"""Trains several configurations; in step 3 of each, rank 1's loss is not a number.
+
+Arguments: a JSON file with a list of lists of overrides.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ringattn.models.decoder import Decoder
+from ringattn.training import settings
+from ringattn.training.engine import pick_device, start_distributed
+from ringattn.training.job import prepare
+from ringattn.training.main import run
+
+device = pick_device("cpu")
+start_distributed(device, 60, "deepspeed")
+calls, forward = [], Decoder.forward
+
+
+def poisoned(self, tokens, positions, attend, labels=None):
+    result = forward(self, tokens, positions, attend, labels)
+    if labels is None or not torch.is_grad_enabled():
+        return result
+    calls.append(1)
+    bad = len(calls) == 3 and int(os.environ["RANK"]) == 1
+    return (result[0] * (float("nan") if bad else 1.0), *result[1:])
+
+
+Decoder.forward = poisoned
+for overrides in json.loads(Path(sys.argv[1]).read_text()):
+    calls.clear()
+    config = settings.load(overrides)
+    world = int(os.environ["WORLD_SIZE"])
+    settings.check(config, world)
+    run(prepare(config, Path(config.run_dir), world), device)
