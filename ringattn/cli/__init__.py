@@ -11,6 +11,7 @@ from ringattn.cli.request import RequestError
 COMMANDS = {
     "plan": "what every rank computes and receives for a mask, a layout and a schedule",
     "kernels": "compile the launch table of the Triton kernels without a GPU, and read the result",
+    "predict": "memory, traffic and FLOPs of a training run, before it has its GPUs",
     "tokenize": "write text as token shards that every rank maps into memory",
     "bpe": "train a byte-level BPE tokenizer on text",
     "export": "write a training checkpoint as a Hugging Face folder",
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.plan import run
         elif name == "kernels":
             from ringattn.cli.kernels import run
+        elif name == "predict":
+            from ringattn.cli.predict import run
         elif name == "tokenize":
             from ringattn.cli.tokenize import tokenize as run
         elif name == "bpe":

@@ -69,7 +69,7 @@ class _Chunked(torch.autograd.Function):
                 d_weight.addmm_(d_logits.T, x)
             else:
                 d_weight += d_logits.T @ x
-        ctx.save_for_backward(d_rows.view_as(hidden), d_weight.to(weight.dtype))
+        ctx.gradients = d_rows.view_as(hidden), d_weight.to(weight.dtype)
         losses = losses.view(labels.shape)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
@@ -80,5 +80,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return None, None, None, None
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the loss has one backward: its gradients are scaled in place")
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None

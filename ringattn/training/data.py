@@ -48,7 +48,7 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
         task = probes.Probe(data["format"], known, config.seq_len, seed + 2**32)
         return Data(known, task, None, [f"data: {data['format']}, made on the fly"])
     parts = [{**data, **part} for part in data["mix"] or [{**data, "weight": 1.0}]]
-    opened = [_open(part, progress) for part in parts]
+    whole = opened = [_open(part, progress) for part in parts]
     known = _tokenizer(data, opened)
     held = [None] * len(parts)
     if config.eval.root is not None:
@@ -67,8 +67,8 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
         return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
 
     train = stream(list(opened), weights, seed)
-    for part, documents, own in zip(parts, opened, getattr(train, "streams", [train]), strict=True):
-        remarks.append(_remark(part, documents, own))
+    for documents, own in zip(whole, getattr(train, "streams", [train]), strict=True):
+        remarks.append(_remark(documents, own))
     held_out = None
     if held[0] is not None:
         held_out = stream(list(held), weights[: len(held)], 0)
@@ -137,9 +137,11 @@ def _tokenizer(data: dict[str, Any], opened: list[Documents]) -> Tokenizer:
     return made[0]
 
 
-def _remark(part: dict[str, Any], documents: Documents, stream: Stream) -> str:
-    text = f"data: {len(documents.lengths):,} documents, {int(documents.lengths.sum()):,} tokens"
-    if part["packing"] == "best_fit":
+def _remark(documents: Documents, stream: Stream) -> str:
+    """Of a source as it was opened, and what is trained on of it."""
+    lengths = stream.documents.lengths
+    text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
+    if stream.packing == "best_fit":
         text += f", best_fit leaves {stream.waste:.2%} of the rows empty"
     corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
     if corrupt:

@@ -10,48 +10,57 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ringattn import cost
-from ringattn.context import Context
 from ringattn.cost import Shape
-from ringattn.kernels import select
 from ringattn.models.decoder import ModelConfig
 from ringattn.plan import Plan
-from ringattn.training.metrics import DTYPES, predicted_memory_bytes
+from ringattn.training import footprint
+from ringattn.training.metrics import step_flops
 
 
 def plan_table(
-    config: DictConfig, model: ModelConfig, context: Context, plan: Plan, peak: float
+    config: DictConfig,
+    model: ModelConfig,
+    plan: Plan,
+    world: int,
+    where: tuple[str, str],
+    peak: float | None,
 ) -> Table:
-    """The resolved plan of the first batch: what is really engaged.
-
-    ``peak`` is the FLOP/s of a rank that MFU divides by.
+    """The resolved plan of a batch. ``where``: names of device and kernel. ``peak`` is the FLOP/s
+    of a rank that MFU divides by, None if it is not known.
     """
-    ranks = range(context.cp)
+    cp = config.parallel.cp
+    dp, ranks, (device, kernel) = world // cp, range(cp), where
     wide = 2 if config.precision == "bf16" else 4
     shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
     received = [cost.received(plan, rank, shape) for rank in ranks]
     forward = max(bytes_.forward for bytes_ in received)
     backward = max(bytes_.backward for bytes_ in received)
-    tokens = config.seq_len * config.batch_size * context.dp * config.train.grad_accum
+    micro = config.seq_len * config.batch_size * dp
+    tokens = micro * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
-    memory = predicted_memory_bytes(model, config, local, context.world)
-    dtype, dim = DTYPES[config.precision], model.head_dim
-    kernel = select(config.kernel, dtype, context.device, dim).__name__.split(".")[-1]
+    memory = footprint.predict(model, config, local, world, cp)
+    flops = step_flops(model, micro, plan.mask.area * dp) * config.train.grad_accum
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {config.precision}"),
-        ("mesh", f"data {context.dp} x context {context.cp}, {context.device.type}"),
+        ("mesh", f"data {dp} x context {cp}, {device}"),
         ("mask", ", ".join(f"{key} {value}" for key, value in config.attention.items())),
         ("attention", f"schedule {plan.schedule}, ulysses {plan.ulysses}, "
                       f"layout {plan.layout.name}, kernel {kernel}"),
         *([("chosen", plan.reason)] if plan.reason else []),
         ("engine", f"{config.engine.name}, ZeRO {config.engine.zero_stage}"),
+        ("memory", ", ".join(f"{key} {value}" for key, value in config.memory.items())),
         ("tokens per step", f"{tokens:,} ({local:,} per rank and micro-step)"),
         ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),
         ("received per layer", f"forward {_bytes(forward)}, backward {_bytes(backward)} per rank"),
-        ("predicted memory", f"about {_bytes(memory)} per rank, states and activations"),
-        ("mfu", f"6 x matmul parameters x tokens + 12 x pairs x heads x head_dim, over "
-                f"{peak / 1e9:,.1f} GFLOP/s per rank"
-                f" ({'peak_flops' if config.peak_flops else 'measured matrix product'})"),
+        ("predicted memory", f"{_bytes(memory.device)} per rank: states {_bytes(memory.states)}, "
+                             f"kept {_bytes(memory.kept)}, working {_bytes(memory.working)}"
+                             + (f"; {_bytes(memory.host)} in host memory" if memory.host else "")),
+        ("FLOPs per step", f"{flops:.3g}: 6 x matmul parameters x tokens + 12 x pairs x heads x "
+                           "head_dim per layer"),
+        *([("mfu", f"over {peak / 1e9:,.1f} GFLOP/s per rank"
+                   f" ({'peak_flops' if config.peak_flops else 'measured matrix product'})")]
+          if peak else []),
     ):  # fmt: skip
         table.add_row(name, value)
     return table

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ringattn.context import Context, Strategy, check_engaged, check_same_data
 from ringattn.data.stream import Sequences
 from ringattn.data.tokenizer import BYTES
+from ringattn.kernels import select
 from ringattn.training import checkpoint, evaluate, states
 from ringattn.training import engine as engines
 from ringattn.training.batch import MicroBatch, load_batch, numbers, strategy
@@ -99,8 +100,11 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         first = load_batch(config, stream, context, split, sequences)
         split = split.like(first.plan)
         _self_check(job, context, engine, stream, split, start)
-        peak = config.peak_flops or measured_peak(context.device, DTYPES[config.precision])
-        display.say(plan_table(config, job.model, context, first.plan, peak))
+        dtype = DTYPES[config.precision]
+        peak = config.peak_flops or measured_peak(context.device, dtype)
+        kernel = select(config.kernel, dtype, context.device, job.model.head_dim)
+        where = context.device.type, kernel.__name__.split(".")[-1]
+        display.say(plan_table(config, job.model, first.plan, context.world, where, peak))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         for remark in job.data.remarks:
             display.say(remark)

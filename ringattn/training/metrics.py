@@ -56,27 +56,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def predicted_memory_bytes(
-    model: ModelConfig, config: DictConfig, local_tokens: int, world: int
-) -> int:
-    """Weights, gradients and AdamW state by ZeRO stage, plus activations kept for the backward.
-
-    Activations per token and layer: about 14 values of model width, the projections, and 4 of the
-    feed-forward's width; logits twice, in float32. An estimate, without the framework's own share.
-    """
-    wide = 2 if config.precision == "bf16" else 4
-    masters = 4 if config.precision == "bf16" else 0
-    stage = config.engine.zero_stage
-    states = model.parameters * (
-        wide / (world if stage >= 3 else 1)
-        + wide / (world if stage >= 2 else 1)
-        + (8 + masters) / (world if stage >= 1 else 1)
-    )
-    projections = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
-    per_token = model.layers * wide * (14 * model.dim + 2 * projections + 4 * model.ffn_dim)
-    return int(states + local_tokens * (per_token + 2 * 4 * model.vocab_size))
-
-
 class MetricsLog:
     """metrics.jsonl and, if asked for, one wandb run; made on rank 0 only."""
 

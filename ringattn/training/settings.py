@@ -221,7 +221,8 @@ def load(overrides: list[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override.lstrip("~")[1:] and not override.startswith("~"):
             raise ConfigError(f"{override!r} is not an override; write KEY=VALUE")
-        _known(override.split("=", 1)[0].lstrip("+~").split("@")[0], {*RULES, *PARENTS})
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        _known(key, {*RULES, *PARENTS, "experiment"})
     try:
         with initialize_config_module("ringattn.configs", version_base="1.3"):
             config = compose("config", overrides)
