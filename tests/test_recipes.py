@@ -11,23 +11,13 @@ from ringattn.training import settings
 
 from .processes import ROOT, metrics, train
 
+WORDS = [
+    "the", "ring", "goes", "round", "while", "keys", "and", "values", "travel", "on", "to", "all",
+]  # fmt: skip
+
 
 def test_continue_llama_from_text_to_a_longer_model(tmp_path, capsys):
-    words = [
-        "the",
-        "ring",
-        "goes",
-        "round",
-        "while",
-        "keys",
-        "and",
-        "values",
-        "travel",
-        "on",
-        "to",
-        "every",
-    ]
-    lines = [" ".join(words[(i * k) % 12] for k in range(5 + 7 * (i % 9))) for i in range(120)]
+    lines = [" ".join(WORDS[(i * k) % 12] for k in range(5 + 7 * (i % 9))) for i in range(120)]
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.jsonl").write_text(
         "".join(json.dumps({"text": line}) + "\n" for line in [*lines, "cut"][:-1]) + '{"text"\n'
