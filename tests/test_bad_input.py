@@ -86,6 +86,7 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("engine.zero_stage=0 engine.offload_optimizer=true", ["engine.offload_optimizer"]),
         ("engine=fsdp engine.offload_optimizer=true", ["engine.offload_params=true"]),
         ("memory.offload=true", ["memory.offload", "memory.checkpoint=true"]),
+        ("memory.loss=liger", ["memory.loss=liger", "GPU"]),
         ("model.rope.type=yarn", ["model.rope.original_length must be given"]),
         ("model.rope.type=spiral", ["model.rope.type", "yarn, llama3"]),
         ("run_dir=/proc/nowhere", ["run_dir=/proc/nowhere"]),

@@ -11,7 +11,7 @@ from ringattn.attention import ring_attention
 from ringattn.comm import VirtualWorld
 from ringattn.context import IGNORED
 from ringattn.models.decoder import Decoder, ModelConfig
-from ringattn.models.loss import chunked_cross_entropy
+from ringattn.models.loss import chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
 
 ATTENTION = {torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default}
@@ -44,6 +44,28 @@ def test_loss_and_its_gradients(tokens, vocab, dim, chunk, seed):
     got = torch.autograd.grad(2 * total, (hidden, weight))
     for a, b in zip(got, torch.autograd.grad(2 * want.sum(), (hidden, weight)), strict=True):
         assert torch.allclose(a, b.float(), atol=1e-4)
+
+
+def test_liger_gives_the_same_loss():
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 20, 16, generator=draw).requires_grad_()
+    weight = torch.randn(30, 16, generator=draw).requires_grad_()
+    labels = torch.randint(30, (1, 20), generator=draw)
+    labels[0, 3] = IGNORED
+    want, got = naive(hidden, weight, labels).sum(), liger_cross_entropy(hidden, weight, labels)
+    assert abs(got - want) <= 1e-4 * want
+    pairs = (torch.autograd.grad(loss, (hidden, weight)) for loss in (want, got))
+    for a, b in zip(*pairs, strict=True):
+        assert torch.allclose(a.float(), b, atol=1e-4)
+
+
+def test_the_loss_has_one_backward():
+    hidden = torch.randn(1, 5, 4, requires_grad=True)
+    labels = torch.zeros(1, 5, dtype=torch.long)
+    total, *_ = chunked_cross_entropy(hidden, torch.randn(9, 4), labels)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        total.backward()
 
 
 def test_bf16_loss_is_float32_and_its_weight_gradient_is_summed_in_float32():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,10 @@ class Source:
         split: str = "train",
     ) -> Source:  # fmt: skip
         """Lists a source; raises DataError, naming the key."""
-        if root is not None and format in ("auto", "datasets"):
-            base = Path(root).expanduser()
-            saved = (base / "state.json").is_file() or (base / "dataset_dict.json").is_file()
-            if saved or format == "datasets":
-                return cls(base, "datasets", field, split, _dataset_pieces(base, field, split))
+        saved = root is not None and has_file(root, "state.json", "dataset_dict.json")
+        if root is not None and (format == "datasets" or (format == "auto" and saved)):
+            base = Path(os.path.expanduser(root))
+            return cls(base, "datasets", field, split, _dataset_pieces(base, field, split))
         base, files = list_files(root, glob)
         if format == "auto":
             kinds = {_format(name) for name, _ in files}
@@ -109,6 +109,11 @@ class Source:
                 yield from _dataset_rows(piece, self.field, self.split)
         except OSError as error:
             raise DataError(f"cannot read {piece.path}: {error.strerror or error}") from None
+
+
+def has_file(root: str, *names: str) -> bool:
+    """Whether one of the files is there; no path is an error here."""
+    return any(os.path.isfile(os.path.join(os.path.expanduser(root), name)) for name in names)
 
 
 def _format(name: str) -> str:

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn
 
 from ringattn.context import Attend
-from ringattn.models.loss import chunked_cross_entropy
+from ringattn.models.loss import chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
 from ringattn.models.rope import rotate, rotation
 from ringattn.models.rope_config import RopeConfig
@@ -68,7 +68,7 @@ class ModelConfig:
 
 
 # The sum over supervised local tokens, that of each token, and whether its label is the likeliest.
-Loss = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Loss = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class Attention(nn.Module):
@@ -125,18 +125,21 @@ class Head(nn.Linear):
     """Logits, or with labels the loss; a module, so that engines gather its weight for both."""
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None, chunk: int | None = None
+        self, x: torch.Tensor, labels: torch.Tensor | None, memory: Memory
     ) -> torch.Tensor | Loss:
         if labels is None:
             return super().forward(x)
-        return chunked_cross_entropy(x, self.weight, labels, chunk)
+        if memory.loss == "liger" and torch.is_grad_enabled():
+            return liger_cross_entropy(x, self.weight, labels), None, None
+        return chunked_cross_entropy(x, self.weight, labels, memory.loss_chunk)
 
 
 class Decoder(nn.Module):
     """``forward(tokens, positions, attend)`` gives logits ``[batch, tokens, vocab]``; with
     ``labels`` (shifted before the split) the loss: its sum over the supervised local tokens and
     that of each token, ``[batch, tokens]``, float32, and under no_grad whether each label is the
-    likeliest token (else None). Logits of all tokens then never exist.
+    likeliest token (else None). Logits of all tokens then never exist. (Liger's kernels give the
+    sum alone.)
 
     tokens ``[batch, tokens]`` and positions ``[tokens]`` are this rank's own; ``attend`` is
     attention over the whole sequence (see :meth:`ringattn.context.Context.attend`).
@@ -173,7 +176,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, phases, attend)
-        return self.lm_head(self.norm(x), labels, self.memory.loss_chunk)
+        return self.lm_head(self.norm(x), labels, self.memory)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

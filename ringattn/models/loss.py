@@ -45,6 +45,18 @@ def chunked_cross_entropy(
     return each.sum(), each, torch.cat(correct).view(labels.shape)
 
 
+def liger_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """The sum of :func:`chunked_cross_entropy` by liger-kernel's fused Triton kernels (a GPU)."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+    )
+    return loss(weight, hidden.flatten(0, -2), labels.flatten())
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk):

@@ -23,7 +23,8 @@ class Memory:
     """``checkpoint``: compute blocks again in the backward, but attention. ``offload``: what is
     then kept waits in host memory (pinned, for a GPU). ``ffn_tile``: tokens of the feed-forward at
     a time, each computed again in the backward (None: all at once). ``loss_chunk``: tokens of the
-    loss at a time (see :func:`ringattn.models.loss.chunked_cross_entropy`).
+    loss at a time (see :func:`ringattn.models.loss.chunked_cross_entropy`). ``loss``: "chunked",
+    or "liger" for liger-kernel's.
 
     Raises ValueError for offload without checkpoint.
     """
@@ -32,6 +33,7 @@ class Memory:
     offload: bool = False
     ffn_tile: int | None = None
     loss_chunk: int | None = None
+    loss: str = "chunked"
 
     def __post_init__(self) -> None:
         if self.offload and not self.checkpoint:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ringattn.data import probes, tokenizer
 from ringattn.data.corpus import Corpus
 from ringattn.data.documents import DataError, Documents, hold_out
-from ringattn.data.records import Source
+from ringattn.data.records import Source, has_file
 from ringattn.data.shards import MANIFEST, Shards, write
 from ringattn.data.stream import Mixture, Sequences, Stream
 from ringattn.data.tokenizer import Tokenizer
@@ -80,13 +80,12 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
 
 def _open(part: dict[str, Any], progress: Progress) -> Documents:
     root = part["root"]
-    given = None if root is None else Path(root).expanduser()
-    if part["format"] == "tokens" or (
-        part["format"] == "auto" and given is not None and (given / MANIFEST).is_file()
+    if root is None and part["format"] == "tokens":
+        raise ConfigError("data.root must be given for data.format=tokens")
+    if root is not None and (
+        part["format"] == "tokens" or (part["format"] == "auto" and has_file(root, MANIFEST))
     ):
-        if given is None:
-            raise ConfigError("data.root must be given for data.format=tokens")
-        return Shards(given)
+        return Shards(Path(os.path.expanduser(root)))
     source = Source.open(root, part["glob"], part["format"], part["field"], part["split"])
     if source.format == "text" and part["tokenizer"] in (None, tokenizer.BYTES):
         return Corpus.open(root, part["glob"])

@@ -95,6 +95,7 @@ def build(config: DictConfig, model: ModelConfig, context: Context) -> Engine:
         config.memory.offload,
         config.memory.ffn_tile,
         config.memory.loss_chunk,
+        config.memory.loss,
     )
     return Kind(lambda: Decoder(model, None, memory), config, context)
 

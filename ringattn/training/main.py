@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
 
         job = prepare(config, run_dir, world, _tokenizing())
         device = pick_device(config.device)
+        if config.memory.loss == "liger" and device.type != "cuda":
+            raise ValueError(f"memory.loss=liger needs a GPU; this process has {device.type}")
         select(config.kernel, DTYPES[config.precision], device, config.model.head_dim)
     except ValueError as error:
         # What is wrong may be wrong on one machine only, so each has a voice.

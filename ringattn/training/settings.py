@@ -5,6 +5,7 @@ what was given and what is legal, and is found before torch.distributed or a mod
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
 import tempfile
@@ -180,6 +181,7 @@ RULES: dict[str, Rule] = {
     "memory.offload": _choice(True, False),
     "memory.ffn_tile": _or_null(_integer(1)),
     "memory.loss_chunk": _or_null(_integer(1)),
+    "memory.loss": _choice("chunked", "liger"),
     "engine.name": _choice("deepspeed", "fsdp"),
     "engine.zero_stage": _choice(0, 1, 2, 3),
     "engine.shard": _choice("world", "context"),
@@ -330,6 +332,10 @@ def _check_engine(config: DictConfig) -> None:
     engine, memory = config.engine, config.memory
     if memory.offload and not memory.checkpoint:
         raise ConfigError("memory.offload=true needs memory.checkpoint=true")
+    if memory.loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "memory.loss=liger: liger-kernel is not installed; pip install liger-kernel"
+        )
     if engine.name == "fsdp":
         if engine.zero_stage < 2:
             raise ConfigError(
