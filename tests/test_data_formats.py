@@ -270,6 +270,16 @@ def test_probes_ask_for_what_they_show(task, depth):
             start = next(i for i in range(400) if set(tokens[i : i + 16 : 2]) == {*question[:, 0]})
             pairs = dict(tokens[start : start + 16].reshape(8, 2))
             assert all(pairs[key] == value for key, value in question)
+    mixed = Probe(task, tokenizer, 401, 0, depth, halvings=1)
+    for number in range(4):
+        spans = mixed.spans(number)
+        assert [s.length for s in spans] == ([401] if number % 2 == 0 else [200, 200, 1])
+        for span in spans:
+            if span.document != EMPTY:
+                assert len(mixed.tokens(span, 0, 9999, 1)) == span.length
+                assert (mixed.labels(span, 0, 9999, 1) >= 0).sum() == (
+                    5 if task == "passkey" else 8
+                )
     assert Probe(task, tokenizer, 400, 1).fingerprint != probe.fingerprint
     with pytest.raises(DataError, match="takes at least"):
         Probe(task, tokenizer, 20, 0)

@@ -1,9 +1,12 @@
 """The loss in chunks, and what blocks keep: equal results, and attention computed once."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn as ra
@@ -11,7 +14,7 @@ from ringattn.attention import ring_attention
 from ringattn.comm import VirtualWorld
 from ringattn.context import IGNORED
 from ringattn.models.decoder import Decoder, ModelConfig
-from ringattn.models.loss import chunked_cross_entropy, liger_cross_entropy
+from ringattn.models.loss import LEAST, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
 
 ATTENTION = {torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default}
@@ -139,3 +142,27 @@ def test_same_gradients_and_attention_runs_once(memory):
 def test_offload_needs_checkpoint():
     with pytest.raises(ValueError, match=r"memory\.offload"):
         Memory(offload=True)
+
+
+def test_logits_of_all_tokens_never_exist():
+    """The peak of a step does not move with vocabulary beyond the head's own weights."""
+
+    def peak(vocab):
+        sizes = {"dim": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "ffn_dim": 64}
+        model = Decoder(ModelConfig(**sizes, vocab_size=vocab), 0, Memory(checkpoint=True))
+        n = 4096
+        plan = ra.make_plan(ra.masks.block_local(n, 64), ra.layouts.contiguous(n, 1))
+        tokens = torch.arange(n)[None] % 200
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            loss, *_ = model(
+                tokens, tokens[0], lambda q, k, v: ra.ring_attention(q, k, v, plan), tokens
+            )
+            loss.backward()
+        events = record.profiler.kineto_results.events()
+        moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(accumulate(size for _, size in moves))
+
+    small, large = peak(256), peak(16384)
+    head = (16384 - 256) * 32 * 4
+    # The head's gradient and the one in the making, and one chunk of logits.
+    assert large - small <= 2 * head + 4 * LEAST * 16384  # all logits are 128 heads

@@ -13,7 +13,7 @@ import numpy as np
 
 from ringattn.context import IGNORED
 from ringattn.data.documents import DataError
-from ringattn.data.stream import Sequences, Span
+from ringattn.data.stream import EMPTY, Sequences, Span
 from ringattn.data.tokenizer import Tokenizer
 
 NAMES = ("passkey", "recall")
@@ -28,22 +28,34 @@ class Probe(Sequences):
     """Numbered sequences of one task, each drawn from (seed, number).
 
     ``depth`` is where what is asked for stands: 0 at the beginning, 1 right before the question,
-    None anywhere. Raises DataError if ``seq_len`` is too short for the task.
+    None anywhere. ``halvings``: sequences take turns in being one text, two of half the length...
+    down to as many halvings, or to what the task needs: to train on, since the short ones teach
+    the long ones. Raises DataError if ``seq_len`` is too short for the task.
     """
 
     def __init__(
-        self, task: str, tokenizer: Tokenizer, seq_len: int, seed: int, depth: float | None = None
-    ) -> None:
+        self, task: str, tokenizer: Tokenizer, seq_len: int, seed: int,
+        depth: float | None = None, halvings: int = 0,
+    ) -> None:  # fmt: skip
         self.task, self.tokenizer, self.seq_len = task, tokenizer, seq_len
         self.seed, self.depth, self.filler = seed, depth, tokenizer.end
-        about = f"{task} {tokenizer.fingerprint} {seed} {depth}"
-        self.fingerprint = hashlib.sha256(about.encode()).hexdigest()[:16]
         self._made = lru_cache(64)(self._make)
         self._encoded = lru_cache(8)(tokenizer.encode)
-        self._made(0)  # raises
+        least = sum(map(len, self._parts(0)[:2]))
+        if seq_len < least:
+            raise DataError(f"{task} of {seq_len} tokens: it takes at least {least}")
+        self.kinds = [1 << i for i in range(halvings + 1) if seq_len >> i >= least]
+        about = f"{task} {tokenizer.fingerprint} {seed} {depth} {self.kinds}"
+        self.fingerprint = hashlib.sha256(about.encode()).hexdigest()[:16]
 
     def spans(self, sequence: int) -> list[Span]:
-        return [Span(sequence, 0, self.seq_len, 0)]
+        texts = self.kinds[sequence % len(self.kinds)]
+        length = self.seq_len // texts
+        first = sequence * self.kinds[-1]
+        spans = [Span(first + i, 0, length, i * length) for i in range(texts)]
+        if left := self.seq_len - texts * length:
+            spans.append(Span(EMPTY, 0, left, texts * length))
+        return spans
 
     def tokens(self, span: Span, start: int, stop: int, step: int) -> np.ndarray:
         return self._made(span.document)[0][start:stop:step]
@@ -52,26 +64,27 @@ class Probe(Sequences):
         return self._made(span.document)[1][start:stop:step]
 
     def _make(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, labels), ``[seq_len]``."""
-        draw = np.random.default_rng([self.seed, number])
-        depth = draw.random() if self.depth is None else self.depth
-        needle, question, asked = (self._passkey if self.task == "passkey" else self._recall)(draw)
-        room = self.seq_len - len(needle) - len(question)
-        if room < 0:
-            raise DataError(
-                f"{self.task} of {self.seq_len} tokens: it takes at least "
-                f"{len(needle) + len(question)}"
-            )
+        """(tokens, labels) of one text, int64."""
+        sequence = number // self.kinds[-1]
+        length = self.seq_len // self.kinds[sequence % len(self.kinds)]
+        needle, question, asked, depth = self._parts(number)
+        room = length - len(needle) - len(question)
         hay = self._encoded(HAYSTACK)
         before = round(depth * room)
         if self.task == "passkey":  # between two sentences' turns
             before -= before % len(hay)
         hay = np.resize(hay, room)
         tokens = np.concatenate([hay[:before], needle, hay[before:], question])
-        labels = np.full(self.seq_len, IGNORED, np.int64)
-        answers = self.seq_len - len(question) + np.flatnonzero(asked)
+        labels = np.full(length, IGNORED, np.int64)
+        answers = length - len(question) + np.flatnonzero(asked)
         labels[answers - 1] = tokens[answers]
         return tokens, labels
+
+    def _parts(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """(what is to be found, the question with its answers, which of that is asked, depth)."""
+        draw = np.random.default_rng([self.seed, number])
+        depth = draw.random() if self.depth is None else self.depth
+        return *(self._passkey if self.task == "passkey" else self._recall)(draw), depth
 
     def _passkey(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         key = "".join(map(str, draw.integers(0, 10, DIGITS)))

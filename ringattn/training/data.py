@@ -45,7 +45,7 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
     if data["format"] in probes.NAMES:
         known = tokenizer.make(data["tokenizer"], data["end"])
         # A seed that no evaluation draws from.
-        task = probes.Probe(data["format"], known, config.seq_len, seed + 2**32)
+        task = probes.Probe(data["format"], known, config.seq_len, seed + 2**32, halvings=3)
         return Data(known, task, None, [f"data: {data['format']}, made on the fly"])
     parts = [{**data, **part} for part in data["mix"] or [{**data, "weight": 1.0}]]
     whole = opened = [_open(part, progress) for part in parts]

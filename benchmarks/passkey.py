@@ -1,0 +1,60 @@
+"""experiment=passkey with the whole context and with a window only; draws docs/passkey.png.
+
+    python benchmarks/passkey.py [--world 2] [--out docs/passkey.png] [KEY=VALUE ...]
+
+Prints, for each, the seconds that training took and the share of keys retrieved at every length
+(the mean over depths) after the last step. A window of w tokens in l layers reaches l (w - 1)
+tokens back; a key that is further away can only be guessed: 1e-5 for five digits.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ringattn.training.pictures import heat_map
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {"whole context": [], "window of 64": ["attention.window=64"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/passkey.png")
+    parser.add_argument("keys", nargs="*")
+    options = parser.parse_args()
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(RUNS))
+    for (name, more), place in zip(RUNS.items(), axes, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 f"--nproc-per-node={options.world}", str(ROOT / "train.py"),
+                 "experiment=passkey", f"run_dir={folder}/run", "logger=none",
+                 *options.keys, *more],
+                check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            seconds = time.monotonic() - begin
+            last = json.loads(Path(folder, "run/eval.jsonl").read_text().splitlines()[-1])
+        cells = last["probes"]
+        heat_map(cells, f"{name}, {last['step']} steps", place)
+        lengths = sorted({cell["length"] for cell in cells})
+        means = {
+            n: sum(c["accuracy"] for c in cells if c["length"] == n)
+            / sum(c["length"] == n for c in cells)
+            for n in lengths
+        }
+        print(json.dumps({"run": name, "seconds": round(seconds), "accuracy": means}), flush=True)
+    figure.savefig(options.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
