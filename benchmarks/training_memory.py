@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[512, 8192, 32768, 131072])
     parser.add_argument("--vocabulary-length", type=int, default=8192)
-    parser.add_argument("--quick", action="store_true", help="small, for tests")
+    parser.add_argument("--quick", action="store_true", help="small")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -156,6 +156,30 @@ def test_bpe_round_trip_and_shards_remember_their_tokenizer(tmp_path, capsys):
     assert make(f"{tmp_path}/bare.json", "<odd>").end == tokenizer.end
 
 
+def test_documents_come_whole_whatever_the_tokenizer_file_says(tmp_path):
+    train_bpe(TEXTS, 300, tmp_path / "bpe.json")
+    plain = make(str(tmp_path / "bpe.json")).encode("the ring goes round " * 9).tolist()
+    content = json.loads((tmp_path / "bpe.json").read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    (tmp_path / "short.json").write_text(json.dumps(content))
+    assert make(str(tmp_path / "short.json")).encode("the ring goes round " * 9).tolist() == plain
+
+
+def test_text_that_is_no_unicode_is_corrupt(tmp_path):
+    lines = ['{"text": "\\ud83d"}', "[" * 100_000, '{"text": "fine"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read_all(Source.open(str(tmp_path), "*"))
+    assert [type(x) for x in found] == [Corrupt, Corrupt, str]
+    assert [x.where.rsplit(":")[-1] for x in found[:2]] == ["1", "2"]
+
+
+def test_another_packing_is_other_data():
+    cut, packed = (Stream(Numbers([5, 9]), 7, 0, packing) for packing in ("cut", "best_fit"))
+    assert cut.fingerprint != packed.fingerprint
+
+
 def test_damaged_shards_are_named(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     shards.write(Source.open(str(tmp_path), "*.jsonl"), tmp_path / "out")

@@ -1,5 +1,6 @@
 """The loss in chunks, and what blocks keep: equal results, and attention computed once."""
 
+import importlib.util
 from itertools import accumulate
 
 import pytest
@@ -16,6 +17,14 @@ from ringattn.context import IGNORED
 from ringattn.models.decoder import Decoder, ModelConfig
 from ringattn.models.loss import LEAST, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
+
+from .processes import ROOT
+
+spec = importlib.util.spec_from_file_location(
+    "training_memory", ROOT / "benchmarks/training_memory.py"
+)
+training_memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(training_memory)
 
 ATTENTION = {torch.ops.ringattn.attention.default, torch.ops.ringattn.attention_backward.default}
 
@@ -166,3 +175,23 @@ def test_logits_of_all_tokens_never_exist():
     head = (16384 - 256) * 32 * 4
     # The head's gradient and the one in the making, and one chunk of logits.
     assert large - small <= 2 * head + 4 * LEAST * 16384  # all logits are 128 heads
+
+
+def test_the_written_model_of_memory():
+    """Two lengths of benchmarks/training_memory.py, which has the whole table."""
+    slopes, forwards = {}, {}
+    for name, more in (("plain", ()), ("long", ("memory=long", "memory.ffn_tile=256"))):
+        found = [
+            training_memory.run(
+                [f"seq_len={n}", "model.dim=64", "model.layers=8", "model.heads=4",
+                 "model.kv_heads=2", "model.head_dim=16", "model.ffn_dim=176",
+                 "model.vocab_size=512", *more]
+            )
+            for n in (1024, 3072)
+        ]  # fmt: skip
+        slopes[name] = [found[1][key] - found[0][key] for key in ("peak", "predicted")]
+        forwards[name] = found[0]["forwards"], found[0]["backwards"]
+    for measured, written in slopes.values():
+        assert written / 1.3 <= measured <= 1.3 * written
+    assert forwards["plain"] == forwards["long"] == (8, 8)
+    assert slopes["long"][0] < 0.4 * slopes["plain"][0]

@@ -101,12 +101,12 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
         worlds[4] |= case(f"cp2-dp2-zero{stage}", 2, 3, 1, stage)
     for stage in (0, 3):
         worlds[3] |= case(f"cp3-zero{stage}", 3, 3, 2, stage)
-        worlds[4] |= case(f"cp4-zero{stage}", 4, 6, 1, stage)
+        worlds[4] |= case(f"cp4-zero{stage}", 4, 6, 1, stage, save)
     worlds[2] |= case("fsdp", 2, 3, 2, 3, "engine=fsdp", save)
     worlds[2] |= case("fsdp-dp2", 1, 3, 1, 2, "engine=fsdp", "engine.offload_params=true")
     worlds[2] |= case("long", 2, 6, 1, 1, "engine.offload_optimizer=true", *long, save)
     worlds[2] |= case("long-zero3", 2, 6, 1, 3, "engine.offload_params=true", *long, save)
-    worlds[4] |= case("fsdp-cp2", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context", *long)
+    worlds[4] |= case("fsdp-cp2", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context", *long, save)
     # Any world, stage and engine continues any other.
     worlds[3] |= case("1-to-3", 3, 3, 2, 0, of("base"))
     worlds[3] |= case("zero3-to-fsdp", 3, 6, 1, 2, "engine=fsdp", of("long-zero3"))
@@ -137,6 +137,13 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
             (line,) = (tmp_path / name / "eval.jsonl").read_text().splitlines()
             evaluations[name] = json.loads(line)
         assert [m["step"] for m in got] == ([3] if "-to-" in name else [1, 2, 3])
+    # And fewer ranks continue more.
+    smaller = {2: {}, 1: {}}
+    smaller[2] |= case("fsdp4-to-2", 1, 3, 1, 2, "engine=fsdp", of("fsdp-cp2"))
+    smaller[2] |= case("cp4-to-cp2", 2, 6, 1, 3, of("cp4-zero0"))
+    smaller[1] |= case("dp2-to-1", 1, 6, 1, 1, of("fsdp"))
+    for name, got in _train_all(tmp_path, smaller).items():
+        _assert_equal(runs["base"][-1:], got, name)
     want = evaluations["mix"]
     for got in evaluations.values():
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)

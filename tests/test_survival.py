@@ -54,6 +54,11 @@ def test_a_restart_finds_the_run_directory_that_was_not_named(tmp_path, text, mo
     assert [m["step"] for m in metrics(run_dir)] == list(range(1, 41))
 
 
+def test_ranks_that_start_at_other_times_find_each_other():
+    status, output = launch(4, ROOT / "tests/workers/late.py")
+    assert status == 0, output
+
+
 def test_a_stopped_rank_is_named_with_its_step(tmp_path, text):
     run_dir = tmp_path / "run"
     keys = ("train.steps=100000", "parallel.timeout_s=8")
@@ -135,7 +140,9 @@ def test_a_vanished_run_directory_ends_with_a_line(tmp_path, text):
     assert not run_dir.exists()  # not made again
 
 
-def test_a_step_that_is_not_finite_is_skipped_by_every_engine(tmp_path, text):
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_step_that_is_not_finite_is_skipped_by_every_engine(tmp_path, text, kind, monkeypatch):
+    monkeypatch.setenv("POISON", kind)
     engines = {
         **{f"zero{s}": [f"engine.zero_stage={s}"] for s in range(4)},
         **{f"bf16-{s}": [f"engine.zero_stage={s}", "precision=bf16"] for s in (0, 1, 3)},
@@ -148,7 +155,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_engine(tmp_path, text):
     listing.write_text(json.dumps(cases))
     status, output = launch(2, ROOT / "tests/workers/poisoned.py", str(listing))
     assert status == 0, output
-    assert output.count("step 3 skipped: loss nan, gradient norm ") == len(engines)
+    assert output.count(f"step 3 skipped: loss {kind}, gradient norm ") == len(engines)
     for name in engines:
         want = metrics(tmp_path / ("bf16-1" if "bf16" in name else "zero1"))
         got = metrics(tmp_path / name)

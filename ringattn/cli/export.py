@@ -59,6 +59,8 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if not found:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
     path, manifest = found[0]
+    if manifest.attention.get("sinks"):
+        raise ValueError(f"{path}: attention.sinks has no place in a Hugging Face config")
     for name, (_, digest) in manifest.files.items():
         if states.digest(path / name) != digest:
             raise ValueError(f"{path / name} has changed since it was written")
@@ -78,6 +80,8 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     hf_config.write(
         draft, manifest.model, manifest.attention.get("window"), manifest.seq_len, values["dtype"]
     )
+    if values["tokenizer"]:
+        _special_tokens(Path(values["tokenizer"]), draft / "config.json")
     for file in tokenizer:
         shutil.copy(file, draft)
     draft.rename(out)
@@ -90,8 +94,20 @@ def _tokenizer_files(given: str | None) -> list[Path]:
     where = Path(given)
     if where.is_file():
         return [where]
-    names = ("tokenizer*.json", "special_tokens_map.json", "tokenizer.model", "chat_template*")
+    names = (
+        "tokenizer*.json", "special_tokens_map.json", "tokenizer.model", "chat_template*",
+        "generation_config.json",
+    )  # fmt: skip
     files = [path for name in names for path in where.glob(name)]
     if not files:
         raise ValueError(f"tokenizer={where}: no tokenizer*.json there")
     return files
+
+
+def _special_tokens(source: Path, config: Path) -> None:
+    """The ids of the model that the tokenizer is of, if its config.json is there."""
+    path = source / "config.json"
+    given = json.loads(path.read_text()) if path.is_file() else {}
+    ids = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+           if key in given}  # fmt: skip
+    config.write_text(json.dumps(json.loads(config.read_text()) | ids, indent=2) + "\n")

@@ -13,6 +13,10 @@ class DataError(ValueError):
     """Data that cannot be read; the message names the key and the file."""
 
 
+def missing(package: str, what: str) -> DataError:
+    return DataError(f"{what} needs {package}: pip install 'ringattn[data]'")
+
+
 class Documents(Protocol):
     """Documents, each ending with an end token."""
 

@@ -67,12 +67,16 @@ class Probe(Sequences):
         """(tokens, labels) of one text, int64."""
         sequence = number // self.kinds[-1]
         length = self.seq_len // self.kinds[sequence % len(self.kinds)]
-        needle, question, asked, depth = self._parts(number)
-        room = length - len(needle) - len(question)
+        for attempt in range(100):  # with some tokenizers, keys differ in length
+            needle, question, asked, depth = self._parts(number, attempt)
+            if (room := length - len(needle) - len(question)) >= 0:
+                break
+        else:
+            raise DataError(f"{self.task} of {length} tokens: that is too short for most keys")
         hay = self._encoded(HAYSTACK)
-        before = round(depth * room)
-        if self.task == "passkey":  # between two sentences' turns
-            before -= before % len(hay)
+        # Where a turn of the haystack begins: each as likely, the first and the last too.
+        places = room // len(hay)
+        before = min(int(depth * (places + 1)), places) * len(hay)
         hay = np.resize(hay, room)
         tokens = np.concatenate([hay[:before], needle, hay[before:], question])
         labels = np.full(length, IGNORED, np.int64)
@@ -80,9 +84,11 @@ class Probe(Sequences):
         labels[answers - 1] = tokens[answers]
         return tokens, labels
 
-    def _parts(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    def _parts(
+        self, number: int, attempt: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """(what is to be found, the question with its answers, which of that is asked, depth)."""
-        draw = np.random.default_rng([self.seed, number])
+        draw = np.random.default_rng([self.seed, number, attempt])
         depth = draw.random() if self.depth is None else self.depth
         return *(self._passkey if self.task == "passkey" else self._recall)(draw), depth
 
@@ -98,6 +104,8 @@ class Probe(Sequences):
         Keys and values are token ids: two halves of the vocabulary without the haystack's."""
         used = {*self._encoded(HAYSTACK).tolist(), self.tokenizer.end}
         free = np.array([i for i in range(min(self.tokenizer.vocab_size, 512)) if i not in used])
+        if len(free) < 2 * PAIRS:
+            raise DataError(f"recall needs a vocabulary with {2 * PAIRS} tokens to spare")
         keys = draw.permutation(free[: len(free) // 2])[:PAIRS]
         values = draw.choice(free[len(free) // 2 :], PAIRS)
         order = draw.permutation(PAIRS)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringattn.data.corpus import list_files
-from ringattn.data.documents import DataError
+from ringattn.data.documents import DataError, missing
 
 FORMATS = ("text", "jsonl", "parquet", "datasets")
 ENDINGS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl",
-    ".parquet": "parquet",
+    ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl",
+    ".json.gz": "jsonl", ".parquet": "parquet",
 }  # fmt: skip
 PIECE_BYTES = 32 << 20
 PIECE_ROWS = 20_000
@@ -77,7 +78,8 @@ class Source:
             path = str(base / name)
             if format == "jsonl" and not name.endswith(".gz"):
                 starts = range(0, size, PIECE_BYTES)
-                pieces += [Piece(path, s, min(s + PIECE_BYTES, size), PIECE_BYTES) for s in starts]
+                ends = [min(s + PIECE_BYTES, size) for s in starts]
+                pieces += [Piece(path, s, e, e - s) for s, e in zip(starts, ends, strict=True)]
             elif format == "parquet":
                 pieces += _parquet_pieces(path, size)
             else:
@@ -140,7 +142,7 @@ def _json_lines(piece: Piece, field: str) -> Iterator[str | Corrupt]:
         while piece.stop is None or at < piece.stop:
             try:
                 line = file.readline()
-            except (EOFError, gzip.BadGzipFile, OSError) as error:
+            except (EOFError, zlib.error, OSError) as error:
                 if not compressed:
                     raise
                 yield Corrupt(f"{piece.path}:{number + 1}", f"damaged archive ({error})")
@@ -162,12 +164,16 @@ def _json_lines(piece: Piece, field: str) -> Iterator[str | Corrupt]:
 def _field(line: bytes, field: str) -> str | Corrupt:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Corrupt("", f"not JSON ({error})")
     if not isinstance(record, dict) or field not in record:
         return Corrupt("", f"no field {field!r}")
     if not isinstance(record[field], str):
         return Corrupt("", f"{field!r} is {type(record[field]).__name__}, not text")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:
+        return Corrupt("", f"{field!r} is no Unicode text ({error.reason})")
     return record[field]
 
 
@@ -185,19 +191,21 @@ def _lines_before(piece: Piece) -> int:
 
 
 def _parquet_pieces(path: str, size: int) -> list[Piece]:
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
-
+    try:
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowException
+    except ImportError:
+        raise missing("pyarrow", f"data.root: {path}") from None
     try:
         groups = pq.ParquetFile(path).num_row_groups
-    except ArrowInvalid:
+    except (ArrowException, OSError):
         return [Piece(path, 0, 0, size)]  # becomes one corrupt record
     return [Piece(path, g, g + 1, size // groups) for g in range(groups)]
 
 
 def _parquet_rows(piece: Piece, field: str) -> Iterator[str | Corrupt]:
     import pyarrow.parquet as pq
-    from pyarrow import ArrowException, ArrowInvalid
+    from pyarrow import ArrowException
 
     try:
         file = pq.ParquetFile(piece.path)
@@ -207,7 +215,7 @@ def _parquet_rows(piece: Piece, field: str) -> Iterator[str | Corrupt]:
                 f"data.field={field}: {piece.path} has columns {', '.join(file.schema_arrow.names)}"
             )
         values = file.read_row_group(piece.start, columns=[field]).column(0)
-    except (ArrowInvalid, ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         reason = str(error).split(". ")[0]
         yield Corrupt(f"{piece.path}: row group {piece.start}", f"not readable ({reason})")
         return
@@ -219,8 +227,10 @@ def _parquet_rows(piece: Piece, field: str) -> Iterator[str | Corrupt]:
 
 
 def _dataset(root: Path, split: str):
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        raise missing("datasets", f"data.root={root}") from None
     try:
         loaded = datasets.load_from_disk(str(root))
     except (OSError, ValueError) as error:

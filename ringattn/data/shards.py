@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,20 @@ class Shards:
             if about["format"] != FORMAT:
                 raise DataError(f"{root}: token shards of format {about['format']}, not {FORMAT}")
             self.about: dict[str, Any] = about
-            dtype = np.dtype(about["dtype"])
-            self._tokens, self._ends = [], []
+            self._dtype, self._ends = np.dtype(about["dtype"]), []
             for shard in about["shards"]:
-                path, documents = root / shard["name"], shard["documents"]
-                self._tokens.append(_mapped(path.with_suffix(".tokens"), dtype, shard["tokens"]))
-                self._ends.append(_mapped(path.with_suffix(".ends"), "<i8", documents))
+                path = root / shard["name"]
+                _check_size(path.with_suffix(".tokens"), self._dtype, shard["tokens"])
+                _check_size(path.with_suffix(".ends"), np.dtype("<i8"), shard["documents"])
+                self._ends.append(np.fromfile(path.with_suffix(".ends"), "<i8"))
         except OSError as error:
             raise DataError(f"data.root={root}: {error.filename}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"data.root={root}: {MANIFEST} is damaged: {error}") from None
+        # Few at a time: each map holds a file descriptor.
+        self._tokens = lru_cache(64)(self._map)
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self._first = np.cumsum([0, *(len(ends) for ends in self._ends)])
         starts = [np.concatenate([[0], ends[:-1]]) for ends in self._ends if len(ends)]
@@ -70,20 +72,26 @@ class Shards:
         where = given if given == tokenizers.BYTES else str(self.root / given)
         return tokenizers.make(where, self.about["end_token"])
 
+    def _map(self, shard: int) -> np.ndarray:
+        path = self.root / f"{self.about['shards'][shard]['name']}.tokens"
+        try:
+            return np.memmap(path, self._dtype, "r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}") from None
+
     def read(self, document: int, start: int, stop: int, step: int = 1) -> np.ndarray:
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         index = document - int(self._first[shard])
         end = int(self._ends[shard][index])
         first = int(self._ends[shard][index - 1]) if index else 0
-        part = self._tokens[shard][first + start : min(first + stop, end) : step]
+        part = self._tokens(shard)[first + start : min(first + stop, end) : step]
         return part.astype(np.int64)
 
 
-def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
+def _check_size(path: Path, dtype: np.dtype, count: int) -> None:
     size = path.stat().st_size
-    if size != count * np.dtype(dtype).itemsize:
-        raise DataError(f"{path} has {size} bytes, not those of {count} {np.dtype(dtype)}")
-    return np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+    if size != count * dtype.itemsize:
+        raise DataError(f"{path} has {size} bytes, not those of {count} {dtype}")
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,8 @@ def _write_units(
     end: str | None, most: int, workers: int, progress: Callable[[int, int], None],
 ) -> list[_Written]:  # fmt: skip
     sizes = [sum(piece.size for piece in unit) for unit in units]
-    jobs = [(folder, i, unit, source, tokenizer, end, most) for i, unit in enumerate(units)]
+    bare = replace(source, pieces=())  # a job has its own pieces
+    jobs = [(folder, i, unit, bare, tokenizer, end, most) for i, unit in enumerate(units)]
     written: list[_Written] = []
 
     def add(result: _Written) -> None:

@@ -115,7 +115,7 @@ class Stream(Sequences):
     ) -> None:  # fmt: skip
         self.documents, self.seq_len, self.filler = documents, seq_len, filler
         self.seed = (seed,) if isinstance(seed, int) else seed
-        self.packing, self.fingerprint = packing, documents.fingerprint
+        self.packing, self.fingerprint = packing, f"{documents.fingerprint}-{packing}"
         self.epoch_tokens = int(documents.lengths.sum())
         self._epoch = lru_cache(2)(self._draw)
         self._packed = lru_cache(2)(self._pack)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ringattn.data.documents import DataError
+from ringattn.data.documents import DataError, missing
 
 BYTES = "bytes"
 # The end of a document, where a tokenizer does not say it itself.
@@ -45,8 +45,10 @@ class FileTokenizer:
     tokenizer_config.json beside it calls eos_token, or a usual one. Raises DataError."""
 
     def __init__(self, path: Path, end: str | None = None) -> None:
-        from tokenizers import Tokenizer as Fast
-
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise missing("tokenizers", f"data.tokenizer={path}") from None
         self.path = path / "tokenizer.json" if path.is_dir() else path
         try:
             content = self.path.read_bytes()
@@ -55,6 +57,9 @@ class FileTokenizer:
             raise DataError(f"data.tokenizer={path}: {error.strerror}") from None
         except Exception as error:  # tokenizers raises Exception itself
             raise DataError(f"data.tokenizer={self.path}: not a tokenizer.json: {error}") from None
+        # Settings of the file for short inputs; documents are to come whole.
+        self._fast.no_truncation()
+        self._fast.no_padding()
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         ends = [end] if end else [*_said(self.path.with_name("tokenizer_config.json")), *USUAL_ENDS]
         found = [i for i in map(self._fast.token_to_id, ends) if i is not None]
@@ -92,8 +97,11 @@ def make(given: str | None, end: str | None = None) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> int:
     """Trains a byte-level BPE of ``vocab_size`` tokens, <|endoftext|> among them, and writes it as
     a tokenizer.json; returns the size it reached (less, where the text has no more pairs)."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer as Fast
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise missing("tokenizers", "training a tokenizer") from None
 
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -105,5 +113,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> int:
         show_progress=False,
     )
     fast.train_from_iterator(texts, trainer)
+    out.parent.mkdir(parents=True, exist_ok=True)
     fast.save(str(out))
     return fast.get_vocab_size()

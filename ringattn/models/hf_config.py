@@ -49,6 +49,13 @@ def read(folder: Path) -> tuple[dict[str, Any], int | None]:
     """
     path = folder / "config.json"
     try:
+        return _read(path)
+    except (TypeError, AttributeError) as error:
+        raise UnknownModel(f"{path}: a value of a wrong type ({error})") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int | None]:
+    try:
         given = json.loads(path.read_text())
         kind = given["model_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -59,6 +66,7 @@ def read(folder: Path) -> tuple[dict[str, Any], int | None]:
         ("hidden_act", ("silu",)),
         ("mlp_bias", (False, None)),
         ("attention_bias", (False, None)),
+        ("attention_dropout", (0, 0.0, None)),
         ("pretraining_tp", (1, None)),
     ):
         if given.get(key, legal[0]) not in legal:
@@ -110,7 +118,8 @@ def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window(path: Path, given: dict[str, Any]) -> int | None:
-    window = given.get("sliding_window")
+    usual = 4096 if given["model_type"] == "mistral" else None
+    window = given.get("sliding_window", usual)
     if window is None or given.get("use_sliding_window") is False:
         return None
     layers = given["num_hidden_layers"]

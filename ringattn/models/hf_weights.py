@@ -87,8 +87,8 @@ class Pretrained:
 
 
 def save(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
-    """Writes (our name, tensor) pairs as safetensors of up to ``shard_bytes`` each, with an index;
-    holds one shard at a time. Returns the bytes of all tensors."""
+    """Writes (our name, tensor) pairs as safetensors of up to ``shard_bytes`` (or one tensor), with
+    an index; holds one shard at a time. Returns the bytes of all tensors."""
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
     total = size = 0
@@ -101,10 +101,10 @@ def save(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes:
         size = 0
 
     for name, tensor in weights:
+        if held and size + tensor.nbytes > shard_bytes:
+            flush()
         held[hf_name(name)] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-        if size >= shard_bytes:
-            flush()
     if held:
         flush()
     places = {}

@@ -1,5 +1,6 @@
-"""What is kept of a block's forward for its backward: its input and attention's result, on the
-device or in host memory. All else is computed again, attention and its exchange are not.
+"""What is kept of a block's forward for its backward: its input and attention's result (with heads
+split over ranks, also q, k, v and out as exchanged), on the device or in host memory. All else is
+computed again, attention and its exchange are not.
 """
 
 from __future__ import annotations

@@ -39,6 +39,11 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise ValueError(f"model.rope.type={self.type}: must be one of: {', '.join(TYPES)}")
+        if self.type == "default" and self.factor != 1:
+            raise ValueError(
+                f"model.rope.factor={self.factor:g} does nothing with model.rope.type=default; "
+                "give linear, ntk, yarn or llama3"
+            )
         if self.type in ("yarn", "llama3") and self.original_length is None:
             raise ValueError(
                 f"model.rope.original_length must be given for model.rope.type={self.type}: "

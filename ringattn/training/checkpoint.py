@@ -23,6 +23,7 @@ from ringattn.training.settings import ConfigError, path_errors
 
 MANIFEST = "ringattn.json"
 FORMAT = 2
+HISTORY = ("metrics.jsonl", "eval.jsonl", "skipped.jsonl", "config.yaml", "wandb_id")
 
 
 class Damaged(RuntimeError):
@@ -244,11 +245,20 @@ class Saver:
         """Removes finished checkpoints beyond ``keep``; the one just published is one of these."""
         if self.keep is None:
             return
-        finished = [p for p in newest.parent.glob("step_*") if (p / MANIFEST).is_file()]
-        finished.sort(key=lambda p: int(p.name.removeprefix("step_")))
+        finished = sorted(_finished(newest.parent), key=_number)
         for path in finished[: -self.keep]:
             (path / MANIFEST).unlink()  # first, so that a kill leaves an unfinished one
             shutil.rmtree(path)
+
+
+def _finished(checkpoints: Path) -> list[Path]:
+    """Those of this run; copies under other names are a person's own."""
+    return [p for p in checkpoints.glob("step_*") if _number(p) >= 0 and (p / MANIFEST).is_file()]
+
+
+def _number(path: Path) -> int:
+    number = path.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
 
 
 def _reason(error: Exception) -> str:
@@ -272,10 +282,10 @@ def set_aside(run_dir: Path, resumed: Found | None) -> Path | None:
     checkpoints beyond the resumed step if it goes back. So nothing is lost or overwritten, and
     ``auto`` finds the checkpoints of one history only.
     """
-    finished = [path for path in run_dir.glob("checkpoints/step_*") if (path / MANIFEST).is_file()]
+    finished = _finished(run_dir / "checkpoints")
     continues = resumed is not None and resumed[0].resolve() in [p.resolve() for p in finished]
     if continues:
-        stale = [p for p in finished if int(p.name.removeprefix("step_")) > resumed[1].step]
+        stale = [p for p in finished if _number(p) > resumed[1].step]
         if not stale:
             return None
     else:
@@ -288,7 +298,7 @@ def set_aside(run_dir: Path, resumed: Found | None) -> Path | None:
     aside.mkdir()
     for path in stale:
         path.rename(aside / path.name)
-    for path in (run_dir / name for name in ("metrics.jsonl", "config.yaml", "wandb_id")):
+    for path in (run_dir / name for name in HISTORY):
         if path.exists():
             # A run that goes back keeps the lines up to its step.
             shutil.copy(path, aside) if continues else path.rename(aside / path.name)

@@ -42,7 +42,14 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
     """Opens what ``data`` and ``eval`` name; text that needs it is tokenized into the cache first,
     once per machine. Raises ConfigError or DataError, naming the key."""
     data, seed = OmegaConf.to_container(config.data), config.seed
+    if config.eval.root is not None and config.eval.holdout:
+        raise ConfigError("eval.holdout and eval.root: give one of them")
     if data["format"] in probes.NAMES:
+        if config.eval.root is not None or config.eval.holdout:
+            raise ConfigError(
+                f"data.format={data['format']} has no documents to hold out; leave out "
+                "eval.holdout and eval.root, and give eval.probes"
+            )
         known = tokenizer.make(data["tokenizer"], data["end"])
         # A seed that no evaluation draws from.
         task = probes.Probe(data["format"], known, config.seq_len, seed + 2**32, halvings=3)
@@ -52,7 +59,12 @@ def open_data(config: DictConfig, progress: Progress) -> Data:
     known = _tokenizer(data, opened)
     held = [None] * len(parts)
     if config.eval.root is not None:
-        held = [_open({**parts[0], "root": config.eval.root}, progress)]
+        same = _tokenizer_of(opened[0])
+        held = [_open({**parts[0], "root": config.eval.root, **same}, progress)]
+        if _tokenizer(data, held).fingerprint != known.fingerprint:
+            raise ConfigError(
+                f"eval.root={config.eval.root}: its tokens are of another tokenizer than data's"
+            )
     elif config.eval.holdout:
         opened, held = zip(*(hold_out(d, config.eval.holdout) for d in opened), strict=True)
     weights = [part["weight"] for part in parts]
@@ -97,7 +109,7 @@ def _cached(source: Source, part: dict[str, Any], progress: Progress) -> Shards:
     known = tokenizer.make(part["tokenizer"], part["end"])
     about = [known.fingerprint, source.format, source.field, source.split, str(source.root)]
     for piece in source.pieces:
-        about += [piece.path, str(piece.start), str(piece.stop), str(_age(piece.path))]
+        about += [piece.path, str(piece.start), str(piece.stop), _age(piece.path)]
     key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(part["cache"] or usual / "ringattn" / "tokens").expanduser()
@@ -115,8 +127,19 @@ def _cached(source: Source, part: dict[str, Any], progress: Progress) -> Shards:
         raise ConfigError(f"data.cache={cache}: {error.strerror}") from None
 
 
-def _age(path: str) -> int:
-    return os.stat(path).st_mtime_ns
+def _age(path: str) -> str:
+    """Changes when a file does, or any file of a saved dataset."""
+    below = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
+    return " ".join(f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in below)
+
+
+def _tokenizer_of(documents: Documents) -> dict[str, Any]:
+    """``data.tokenizer`` and ``data.end`` that documents were made with."""
+    if not isinstance(documents, Shards):
+        return {"tokenizer": None, "end": None}
+    given = documents.about["tokenizer"]
+    where = None if given == tokenizer.BYTES else str(documents.root / given)
+    return {"tokenizer": where, "end": documents.about["end_token"]}
 
 
 def _tokenizer(data: dict[str, Any], opened: list[Documents]) -> Tokenizer:

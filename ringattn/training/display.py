@@ -38,7 +38,7 @@ def plan_table(
     micro = config.seq_len * config.batch_size * dp
     tokens = micro * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
-    memory = footprint.predict(model, config, local, world, cp)
+    memory = footprint.predict(model, config, local, world, cp, plan.ulysses)
     flops = step_flops(model, micro, plan.mask.area * dp) * config.train.grad_accum
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (

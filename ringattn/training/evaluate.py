@@ -19,6 +19,8 @@ from ringattn.data.stream import Sequences
 from ringattn.training.batch import load_batch
 from ringattn.training.data import Data
 from ringattn.training.engine import Engine
+from ringattn.training.metrics import as_json
+from ringattn.training.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class Evaluation:
             batch = load_batch(self.config, self.held_out, self.context, self.split, numbers)
             attend = self.context.attend(batch.plan)
             _, each, _ = self.engine.forward(batch.tokens, batch.positions, attend, batch.labels)
+            own = torch.from_numpy(batch.plan.layout.positions(self.context.cp_rank))
+            number = torch.tensor(numbers)[own // self.config.seq_len]
             supervised = (batch.labels != IGNORED)[0].cpu()
+            supervised &= number < self.config.eval.sequences  # not what fills up a round
             # frexp's exponent: 0 for position 0, 1 for 1, 2 for 2 and 3, ...
             bucket = torch.frexp(batch.positions.cpu()[supervised].double())[1].long()
             sums[0].index_add_(0, bucket, each[0].cpu()[supervised].double())
@@ -123,6 +128,9 @@ class Evaluation:
 
 def make_probes(config: DictConfig, data: Data) -> dict[tuple[str, int, float], Probe]:
     """Raises DataError for a probe that does not fit its length."""
+    for key in ("lengths", "depths"):
+        if config.eval.probes and config.eval[key] is not None and not config.eval[key]:
+            raise ConfigError(f"eval.{key}=[]: eval.probes={config.eval.probes} needs some")
     return {
         (task, length, depth): Probe(task, data.tokenizer, length, config.seed, depth)
         for task in config.eval.probes
@@ -137,7 +145,7 @@ def write(run_dir: Path, values: dict[str, Any]) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < values["step"]]
     draft = path.with_suffix(".tmp")
-    draft.write_text("".join(line + "\n" for line in [*kept, json.dumps(values)]))
+    draft.write_text("".join(line + "\n" for line in [*kept, as_json(values)]))
     draft.replace(path)
 
 

@@ -25,14 +25,19 @@ class Footprint:
         return self.states + self.kept + self.working
 
 
-def predict(model: ModelConfig, config: DictConfig, tokens: int, world: int, cp: int) -> Footprint:
-    """For ``tokens`` of this rank in a micro-step. Without the framework's own share and the
-    buffers of communication."""
+def predict(
+    model: ModelConfig, config: DictConfig, tokens: int, world: int, cp: int, ulysses: int = 1
+) -> Footprint:
+    """For ``tokens`` of this rank in a micro-step, heads split over ``ulysses`` ranks. Without the
+    framework's own share, the buffers of communication, and the copy that a checkpoint is written
+    from (12 bytes a parameter of this rank, in host memory)."""
     wide = 2 if config.precision == "bf16" else 4
     on_device, on_host = _states(model, config, wide, world, cp)
     memory, engine = config.memory, config.engine
     tiled = memory.ffn_tile is not None and memory.ffn_tile < tokens
     kept = block_kept(model, wide, memory.checkpoint, 0.0 if tiled else 1.0) * model.layers
+    if ulysses > 1 and memory.checkpoint:  # q, k, v and out too, as exchanged: once is enough
+        kept += model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * wide
     # A block computed again holds what it else keeps, and gradients of the model's width.
     again = block_kept(model, wide, False, 0.0 if tiled else 1.0)
     working = (again - block_kept(model, wide, True) + 3 * model.dim * wide) * tokens

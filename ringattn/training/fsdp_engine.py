@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ringattn.context import Attend, Context
 from ringattn.models.decoder import Decoder, Loss
@@ -77,12 +77,14 @@ class FSDPEngine:
         self.micro_steps += 1
         if self.micro_steps % self.config.train.grad_accum:
             return None
-        parameters = list(self.model.parameters())
-        total = nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        # Of the local parts, reduced on the device: offloaded gradients lie where NCCL is not.
+        grads = [p.grad.to_local() for p in self.model.parameters()]
+        square = nn.utils.get_total_norm(grads).to(self.context.device).double() ** 2
+        dist.all_reduce(square, group=self.mesh.get_group(self.mesh.ndim - 1))
+        norm, clip = math.sqrt(float(square)), self.config.optim.clip
         if math.isfinite(norm):
-            if self.config.optim.clip:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, total)
+            if clip:
+                torch._foreach_mul_(grads, min(1.0, clip / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

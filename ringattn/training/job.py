@@ -72,7 +72,7 @@ def prepare(
     for found in resume:
         checkpoint.check(*found, manifest)
     source: states.Source = states.Fresh(model, config.seed)
-    if path is not None and not resume:
+    if path is not None:
         with path_errors("model.path", path):
             try:
                 source = Pretrained(Path(path).expanduser(), shapes(model))

@@ -272,7 +272,9 @@ class _Steps:
                 batch.tokens, batch.positions, context.attend(batch.plan), batch.labels
             )
             self.heartbeat.where = f"step {number}, backward"
-            engine.backward(context.scaled_loss(loss, supervised, accum))
+            # A loss that is not finite may have a gradient that is: then nothing must step.
+            honest = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+            engine.backward(context.scaled_loss(loss, supervised, accum) * honest)
             local_loss += loss.detach()
             self.heartbeat.where = f"step {number}, optimizer"
             norm = engine.step()

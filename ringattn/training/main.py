@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> int:
         with settings.path_errors("run_dir", config.run_dir):
             run_dir = _run_dir(config.run_dir)
             settings.writable(run_dir)
+        if _begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
+            config.checkpoint.resume = "auto"
         # Only now torch: a mistyped key costs no second.
+        from ringattn.data.documents import DataError
         from ringattn.kernels import select
         from ringattn.training import loop
         from ringattn.training.checkpoint import Damaged, SaveFailed
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:
+    except (OSError, DataError) as error:
         print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
         return FAILED
     finally:
@@ -107,11 +110,20 @@ def _run_dir(given: str | None) -> Path:
     if given is not None:
         return Path(given).expanduser().absolute()
     runs = Path("runs").absolute()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
-            if path.read_text() == _launch():
-                return path.parent
+    for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
+        if _begun(path.parent):
+            return path.parent
     return runs / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether a checkpoint is there that an earlier start of this launch has written. (torchrun's
+    count of restarts does not tell: it leaves out those that other machines asked for.)"""
+    path = run_dir / LAUNCH
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not path.is_file():
+        return False
+    finished = any(run_dir.glob("checkpoints/step_*/ringattn.json"))
+    return finished and path.read_text() == _launch()
 
 
 def _launch() -> str:

@@ -56,6 +56,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def as_json(value: Any) -> str:
+    """One line; what is not finite is null, since Python's own NaN is no JSON."""
+
+    def legal(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: legal(each) for key, each in x.items()}
+        if isinstance(x, list):
+            return [legal(each) for each in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(legal(value))
+
+
 class MetricsLog:
     """metrics.jsonl and, if asked for, one wandb run; made on rank 0 only."""
 
@@ -69,10 +82,7 @@ class MetricsLog:
         self.run = _wandb_run(run_dir, config) if config.logger.name == "wandb" else None
 
     def write(self, values: dict[str, Any]) -> None:
-        # Python's JSON would write NaN, which others do not read.
-        legal = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                 for k, v in values.items()}  # fmt: skip
-        self.file.write(json.dumps(legal) + "\n")
+        self.file.write(as_json(values) + "\n")
         if self.run:
             self.run.log(values, step=values["step"])
 

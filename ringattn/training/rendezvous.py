@@ -23,8 +23,9 @@ def fresh_store(timeout_s: float) -> dist.Store | None:
     """torchrun's store under a new prefix, or None if there is no torchrun: rank 0 then makes one.
 
     Every rank says hello with a number of its own. Rank 0 proposes a prefix for the numbers that it
-    reads, and a new one whenever one of them changes, until all of them have agreed. Raises
-    RuntimeError, naming the ranks that are missing, after ``timeout_s``.
+    reads, and a new one whenever one of them changes; the others agree to every proposal that has
+    their number, and go once rank 0 has found all of them agreed. Raises RuntimeError, naming the
+    ranks that are missing, after ``timeout_s``.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -42,18 +43,22 @@ def fresh_store(timeout_s: float) -> dist.Store | None:
     while time.monotonic() < until:
         if rank == 0:
             said = [_get(store, f"ringattn/hello/{r}") for r in range(world)]
-            if said != seen:
-                seen, prefix = said, f"ringattn/{secrets.token_hex(8)}"
-                store.set("ringattn/proposal", json.dumps([prefix, seen]))
-            missing = [r for r in range(1, world) if not store.check([f"{prefix}/yes/{r}"])]
+            missing = [r for r in range(world) if not said[r]]
             if not missing:
+                if said != seen:
+                    seen, prefix = said, f"ringattn/{secrets.token_hex(8)}"
+                    store.set("ringattn/proposal", json.dumps([prefix, seen]))
+                missing = [r for r in range(1, world) if not store.check([f"{prefix}/yes/{r}"])]
+            if not missing:
+                store.set(f"{prefix}/go", "1")
                 return dist.PrefixStore(prefix, store)
         else:
-            proposal = _get(store, "ringattn/proposal")
-            if proposal and json.loads(proposal)[1][rank] == own:
-                prefix = json.loads(proposal)[0]
+            proposal = json.loads(_get(store, "ringattn/proposal") or "null")
+            if proposal and proposal[1][rank] == own:
+                prefix = proposal[0]
                 store.set(f"{prefix}/yes/{rank}", "1")
-                return dist.PrefixStore(prefix, store)
+                if store.check([f"{prefix}/go"]):
+                    return dist.PrefixStore(prefix, store)
             missing = [0]
         time.sleep(PERIOD_S)
     raise RuntimeError(

@@ -27,7 +27,10 @@ def poisoned(self, tokens, positions, attend, labels=None):
         return result
     calls.append(1)
     bad = len(calls) == 3 and int(os.environ["RANK"]) == 1
-    return (result[0] * (float("nan") if bad else 1.0), *result[1:])
+    # Alone, an infinite loss has a finite gradient.
+    kind = float("inf") if os.environ["POISON"] == "inf" else float("nan")
+    loss = result[0] + kind if kind == float("inf") else result[0] * kind
+    return (loss if bad else result[0], *result[1:])
 
 
 Decoder.forward = poisoned
