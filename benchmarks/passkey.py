@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from ringattn.training.pictures import heat_map
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {"whole context": [], "window of 64": ["attention.window=64"]}
+RUNS = {"whole context": [], "window of 32": ["attention.window=32"]}
 
 
 def main():
