@@ -73,11 +73,13 @@ class Probe(Sequences):
                 break
         else:
             raise DataError(f"{self.task} of {length} tokens: that is too short for most keys")
-        hay = self._encoded(HAYSTACK)
-        # Where a turn of the haystack begins: each as likely, the first and the last too.
-        places = room // len(hay)
-        before = min(int(depth * (places + 1)), places) * len(hay)
-        hay = np.resize(hay, room)
+        # The haystack begins anywhere in its turn, so that places say nothing; what is asked for
+        # stands where a turn begins: each as likely, the first and the last too.
+        turn = self._encoded(HAYSTACK)
+        first = min(int(np.random.default_rng([self.seed, number]).integers(len(turn))), room)
+        places = (room - first) // len(turn)
+        before = first + min(int(depth * (places + 1)), places) * len(turn)
+        hay = np.resize(np.roll(turn, first), room)
         tokens = np.concatenate([hay[:before], needle, hay[before:], question])
         labels = np.full(length, IGNORED, np.int64)
         answers = length - len(question) + np.flatnonzero(asked)
