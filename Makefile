@@ -28,7 +28,7 @@ train: setup
 		$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

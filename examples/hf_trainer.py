@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import ringattn
+from ringattn.comm import end_distributed
 from ringattn.hf import local_batch, split_sequence
 
 TOKENS, BATCH, STEPS = 256, 2, 4
@@ -75,5 +76,4 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as folder:
             main(folder)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_distributed()

@@ -7,6 +7,7 @@ Two carriers with one interface: a torch.distributed process group, and threads 
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+
+GRACE_S = 0.1
 
 Message = tuple[torch.Tensor, int]  # (contiguous buffer, peer)
 
@@ -184,3 +187,15 @@ class Counted:
         self.received += sum(buffer.nbytes for buffer, _ in recvs)
         self.exchanges += 1
         return self.carrier.start(sends, recvs, label)
+
+
+def end_distributed() -> None:
+    """Ends torch.distributed, if it has begun; call it last.
+
+    gloo's threads need Python's lock once more after an exchange has returned, to let go of its
+    tensors (torch 2.13). One that asks when the interpreter is already ending aborts the process,
+    so they get the time first.
+    """
+    if dist.is_initialized():
+        time.sleep(GRACE_S)
+        dist.destroy_process_group()

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ringattn import layouts, masks
 from ringattn.attention import ring_attention
@@ -37,12 +39,15 @@ class Context:
     cp_rank: int
     dp: int
     dp_rank: int
-    cp_group: dist.ProcessGroup
+    mesh: DeviceMesh  # [data, context]
     kernel: str = "auto"
 
     @classmethod
-    def create(cls, cp: int, device: torch.device, kernel: str = "auto") -> Context:
-        """Needs an initialised process group; neighbouring ranks share a sequence.
+    def create(
+        cls, cp: int, device: torch.device, kernel: str = "auto", timeout_s: float | None = None
+    ) -> Context:
+        """Needs an initialised process group; neighbouring ranks share a sequence. ``timeout_s``:
+        how long an exchange may take (None: torch's default).
 
         Raises ValueError when cp does not divide the world.
         """
@@ -50,15 +55,22 @@ class Context:
         if cp < 1 or world % cp:
             raise ValueError(f"cp={cp} must divide the world of {world} ranks")
         mesh = init_device_mesh(device.type, (world // cp, cp), mesh_dim_names=("data", "context"))
+        if timeout_s is not None:
+            for group in mesh.get_all_groups():  # the mesh's own do not inherit the default one's
+                _set_pg_timeout(timedelta(seconds=timeout_s), group)
         return cls(
             device=device,
             cp=cp,
             cp_rank=mesh.get_local_rank("context"),
             dp=world // cp,
             dp_rank=mesh.get_local_rank("data"),
-            cp_group=mesh.get_group("context"),
+            mesh=mesh,
             kernel=kernel,
         )
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("context")
 
     @property
     def world(self) -> int:

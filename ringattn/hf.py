@@ -7,6 +7,7 @@ recomputation in the backward, on whatever thread, finds it too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ def split_sequence(
     sequences split as ``plan`` says over ``group`` (None: the default one); the plan's mask is the
     mask. Both forward and backward belong inside.
 
-    Raises RuntimeError if the model is inside one already.
+    Raises RuntimeError if the model is inside one already; the model's forward then raises
+    ValueError when it is not given the position_ids of a split sequence.
     """
     modules = list(model.modules())
     if hasattr(model, _HERE):
@@ -50,9 +52,11 @@ def split_sequence(
     split = _Split(plan, group, kernel)
     for module in modules:
         object.__setattr__(module, _HERE, split)
+    hook = model.register_forward_pre_hook(_need_positions, with_kwargs=True)
     try:
         yield
     finally:
+        hook.remove()
         for module in modules:
             object.__delattr__(module, _HERE)
 
@@ -80,6 +84,16 @@ def local_batch(
         "labels": shifted,
         "shift_labels": shifted,
     }
+
+
+def _need_positions(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Without position_ids a model counts the local tokens from 0, and trains on that."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments | kwargs
+    if len(getattr(model, _HERE).plan.layout.ranks) > 1 and given.get("position_ids") is None:
+        raise ValueError(
+            "position_ids are missing: this rank's tokens do not stand at 0, 1, 2...; "
+            "ringattn.hf.local_batch gives them with the tokens"
+        )
 
 
 def _attention(

@@ -13,6 +13,14 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 
+def pytest_collection_modifyitems(items):
+    # Tests that launch ranks take turns in one worker: two at once would wait for each other's
+    # cores, and some measure how long a rank is silent.
+    for item in items:
+        if {"launch", "Launch", "train"} & vars(item.module).keys():
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """Eight small documents of very unequal length."""

@@ -120,6 +120,9 @@ def test_misuse_is_an_error_that_says_how():
     wide = ra.make_plan(ra.masks.causal(n), ra.layouts.contiguous(n, 1))
     with pytest.raises(ValueError, match="sliding_window=9"):
         split_and_call(model, wide, tokens)
+    halves = ra.make_plan(ra.masks.sliding_window(n, 9), ra.layouts.contiguous(n, 2))
+    with pytest.raises(ValueError, match="position_ids are missing"):
+        split_and_call(model, halves, tokens[:, :20])
     with (
         split_sequence(model, plan),
         pytest.raises(RuntimeError, match="already"),

@@ -35,7 +35,7 @@ from ringattn.cli.request import (
     parse,
     planned,
 )
-from ringattn.comm import VirtualWorld
+from ringattn.comm import VirtualWorld, end_distributed
 from ringattn.layouts import contiguous
 from ringattn.masks import Mask
 from ringattn.plan import Plan, make_plan
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _verified(values, options, plan, device, launched)
     finally:
-        dist.destroy_process_group()
+        end_distributed()
 
 
 def _device(name: str) -> torch.device:

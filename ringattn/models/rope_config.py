@@ -28,7 +28,7 @@ class RopeConfig:
 
     type: str = "default"
     theta: float = 10000.0
-    factor: float = 1.0
+    factor: float | None = None
     original_length: int | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -39,7 +39,12 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise ValueError(f"model.rope.type={self.type}: must be one of: {', '.join(TYPES)}")
-        if self.type == "default" and self.factor != 1:
+        if self.type != "default" and self.factor is None:
+            raise ValueError(
+                f"model.rope.factor must be given for model.rope.type={self.type}: "
+                "how many times the trained length the new one is"
+            )
+        if self.type == "default" and self.factor not in (None, 1):
             raise ValueError(
                 f"model.rope.factor={self.factor:g} does nothing with model.rope.type=default; "
                 "give linear, ntk, yarn or llama3"

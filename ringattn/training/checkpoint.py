@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from ringattn.training import states
 from ringattn.training.engine import Engine
+from ringattn.training.metrics import LINES
 from ringattn.training.settings import ConfigError, path_errors
 
 MANIFEST = "ringattn.json"
 FORMAT = 2
-HISTORY = ("metrics.jsonl", "eval.jsonl", "skipped.jsonl", "config.yaml", "wandb_id")
+HISTORY = (*LINES, "config.yaml", "wandb_id")
 
 
 class Damaged(RuntimeError):

@@ -4,7 +4,6 @@ training.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,13 +139,9 @@ def make_probes(config: DictConfig, data: Data) -> dict[tuple[str, int, float], 
 
 
 def write(run_dir: Path, values: dict[str, Any]) -> None:
-    """Adds a line to eval.jsonl; lines of this step and later ones, of another history, go."""
-    path = run_dir / "eval.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < values["step"]]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(line + "\n" for line in [*kept, as_json(values)]))
-    draft.replace(path)
+    """Adds a line to eval.jsonl."""
+    with (run_dir / "eval.jsonl").open("a") as file:
+        file.write(as_json(values) + "\n")
 
 
 def summary(values: dict[str, Any]) -> str:

@@ -29,9 +29,7 @@ class FSDPEngine:
         self.config, self.context, self.micro_steps = config, context, 0
         kind = context.device.type
         if config.engine.shard == "context":
-            self.mesh = init_device_mesh(
-                kind, (context.dp, context.cp), mesh_dim_names=("data", "context")
-            )
+            self.mesh = context.mesh
         else:
             self.mesh = init_device_mesh(kind, (context.world,), mesh_dim_names=("world",))
         with torch.device("meta"):

@@ -193,7 +193,11 @@ class _Steps:
                     saver.finish()
                 if stop:
                     break
-                state, values = self._step(state, batches, supervised)
+                try:
+                    state, values = self._step(state, batches, supervised)
+                except Diverged:
+                    saver.finish()  # the last sound state may still be on its way
+                    raise
                 seconds = time.perf_counter() - begin
                 tokens = self._per_step * config.seq_len
                 flops = step_flops(self.job.model, tokens, int(area))

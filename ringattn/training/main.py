@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
         if _begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
             config.checkpoint.resume = "auto"
         # Only now torch: a mistyped key costs no second.
+        from ringattn.comm import end_distributed
         from ringattn.data.documents import DataError
         from ringattn.kernels import select
         from ringattn.training import loop
@@ -58,8 +59,6 @@ def main(arguments: list[str]) -> int:
             print(f"train.py: {error}", file=sys.stderr)
         return USAGE_ERROR
 
-    import torch.distributed as dist
-
     if rank == 0 and config.engine.name == "deepspeed":
         print(
             "starting DeepSpeed (its first start on a machine compiles a small extension, "
@@ -78,8 +77,7 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
         return FAILED
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_distributed()
     return 0
 
 
@@ -100,7 +98,9 @@ def run(job, device) -> None:
         if dist.get_rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / LAUNCH).write_text(_launch())
-        context = Context.create(job.config.parallel.cp, device, job.config.kernel)
+        context = Context.create(
+            job.config.parallel.cp, device, job.config.kernel, job.config.parallel.timeout_s
+        )
         loop.train(job, context, stops)
 
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ringattn.models.decoder import ModelConfig
 from ringattn.training.settings import ConfigError
 
+LINES = ("metrics.jsonl", "eval.jsonl", "skipped.jsonl")  # of a run directory; a step each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -73,12 +74,13 @@ class MetricsLog:
     """metrics.jsonl and, if asked for, one wandb run; made on rank 0 only."""
 
     def __init__(self, run_dir: Path, config: DictConfig, resumed_step: int) -> None:
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            # Steps after the checkpoint are computed again; a line cut short by a kill goes too.
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        for path in (run_dir / name for name in LINES):
+            if path.exists():
+                # Steps after the checkpoint are done again; a line cut short by a kill goes too.
+                lines = path.read_text().splitlines()
+                kept = [line for line in lines if _step(line) <= resumed_step]
+                path.write_text("".join(line + "\n" for line in kept))
+        self.file = (run_dir / LINES[0]).open("a", buffering=1)
         self.run = _wandb_run(run_dir, config) if config.logger.name == "wandb" else None
 
     def write(self, values: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
     "model.vocab_size": _integer(1),
     "model.rope.type": _choice(*ROPE_TYPES),
     "model.rope.theta": _number(1, above=True),
-    "model.rope.factor": _number(1),
+    "model.rope.factor": _or_null(_number(1)),
     "model.rope.original_length": _or_null(_integer(1)),
     "model.rope.beta_fast": _number(0, above=True),
     "model.rope.beta_slow": _number(0, above=True),

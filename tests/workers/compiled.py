@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
+from ringattn.comm import end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -31,4 +32,4 @@ for mask in (ra.masks.causal(n), ra.masks.sliding_window(n, 7), ra.masks.full(n)
             out = run(*leaves, plan)
             results.append([out, *torch.autograd.grad(out, leaves, dout)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (mask, ulysses)
-dist.destroy_process_group()
+end_distributed()

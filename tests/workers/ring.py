@@ -13,7 +13,7 @@ import oracle
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.comm import Counted, ProcessRank, connect
+from ringattn.comm import Counted, ProcessRank, connect, end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -122,4 +122,4 @@ if world == 4:
         wants = oracle.attention(*whole, plan.mask.to_dense(), dout)
         for got, want in zip((out, *grads), wants, strict=True):
             assert oracle.error(context.unshard(got, plan.layout), want) <= 1e-5
-dist.destroy_process_group()
+end_distributed()

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
+from ringattn.comm import end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 ring = dist.new_group(timeout=timedelta(seconds=1))
@@ -17,4 +18,4 @@ if dist.get_rank() == 0:
     except RuntimeError as error:
         print("said:", error)
 dist.barrier()
-dist.destroy_process_group()
+end_distributed()
