@@ -20,6 +20,10 @@ from ringattn.data.probes import Probe
 from ringattn.data.records import Corrupt, Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
 from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
+from ringattn.training import settings
+from ringattn.training.data import open_data
+
+from .processes import TINY
 
 TEXTS = ["one", "two words", "", "drei Wörter ✓", "the ring goes round\nand round"] * 7
 
@@ -103,6 +107,18 @@ def test_corrupt_records_are_named_counted_and_limited(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"a\.jsonl:7: 'text' is int.*max_corrupt=2"):
             shards.write(source, tmp_path / "no", max_corrupt=2, workers=workers)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_the_limit_holds_for_what_is_tokenized_already(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
+    keys = [*TINY, f"data.root={tmp_path}", "data.glob=*.jsonl", f"data.cache={tmp_path}/cache"]
+
+    def opened(most):
+        return open_data(settings.load([*keys, f"data.max_corrupt={most}"]), lambda *_: None)
+
+    assert "1 corrupt records left out" in opened(1).remarks[0]
+    with pytest.raises(DataError, match=r"data\.max_corrupt=0: 1 records .*corrupt\.jsonl"):
+        opened(0)
 
 
 def test_corrupt_files_of_other_formats(tmp_path):

@@ -95,11 +95,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, text):
     cut = run_dir / "checkpoints/step_5/rank_00000.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
     (run_dir / "checkpoints/step_7").mkdir()  # half-written: it has no manifest
+    (run_dir / "checkpoints/step_1").mkdir()  # half-removed
     status, output = train(2, *job(run_dir, text, *keys))
     assert status == 0, output
     assert "step_6 is damaged: rank_00001.safetensors has changed" in output
     assert "step_5 is damaged: rank_00000.safetensors has" in output
     assert "step_4 at step 4" in output
+    assert not (run_dir / "checkpoints/step_1").exists()
     assert [(m["loss"], m["grad_norm"]) for m in metrics(run_dir)] == before
     for path in run_dir.glob("**/*.safetensors"):
         path.write_bytes(b"")

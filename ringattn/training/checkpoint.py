@@ -243,13 +243,14 @@ class Saver:
             raise SaveFailed(f"the checkpoint {path} could not be written: {shared[0]}")
 
     def _prune(self, newest: Path) -> None:
-        """Removes finished checkpoints beyond ``keep``; the one just published is one of these."""
-        if self.keep is None:
-            return
+        """Removes finished checkpoints beyond ``keep``, of which the one just published is one, and
+        what kills have left unfinished before it."""
         finished = sorted(_finished(newest.parent), key=_number)
-        for path in finished[: -self.keep]:
+        for path in finished[: -self.keep] if self.keep is not None else []:
             (path / MANIFEST).unlink()  # first, so that a kill leaves an unfinished one
-            shutil.rmtree(path)
+        for path in newest.parent.glob("step_*"):
+            if 0 <= _number(path) < _number(newest) and not (path / MANIFEST).exists():
+                shutil.rmtree(path)
 
 
 def _finished(checkpoints: Path) -> list[Path]:

@@ -118,7 +118,13 @@ def _cached(source: Source, part: dict[str, Any], progress: Progress) -> Shards:
         with (cache / f"{key}.lock").open("w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if (cache / key / MANIFEST).is_file():
-                return Shards(cache / key)
+                found = Shards(cache / key)
+                if (corrupt := found.about["corrupt"]) > part["max_corrupt"]:
+                    raise DataError(
+                        f"data.max_corrupt={part['max_corrupt']}: {corrupt} records cannot be "
+                        f"read: {cache / key / 'corrupt.jsonl'}"
+                    )
+                return found
             return write(
                 source, cache / key, part["tokenizer"], part["end"], part["max_corrupt"],
                 part["workers"], progress,
