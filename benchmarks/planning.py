@@ -4,11 +4,14 @@ in its forward, for masks, layouts, schedules and numbers of ranks.
     python benchmarks/planning.py [--repeat 5]
 
 One process; plans and lists are pure Python and NumPy. Every plan is fresh: mask, layout and plan
-caches are emptied before it is timed. Medians (smallest-largest).
+caches are emptied before it is timed. Then seconds of `ringattn plan` for whole training runs.
+Medians (smallest-largest).
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 
 from ringattn.kernels.triton.work import work
@@ -25,6 +28,26 @@ def timed(work, repeat):
         result = work()
         times.append(1e3 * (time.perf_counter() - begin))
     return f"{statistics.median(times):.1f} ms ({min(times):.1f}-{max(times):.1f})", result
+
+
+def whole_runs(repeat):
+    """Seconds of the whole command, start of Python included."""
+    print("\n| command | seconds |\n|---|---|")
+    for keys in (
+        ["seq_len=1M", "gpus=64"],
+        ["seq_len=1M", "gpus=1024"],
+        ["seq_len=16M", "gpus=1024"],
+        ["seq_len=16M", "gpus=1024", "mask=sliding_window(n, 4096)"],
+    ):
+        command = ["plan", "model=8b", "vocab_size=128256", *keys, "--json"]
+        times = []
+        for _ in range(repeat):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "ringattn", *command], check=True,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+            times.append(time.perf_counter() - begin)
+        middle = f"{statistics.median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
+        print(f"| ringattn plan model=8b {' '.join(keys)} | {middle} |", flush=True)
 
 
 def main() -> None:
@@ -68,6 +91,7 @@ def main() -> None:
                 listed, _ = timed(list_all, repeat)
                 cells = (f"{n:,}", f"{world:,}", name, layout_name, made, schedule, took, listed)
                 print(f"| {' | '.join(cells)} |", flush=True)
+    whole_runs(repeat)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ peak is the largest running sum of torch's allocations (torch's profiler), so ne
 allocator's fragmentation is in it; every case is a process of its own. Attention has a window of
 1,024: its memory does not depend on the mask, its time does. The slope is a least-squares line
 through the lengths, R^2 says how straight it is; "written" is the slope of
-ringattn.training.footprint.predict over the same lengths. The second table has the vocabulary's
-own share: weight, gradient, two moments and the gradient in the making, 4 bytes each. The third
-counts calls of attention, and so passes of its exchange, per step.
+ringattn.cost.model.footprint over the same lengths, "error" predicted / peak - 1. The second table
+has the vocabulary's own share: weight, gradient, two moments and the gradient in the making, 4
+bytes each. The third counts calls of attention, and so passes of its exchange, per step.
 """
 
 import argparse
@@ -39,9 +39,12 @@ def measure(keys):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from ringattn.context import Context
+    from ringattn.cost import buffers
+    from ringattn.cost.model import footprint
     from ringattn.training import engine as engines
-    from ringattn.training import footprint, settings, states
+    from ringattn.training import settings, states
     from ringattn.training.batch import load_batch, strategy
+    from ringattn.training.forecast import setup_of
     from ringattn.training.job import prepare
 
     torch.set_num_threads(2)
@@ -83,7 +86,9 @@ def measure(keys):
         events = record.profiler.kineto_results.events()
         moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         running = np.cumsum([size for _, size in moves])
-        predicted = footprint.predict(job.model, config, config.seq_len, 1, 1)
+        setup = setup_of(config, 1, batch.plan, "cpu")
+        rows = buffers(batch.plan.rank(0))
+        predicted = footprint(job.model, setup, config.seq_len, rows.kv, rows.grads)
         dist.destroy_process_group()
     forward = sum("backward" not in name for name in calls)
     return {
@@ -131,6 +136,7 @@ def main():
         predicted = np.polyfit(options.lengths, [f["predicted"] for f in found], 1)[0]
         report["length"][name] = {
             "peaks": [int(p) for p in peaks],
+            "error": [round(f["predicted"] / f["peak"] - 1, 3) for f in found],
             "bytes_per_token": round(slope),
             "written_bytes_per_token": round(predicted),
             "ratio": round(slope / predicted, 3),

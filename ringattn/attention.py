@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import ModuleType
@@ -282,7 +283,8 @@ def _forward(
             if before is None or before.dtype != wanted:
                 out = q.new_empty(shape, dtype=wanted)
             ends = (run.scale, run.softcap)
-            run.kernel.forward(q, *held, step.bands, before, out, lse, *ends)
+            with _named(f"forward, step {index}: block {step.block}"):
+                run.kernel.forward(q, *held, step.bands, before, out, lse, *ends)
             del before
         del held  # or it would live on beside the next two
     return q.new_zeros(shape) if out is None else out, lse
@@ -360,17 +362,21 @@ def _backward(
     finish = None
     for index, step, held in _walk((k, v), run):
         if bands := step.bands if index else early:
-            compute(held, step.block, bands)
+            with _named(f"backward, step {index}: block {step.block}"):
+                compute(held, step.block, bands)
         del held
         if finish:
-            finish()
+            with _named(f"wait for K/V gradients, step {index - 1}"):
+                finish()
             del finish  # with its buffers, before the next ones are made
         finish = begin(step, index)
         for block in run.plan.grads_done(index):
             grads.pairs.pop(block, None)
     if late:
-        compute((k, v), 0, late)
-    finish()
+        with _named("backward, rest of step 0"):
+            compute((k, v), 0, late)
+    with _named("wait for the last K/V gradients"):
+        finish()
     return dq if begun else dq.zero_(), *grads.sums(0)
 
 
@@ -398,10 +404,18 @@ def _walk(own: Pair, run: _Run) -> Iterator[tuple[int, Step, Pair]]:
     for index, step in enumerate(run.plan.steps):
         finish = begin(step, index)
         yield index, step, blocks.get(step.block, own)
-        finish()
+        with _named(f"wait for K/V, step {index}"):
+            finish()
         del finish  # with its buffers, before the next ones are made
         for block in run.plan.blocks_done(index):
             blocks.pop(block, None)
+
+
+def _named(label: str) -> AbstractContextManager:
+    """A name in the profiler's trace; nothing where none is being written."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(label)
+    return nullcontext()
 
 
 def _empty(like: Pair, tokens: int, dtype: torch.dtype) -> Pair:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ringattn import layouts, masks
 from ringattn.attention import ring_attention
+from ringattn.cost import Hardware
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.plan import Plan, make_plan
@@ -76,9 +78,11 @@ class Context:
     def world(self) -> int:
         return self.cp * self.dp
 
-    def attend(self, plan: Plan) -> Attend:
-        """Attention over the split sequence as a function of local q, k, v: what layers call."""
-        return partial(ring_attention, plan=plan, group=self.cp_group, kernel=self.kernel)
+    def attend(self, plan: Plan, carrier: Any = None) -> Attend:
+        """Attention over the split sequence as a function of local q, k, v: what layers call.
+        ``carrier``: in place of the group, a carrier of :mod:`ringattn.comm` over it."""
+        group = self.cp_group if carrier is None else carrier
+        return partial(ring_attention, plan=plan, group=group, kernel=self.kernel)
 
     def total(self, *values: float) -> list[float]:
         """Sums over all ranks of the world."""
@@ -122,6 +126,7 @@ class Strategy:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int = 128
+    hardware: Hardware | None = None
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of ``mask``; the same on every rank."""
@@ -134,6 +139,7 @@ class Strategy:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
+            hardware=self.hardware,
         )
 
     def like(self, plan: Plan) -> Strategy:

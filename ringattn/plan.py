@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from ringattn import cost, schedules
 from ringattn import heads as heads_
-from ringattn.cost import Shape
+from ringattn.cost import Hardware, Shape
 from ringattn.cuts import Cut
 from ringattn.heads import HeadSplit
 from ringattn.layouts import Layout
@@ -23,6 +23,8 @@ from ringattn.runs import whole
 from ringattn.schedules import RankPlan, Step
 
 _NUMBERS = count()
+_FEW = 8  # ranks of which "auto" follows each
+_TIE = 0.01  # estimates closer than that say nothing
 _PLANS: WeakValueDictionary[int, Plan] = WeakValueDictionary()
 
 
@@ -139,6 +141,7 @@ def make_plan(
     head_dim: int = 128,
     v_dim: int | None = None,
     itemsize: int = 2,
+    hardware: Hardware | None = None,
     **unsupported: Any,
 ) -> Plan:
     """Plan ``mask`` on ``layout``. The same arguments give the same plan object, which is kept.
@@ -153,6 +156,7 @@ def make_plan(
             the machine; the others are the same on any.
         heads, kv_heads: of the model; checked here instead of at the first call if given.
         head_dim, v_dim, itemsize: what "auto" counts with besides (``itemsize`` bytes an element).
+        hardware: what "auto" counts on; None: round numbers of an H100 node.
 
     Raises ValueError when mask, layouts, schedule, ulysses and node size do not fit, and for any
     argument that no schedule honours: nothing is ever dropped in silence.
@@ -200,7 +204,8 @@ def make_plan(
             )
         )
         shape = Shape(heads or 1, kv_heads or 1, head_dim, v_dim, itemsize)
-        return _cheapest(mask, layout, key_layout, node_size, shape, degrees)
+        hardware = hardware or Hardware()
+        return _cheapest(mask, layout, key_layout, node_size, shape, degrees, hardware)
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
 
 
@@ -212,29 +217,31 @@ def _cheapest(
     node_size: int | None,
     shape: Shape,
     degrees: tuple[int, ...],
+    hardware: Hardware,
 ) -> Plan:
-    """The plan with the least estimated time of its slowest rank, among a few ranks: those at the
-    ends of the sequence and of the work. Every rank of a world chooses the same."""
-    world = layout.world
+    """The plan with the least estimated time, of a few ranks. Every rank of a world chooses the
+    same."""
+    world, precision = layout.world, "bf16" if shape.itemsize <= 2 else "fp32"
     names = [name for name in schedules.BUILDERS if name != "double_ring" or node_size]
     estimates: list[tuple[float, str, int]] = []
     for ulysses in degrees:
-        areas = _cut(mask, layout, key_layout, ulysses).areas
-        groups = {0, world // ulysses - 1, int(areas.argmax()), int(areas.argmin())}
         for name in names:
             plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
-            times = (
-                cost.seconds(plan, group * ulysses, shape, cost.Machine(), node_size or world)
-                for group in groups
-            )
-            estimates.append((max(times), name, ulysses))
-    estimates.sort()
-    (best, name, ulysses), others = estimates[0], estimates[1:]
-    reason = f"auto: estimated {best * 1e6:.0f} us per layer"
+            ranks = range(world) if world <= _FEW else cost.sample(plan)
+            line = cost.simulate(plan, shape, hardware, precision, plan.node_size, ranks)
+            estimates.append((line.seconds, name, ulysses))
+    least = min(estimates)[0]
+    near = [each for each in estimates if each[0] <= least * (1 + _TIE)]
+    # Of equals the lowest degree: what is exchanged over heads is kept in memory too.
+    best, name, ulysses = min(near, key=lambda each: (each[2], names.index(each[1])))
+    others = sorted(each for each in estimates if each[1:] != (name, ulysses))
+    reason = f"auto: estimated {best * 1e3:.4g} ms per layer"
     if others:
         reason += ", against " + ", ".join(
-            f"{time * 1e6:.0f} ({other}, ulysses {u})" for time, other, u in others[:4]
+            f"{time * 1e3:.4g} ({other}, ulysses {u})" for time, other, u in others[:4]
         )
+    if len(near) > 1:
+        reason += f"; of {len(near)} within 1 % the lowest degree"
     plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
     return replace(plan, reason=reason)
 

@@ -231,7 +231,9 @@ def test_another_history_is_set_aside_and_nothing_is_overwritten(tmp_path, text)
         assert status == 0, output
 
     def contents(folder):
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(("config", "zero")))
+        return sorted(
+            p.name for p in folder.iterdir() if not p.name.startswith(("config", "facts", "zero"))
+        )
 
     train_all([3])
     written = (run / "checkpoints/step_3/ringattn.json").stat().st_mtime_ns
@@ -251,11 +253,14 @@ def test_four_processes_make_one_run(tmp_path, text):
     run_dir = tmp_path / "runs" / "one"
     status, output = train(
         4, *TINY, text, f"run_dir={run_dir}", "logger=wandb", "train.steps=2",
-        "train.sample_tokens=3", "parallel.cp=2", "precision=bf16",
+        "train.sample_tokens=3", "parallel.cp=2", "precision=bf16", "logger.group=a-group",
+        "hardware=h200",
     )  # fmt: skip
     assert status == 0, output
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["one"]
-    assert len(list(run_dir.glob("wandb/offline-run-*"))) == 1
+    (sent,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    for fact in (b"a-group", b"H200 SXM", b"exposed exchange", b"versions", b"exchange_s"):
+        assert fact in sent.read_bytes()
     assert [m["step"] for m in metrics(run_dir)] == [1, 2]
     assert (run_dir / "config.yaml").is_file()
     for shown in ("resolved plan", "self-check passed", "sample", str(run_dir)):

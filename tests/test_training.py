@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from ringattn.cost.model import step_flops
 from ringattn.training import batch, loop, settings
 from ringattn.training.checkpoint import set_aside
-from ringattn.training.metrics import step_flops
 
 
 @given(

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from ringattn.cli.request import RequestError
 
 COMMANDS = {
-    "plan": "what every rank computes and receives for a mask, a layout and a schedule",
+    "plan": "what every rank does for a mask and a schedule; with model=, the best split of a run",
     "kernels": "compile the launch table of the Triton kernels without a GPU, and read the result",
+    "calibrate": "measure this machine, for predictions and plans",
+    "report": "a table, pictures and a page from run directories",
     "predict": "memory, traffic and FLOPs of a training run, before it has its GPUs",
     "tokenize": "write text as token shards that every rank maps into memory",
     "bpe": "train a byte-level BPE tokenizer on text",
@@ -36,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.plan import run
         elif name == "kernels":
             from ringattn.cli.kernels import run
+        elif name == "calibrate":
+            from ringattn.cli.calibrate import run
+        elif name == "report":
+            from ringattn.cli.report import run
         elif name == "predict":
             from ringattn.cli.predict import run
         elif name == "tokenize":

@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from ringattn import cost
-from ringattn.cost import Machine, Shape
+from ringattn.cost import Hardware, Shape
 from ringattn.plan import Plan
 
 _GRID = 512  # pixels of a mask on each axis at most
@@ -31,7 +31,7 @@ def draw_plan(plan: Plan, shape: Shape, file: str) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 6))
     draw_mask(left, plan)
     draw_work(middle, plan)
-    draw_timeline(right, plan, shape, Machine())
+    draw_timeline(right, plan, shape, Hardware())
     figure.suptitle(
         f"{plan.schedule}, {plan.layout.name}, ulysses {plan.ulysses}, {plan.world} ranks, "
         f"{plan.mask.n_q:,} x {plan.mask.n_k:,} tokens",
@@ -77,19 +77,21 @@ def draw_work(axis: Axes, plan: Plan) -> None:
     axis.set_title(f"work / mean (largest {plan.imbalance:.3f})", fontsize=10)
 
 
-def draw_timeline(axis: Axes, plan: Plan, shape: Shape, machine: Machine) -> None:
+def draw_timeline(axis: Axes, plan: Plan, shape: Shape, hardware: Hardware) -> None:
     """Compute (colour) and exchange (grey) of every step of the forward, estimated."""
     palette = colours(plan.world)
-    for rank in sorted({i * plan.world // _LANES for i in range(_LANES)}):
-        at = 0.0
-        for step in cost.timeline(plan, rank, shape, machine, plan.node_size):
-            axis.barh(rank - 0.2, step.compute * 1e6, 0.4, at * 1e6, color=palette[rank],
-                      edgecolor="white", linewidth=0.4)  # fmt: skip
-            axis.barh(rank + 0.2, step.exchange * 1e6, 0.3, at * 1e6, color="#999999",
-                      edgecolor="white", linewidth=0.4)  # fmt: skip
-            at += max(step.compute, step.exchange)
+    ranks = sorted({i * plan.world // _LANES for i in range(_LANES)})
+    line = cost.simulate(plan, shape, hardware, "bf16", plan.node_size, ranks, spans=True)
+    for span in line.spans:
+        if span.of != "forward" or span.kind == "wait":
+            continue
+        place, height, colour = -0.2, 0.4, palette[span.rank]
+        if span.kind != "compute":
+            place, height, colour = 0.2, 0.3, "#999999"
+        axis.barh(span.rank + place, 1e6 * (span.end - span.begin), height, 1e6 * span.begin,
+                  color=colour, edgecolor="white", linewidth=0.4)  # fmt: skip
     axis.invert_yaxis()
-    axis.set_xlabel("microseconds of the forward, estimated for an H100 node")
+    axis.set_xlabel(f"microseconds of the forward, estimated: {hardware.name}")
     axis.set_ylabel("rank")
     axis.set_title("compute (colour) and exchange (grey)", fontsize=10)
 

@@ -25,7 +25,11 @@ def _flags(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command; 1 if a check found a problem."""
+    """The command; 1 if a check found a problem. With model= it plans a whole training run."""
+    if any(argument.startswith("model=") for argument in arguments):
+        from ringattn.cli.split import run as split
+
+        return split(arguments)
     values, options = parse("plan", KEYS, arguments, _flags)
     if options.plot:
         drawable(options.plot)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ringattn import masks
 from ringattn.context import IGNORED, Context, Strategy, position_ids
+from ringattn.cost import Hardware
 from ringattn.data.stream import Sequences, Span
 from ringattn.masks import Mask
 from ringattn.models.decoder import ModelConfig
@@ -52,8 +53,8 @@ def build_mask(config: DictConfig, lengths: list[int]) -> Mask:
     return masks.from_slices(slices, n, n)
 
 
-def strategy(config: DictConfig, model: ModelConfig) -> Strategy:
-    """How this run splits its masks."""
+def strategy(config: DictConfig, model: ModelConfig, hardware: Hardware | None = None) -> Strategy:
+    """How this run splits its masks; ``hardware``: what a schedule of "auto" counts on."""
     parallel = config.parallel
     return Strategy(
         cp=parallel.cp,
@@ -64,6 +65,7 @@ def strategy(config: DictConfig, model: ModelConfig) -> Strategy:
         heads=model.heads,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
+        hardware=hardware,
     )
 
 

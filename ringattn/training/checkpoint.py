@@ -24,7 +24,7 @@ from ringattn.training.settings import ConfigError, path_errors
 
 MANIFEST = "ringattn.json"
 FORMAT = 2
-HISTORY = (*LINES, "config.yaml", "wandb_id")
+HISTORY = (*LINES, "config.yaml", "facts.json", "wandb_id")
 
 
 class Damaged(RuntimeError):

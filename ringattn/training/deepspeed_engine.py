@@ -24,7 +24,9 @@ from deepspeed.utils import (
 from omegaconf import DictConfig
 from torch import nn
 
+from ringattn.comm import Stopwatch
 from ringattn.context import Attend, Context
+from ringattn.cost.model import BUCKET
 from ringattn.models.decoder import Decoder, Loss
 from ringattn.training.engine import Fragment, allocate, make_optimizer, set_steps
 
@@ -33,10 +35,15 @@ class DeepSpeedEngine:
     """An :class:`ringattn.training.engine.Engine`."""
 
     def __init__(
-        self, make_model: Callable[[], Decoder], config: DictConfig, context: Context
+        self,
+        make_model: Callable[[], Decoder],
+        config: DictConfig,
+        context: Context,
+        parameters: int,
     ) -> None:
         self.context, self.clip, stage = context, config.optim.clip, config.engine.zero_stage
-        settings = _settings(config, context)
+        self.watch = Stopwatch(context.device)
+        settings = _settings(config, context, parameters)
         if stage == 3:  # no rank ever holds the whole model
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = make_model()
@@ -46,6 +53,9 @@ class DeepSpeedEngine:
                 model = make_model()
         optimizer = make_optimizer(model, config)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        # DeepSpeed reduces gradients at the end of its backward: told apart to be timed.
+        self.reduce = self.engine.allreduce_gradients
+        self.engine.allreduce_gradients = self._reduce
         wrapper = self.engine.optimizer
         self.masters: dict[nn.Parameter, torch.Tensor] = {}  # ZeRO 0: whole, on every rank
         if wrapper is optimizer:
@@ -72,6 +82,10 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
+
+    def _reduce(self, *arguments: Any, **options: Any) -> None:
+        with self.watch.section("engine"):
+            self.reduce(*arguments, **options)
 
     def step(self) -> float | None:
         if not self.engine.is_gradient_accumulation_boundary():
@@ -145,9 +159,11 @@ class DeepSpeedEngine:
         self.engine.destroy()
 
 
-def _settings(config: DictConfig, context: Context) -> dict[str, Any]:
+def _settings(config: DictConfig, context: Context, parameters: int) -> dict[str, Any]:
     place = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage}
+    # DeepSpeed allocates a bucket, by default of so many elements, however small the model.
+    bucket = min(BUCKET, parameters)
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket}
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = place
     if config.engine.offload_params:

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ringattn import cost
-from ringattn.cost import Shape
+from ringattn.cost import Hardware, Shape
+from ringattn.cost.model import footprint, step_flops
 from ringattn.models.decoder import ModelConfig
 from ringattn.plan import Plan
-from ringattn.training import footprint
-from ringattn.training.metrics import step_flops
+from ringattn.training.forecast import forecast, setup_of
 
 
 def plan_table(
@@ -24,9 +24,12 @@ def plan_table(
     world: int,
     where: tuple[str, str],
     peak: float | None,
+    measure: str = "peak_flops",
+    hardware: Hardware | None = None,
 ) -> Table:
     """The resolved plan of a batch. ``where``: names of device and kernel. ``peak`` is the FLOP/s
-    of a rank that MFU divides by, None if it is not known.
+    of a rank that MFU divides by, None if it is not known; ``measure``: where it comes from.
+    ``hardware``: what the step is predicted for, if any.
     """
     cp = config.parallel.cp
     dp, ranks, (device, kernel) = world // cp, range(cp), where
@@ -38,7 +41,13 @@ def plan_table(
     micro = config.seq_len * config.batch_size * dp
     tokens = micro * config.train.grad_accum
     local = max(plan.layout.count(rank) for rank in ranks)
-    memory = footprint.predict(model, config, local, world, cp, plan.ulysses)
+    kind = "cpu" if device == "cpu" else "cuda"
+    rows = [cost.buffers(plan.rank(rank)) for rank in ranks]
+    memory = footprint(
+        model, setup_of(config, world, plan, kind), local, max(r.kv for r in rows),
+        max(r.grads for r in rows),
+    )  # fmt: skip
+    ahead = forecast(config, model, plan, world, hardware, kind)
     flops = step_flops(model, micro, plan.mask.area * dp) * config.train.grad_accum
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
@@ -59,8 +68,11 @@ def plan_table(
         ("FLOPs per step", f"{flops:.3g}: 6 x matmul parameters x tokens + 12 x pairs x heads x "
                            "head_dim per layer"),
         *([("mfu", f"over {peak / 1e9:,.1f} GFLOP/s per rank"
-                   f" ({'peak_flops' if config.peak_flops else 'measured matrix product'})")]
+                   f" ({measure})")]
           if peak else []),
+        *([("predicted step", f"{ahead.seconds:.3g} s ({ahead.hardware.name}): "
+            + ", ".join(f"{part} {took / ahead.seconds:.0%}" for part, took in ahead.parts.items()
+                        if took > 0.005 * ahead.seconds))] if ahead else []),
     ):  # fmt: skip
         table.add_row(name, value)
     return table

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 
+from ringattn.comm import Stopwatch
 from ringattn.context import Attend, Context
 from ringattn.models.decoder import Decoder, Loss, ModelConfig
 from ringattn.models.memory import Memory
@@ -51,7 +52,10 @@ class Fragment:
 
 
 class Engine(Protocol):
-    """A model with its optimizer, split over the world as its kind does it."""
+    """A model with its optimizer, split over the world as its kind does it. What it does beside
+    the model in ``backward`` is a section "engine" of ``watch``, where it can be told apart."""
+
+    watch: Stopwatch
 
     def forward(
         self,
@@ -97,7 +101,7 @@ def build(config: DictConfig, model: ModelConfig, context: Context) -> Engine:
         config.memory.loss_chunk,
         config.memory.loss,
     )
-    return Kind(lambda: Decoder(model, None, memory), config, context)
+    return Kind(lambda: Decoder(model, None, memory), config, context, model.parameters)
 
 
 def make_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.AdamW:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ringattn.comm import Stopwatch
 from ringattn.context import Attend, Context
 from ringattn.models.decoder import Decoder, Loss
 from ringattn.training.engine import Fragment, allocate, make_optimizer, set_steps
@@ -24,9 +25,14 @@ class FSDPEngine:
     """An :class:`ringattn.training.engine.Engine`."""
 
     def __init__(
-        self, make_model: Callable[[], Decoder], config: DictConfig, context: Context
+        self,
+        make_model: Callable[[], Decoder],
+        config: DictConfig,
+        context: Context,
+        parameters: int,
     ) -> None:
         self.config, self.context, self.micro_steps = config, context, 0
+        self.watch = Stopwatch(context.device)
         kind = context.device.type
         if config.engine.shard == "context":
             self.mesh = context.mesh

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ringattn.cost import Hardware
 from ringattn.models.decoder import ModelConfig, shapes
 from ringattn.models.hf_config import UnknownModel
 from ringattn.models.hf_weights import Pretrained
@@ -16,7 +17,7 @@ from ringattn.training.checkpoint import Found, Manifest
 from ringattn.training.data import Data, Progress, open_data
 from ringattn.training.evaluate import make_probes
 from ringattn.training.metrics import check_login
-from ringattn.training.settings import ConfigError, path_errors
+from ringattn.training.settings import ConfigError, hardware_of, path_errors
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     source: states.Source  # the weights of step 0
     resume: list[Found] = field(default_factory=list)  # newest first
     remarks: list[str] = field(default_factory=list)  # on checkpoints that are passed over
+    hardware: Hardware | None = None  # what predictions, and a schedule of "auto", count on
 
 
 def prepare(
@@ -78,4 +80,5 @@ def prepare(
                 source = Pretrained(Path(path).expanduser(), shapes(model))
             except UnknownModel as error:
                 raise ConfigError(f"model.path: {error}") from None
-    return Job(config, model, data, run_dir, manifest, source, resume, remarks)
+    hardware = hardware_of(config)
+    return Job(config, model, data, run_dir, manifest, source, resume, remarks, hardware)

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from ringattn.comm import ProcessRank, Timed
 from ringattn.context import Context, Strategy, check_engaged, check_same_data
+from ringattn.cost.model import step_flops
 from ringattn.data.stream import Sequences
 from ringattn.data.tokenizer import BYTES
 from ringattn.kernels import select
@@ -25,6 +27,7 @@ from ringattn.training.checkpoint import Manifest, Saver
 from ringattn.training.display import Display, plan_table
 from ringattn.training.engine import Engine
 from ringattn.training.evaluate import Evaluation
+from ringattn.training.forecast import write_facts
 from ringattn.training.heartbeat import Heartbeat
 from ringattn.training.job import Job
 from ringattn.training.metrics import (
@@ -32,9 +35,9 @@ from ringattn.training.metrics import (
     MetricsLog,
     measured_peak,
     peak_memory_bytes,
-    step_flops,
 )
 from ringattn.training.pictures import draw
+from ringattn.training.profile import Profile
 from ringattn.training.sample import generate
 
 
@@ -46,6 +49,9 @@ def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> fl
     done = (tokens_seen - optim.warmup_tokens) / max(1, total_tokens - optim.warmup_tokens)
     falling = (1 + math.cos(math.pi * min(1, done))) / 2
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
+
+
+PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
 
 
 class Diverged(RuntimeError):
@@ -95,16 +101,19 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     stream = job.data.train
     log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
     try:
-        split = strategy(config, job.model)
+        split = strategy(config, job.model, job.hardware)
         sequences = numbers(config, context, start.sequences_seen, 0)
         first = load_batch(config, stream, context, split, sequences)
         split = split.like(first.plan)
         _self_check(job, context, engine, stream, split, start)
         dtype = DTYPES[config.precision]
-        peak = config.peak_flops or measured_peak(context.device, dtype)
+        peak, measure = _peak(job, context)
         kernel = select(config.kernel, dtype, context.device, job.model.head_dim)
         where = context.device.type, kernel.__name__.split(".")[-1]
-        display.say(plan_table(config, job.model, first.plan, context.world, where, peak))
+        ends = (where, peak, measure, job.hardware)
+        display.say(plan_table(config, job.model, first.plan, context.world, *ends))
+        if log:
+            log.describe(write_facts(job, first.plan, context.world, where))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         for remark in job.data.remarks:
             display.say(remark)
@@ -118,7 +127,8 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
                 heartbeat,
             ).run(start, saved)  # fmt: skip
         if end.step < config.train.steps:
-            display.say(f"stopped on request at step {end.step}; checkpoint saved")
+            kept = "no checkpoint" if config.checkpoint.every is None else "checkpoint saved"
+            display.say(f"stopped on request at step {end.step}; {kept}")
         elif config.train.sample_tokens:
             text = generate(
                 engine,
@@ -137,6 +147,16 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         if log:
             log.close()
         engine.close()
+
+
+def _peak(job: Job, context: Context) -> tuple[float, str]:
+    """FLOP/s of a rank that MFU divides by, and where they come from."""
+    config = job.config
+    if config.peak_flops:
+        return config.peak_flops, "peak_flops"
+    if job.hardware:
+        return job.hardware.flops(config.precision), f"peak of {job.hardware.name}"
+    return measured_peak(context.device, DTYPES[config.precision]), "measured matrix product"
 
 
 def _self_check(
@@ -173,6 +193,10 @@ class _Steps:
     heartbeat: Heartbeat
     skipped: int = 0  # in a row
 
+    def __post_init__(self) -> None:
+        self.watch = self.engine.watch
+        self.carrier = Timed(ProcessRank(self.context.cp_group), self.watch)
+
     def run(self, state: Manifest, saved: bool) -> Manifest:
         """From ``state`` to the last step, or to a request to stop; ``saved``: whether the run
         directory already holds ``state``, which then is not written again."""
@@ -180,11 +204,15 @@ class _Steps:
         saver = Saver(self.job.run_dir, config.checkpoint.keep, config.checkpoint.background)
         every, at = config.checkpoint.every, state.step if saved else -1
         first, last, began = None, None, time.perf_counter()
-        with display.progress:
+        profile = Profile(config.profile.steps, self.job.run_dir, self.context.device)
+        with display.progress, profile:
             while state.step < config.train.steps:
+                profile.before(state.step + 1)
+                self.watch.read()  # forgets what lies between steps
                 begin = time.perf_counter()
                 self.heartbeat.where = f"step {state.step + 1}, data"
-                batches = self._batches(state)
+                with self.watch.section("data"):
+                    batches = self._batches(state)
                 area = sum(batch.plan.mask.area for batch in batches) / self.context.cp
                 supervised, area, stop, written = self.context.total(
                     sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready
@@ -199,11 +227,15 @@ class _Steps:
                     saver.finish()  # the last sound state may still be on its way
                     raise
                 seconds = time.perf_counter() - begin
+                spent = self.watch.read()
                 tokens = self._per_step * config.seq_len
                 flops = step_flops(self.job.model, tokens, int(area))
                 values |= {
                     "tokens_per_s": tokens / seconds,
                     "step_s": seconds,
+                    "pairs": int(area),
+                    "compute_s": max(0.0, seconds - sum(spent.values())),
+                    **{f"{name}_s": spent.get(name, 0.0) for name in PARTS},
                     "mfu": flops / seconds / (self.peak * self.context.world),
                     "peak_memory_bytes": peak_memory_bytes(self.context.device),
                 }
@@ -218,7 +250,7 @@ class _Steps:
                     saver.save(self.engine, state)
                     at = state.step
         self.heartbeat.where = f"step {state.step}, last checkpoint"
-        if at != state.step:
+        if at != state.step and every is not None:
             saver.save(self.engine, state)
         saver.finish()
         if first is not None:
@@ -273,7 +305,10 @@ class _Steps:
         for batch in batches:
             self.heartbeat.where = f"step {number}, forward"
             loss, *_ = engine.forward(
-                batch.tokens, batch.positions, context.attend(batch.plan), batch.labels
+                batch.tokens,
+                batch.positions,
+                context.attend(batch.plan, self.carrier),
+                batch.labels,
             )
             self.heartbeat.where = f"step {number}, backward"
             # A loss that is not finite may have a gradient that is: then nothing must step.
@@ -281,7 +316,8 @@ class _Steps:
             engine.backward(context.scaled_loss(loss, supervised, accum) * honest)
             local_loss += loss.detach()
             self.heartbeat.where = f"step {number}, optimizer"
-            norm = engine.step()
+            with self.watch.section("engine"):
+                norm = engine.step()
         loss = context.total(float(local_loss))[0] / max(supervised, 1)
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1

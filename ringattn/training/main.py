@@ -13,6 +13,7 @@ from ringattn.training import settings
 
 USAGE_ERROR = 2
 FAILED = 1
+OUT_OF_MEMORY = 3
 LAUNCH = "launch"  # the file of a run directory that says who started it
 
 
@@ -21,6 +22,10 @@ def main(arguments: list[str]) -> int:
 
     Bad input is one line from rank 0 and status 2, before any group or model is made.
     """
+    if any(a in ("--multirun", "-m") for a in arguments):
+        from ringattn.training.sweep import main as sweep
+
+        return sweep(arguments)
     for name, value in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1"),
     ):  # fmt: skip
@@ -46,6 +51,7 @@ def main(arguments: list[str]) -> int:
         from ringattn.training.checkpoint import Damaged, SaveFailed
         from ringattn.training.engine import pick_device, start_distributed
         from ringattn.training.job import prepare
+        from ringattn.training.limit import out_of_memory, set_limit, write_failure
         from ringattn.training.metrics import DTYPES
 
         job = prepare(config, run_dir, world, _tokenizing())
@@ -67,12 +73,23 @@ def main(arguments: list[str]) -> int:
         )
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     try:
+        set_limit(config.memory.limit, device)
         start_distributed(device, config.parallel.timeout_s, config.engine.name)
         run(job, device)
     except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()
+        reason = f"rank {rank} ran out of memory: {said[0] if said else type(error).__name__}"
+        write_failure(job.run_dir, "memory", reason)
+        print(f"train.py: {reason} (run directory: {job.run_dir})", file=sys.stderr)
+        # Peers wait in an exchange that will not come: no orderly end. torchrun stops them.
+        sys.stderr.flush()
+        os._exit(OUT_OF_MEMORY)
     except (OSError, DataError) as error:
         print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
         return FAILED
@@ -91,10 +108,12 @@ def run(job, device) -> None:
     from ringattn.training import loop
 
     with loop.stop_requests() as stops:
-        shared = [(job.run_dir, job.resume, job.remarks)]
+        # Also the hardware: on each machine it may be another, and all must choose one schedule.
+        names = ("run_dir", "resume", "remarks", "hardware")
+        shared = [{name: getattr(job, name) for name in names}]
         dist.broadcast_object_list(shared)
-        run_dir, resume, remarks = shared[0]
-        job = replace(job, run_dir=run_dir, resume=resume, remarks=remarks)
+        job = replace(job, **shared[0])
+        run_dir = job.run_dir
         if dist.get_rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / LAUNCH).write_text(_launch())
@@ -156,7 +175,8 @@ def _print_help(config) -> None:
 
     from omegaconf import OmegaConf
 
-    print("torchrun --nproc-per-node N train.py KEY=VALUE ...\n")
+    print("torchrun --nproc-per-node N train.py KEY=VALUE ...")
+    print("python train.py --multirun KEY=VALUE,VALUE ...   (a job for every point)\n")
     for group in ("model", "data", "attention", "memory", "engine", "logger", "experiment"):
         folder = files("ringattn.configs") / group
         names = sorted(

@@ -1,4 +1,4 @@
-"""What a step costs: FLOPs from the true mask area, MFU, memory, and the metrics of rank 0."""
+"""What a step has cost: peak FLOP/s, memory, and the metrics of rank 0."""
 
 from __future__ import annotations
 
@@ -14,22 +14,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn.models.decoder import ModelConfig
 from ringattn.training.settings import ConfigError
 
 LINES = ("metrics.jsonl", "eval.jsonl", "skipped.jsonl")  # of a run directory; a step each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def step_flops(model: ModelConfig, tokens: int, area: int) -> int:
-    """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs.
-
-    6 per matmul parameter and token; 12 * area * heads * head_dim per layer for attention
-    (two products forward, four backward). Recomputed work does not count.
-    """
-    return 6 * model.matmul_parameters * tokens + (
-        12 * area * model.layers * model.heads * model.head_dim
-    )
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -103,6 +91,11 @@ class MetricsLog:
         line |= {f"eval/{name}_map": wandb.Image(str(file)) for name, file in pictures.items()}
         self.run.log(line, step=values["step"])
 
+    def describe(self, facts: dict[str, Any]) -> None:
+        """What is known before the first step: plan, prediction, hardware, versions."""
+        if self.run:
+            self.run.config.update(facts, allow_val_change=True)
+
     def close(self) -> None:
         self.file.close()
         if self.run:
@@ -139,6 +132,7 @@ def _wandb_run(run_dir: Path, config: DictConfig) -> Any:
         id=path.read_text(),
         resume="allow" if config.logger.mode == "online" else None,
         project=config.logger.project,
+        group=config.logger.group,
         name=run_dir.name,
         dir=str(run_dir),
         mode=config.logger.mode,

@@ -20,6 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ringattn.cost.hardware import Hardware, HardwareError
+from ringattn.cost.presets import here
+from ringattn.cost.presets import load as load_hardware
 from ringattn.data import packing, records
 from ringattn.heads import check_degree
 from ringattn.layouts import NAMES as LAYOUTS
@@ -27,6 +30,9 @@ from ringattn.models import hf_config
 from ringattn.models.rope_config import TYPES as ROPE_TYPES
 from ringattn.models.rope_config import RopeConfig
 from ringattn.schedules import BUILDERS as SCHEDULES
+
+# For configs: ${times:a,b}, as of the tokens of all ranks.
+OmegaConf.register_new_resolver("times", lambda *factors: math.prod(factors), replace=True)
 
 
 class ConfigError(ValueError):
@@ -107,6 +113,11 @@ def _mix(value: Any) -> str | None:
     return None
 
 
+def _steps(value: Any) -> str | None:
+    fits = isinstance(value, list) and len(value) == 2 and not any(map(_integer(1), value))
+    return None if fits and value[0] <= value[1] else "the first and the last step, as [3,4]"
+
+
 def _or_null(rule: Rule) -> Rule:
     def either(value: Any) -> str | None:
         legal = None if value is None else rule(value)
@@ -132,6 +143,8 @@ RULES: dict[str, Rule] = {
     "run_dir": _or_null(_text),
     "kernel": _choice("auto", "triton", "aten", "reference"),
     "device": _choice("auto", "cpu", "cuda"),
+    "hardware": _or_null(_text),
+    "ranks": _or_null(_integer(1)),
     "peak_flops": _or_null(_number(0, above=True)),
     "model.path": _or_null(_text),
     "model.dim": _integer(1),
@@ -182,6 +195,7 @@ RULES: dict[str, Rule] = {
     "memory.ffn_tile": _or_null(_integer(1)),
     "memory.loss_chunk": _or_null(_integer(1)),
     "memory.loss": _choice("chunked", "liger"),
+    "memory.limit": _or_null(_number(0, above=True)),
     "engine.name": _choice("deepspeed", "fsdp"),
     "engine.zero_stage": _choice(0, 1, 2, 3),
     "engine.shard": _choice("world", "context"),
@@ -190,6 +204,8 @@ RULES: dict[str, Rule] = {
     "logger.name": _choice("wandb", "none"),
     "logger.mode": _choice("offline", "online"),
     "logger.project": _text,
+    "logger.group": _or_null(_text),
+    "profile.steps": _or_null(_steps),
     "parallel.cp": _or_null(_integer(1)),
     "parallel.ulysses": _or_null(_integer(1)),
     "parallel.schedule": _choice(*SCHEDULES, "auto"),
@@ -207,7 +223,7 @@ RULES: dict[str, Rule] = {
     "train.max_skipped": _integer(0),
     "train.sample_tokens": _integer(0),
     "train.sample_prompt": _text,
-    "checkpoint.every": _integer(0),
+    "checkpoint.every": _or_null(_integer(0)),
     "checkpoint.keep": _or_null(_integer(1)),
     "checkpoint.background": _choice(True, False),
     "checkpoint.resume": _text,
@@ -298,9 +314,12 @@ def check(config: DictConfig, world: int) -> None:
 
     Raises ConfigError.
     """
+    if config.ranks not in (None, world):
+        raise ConfigError(f"ranks={config.ranks}: this run has {world}; start it with --multirun")
     if config.parallel.cp is None:
         config.parallel.cp = world
     _check_engine(config)
+    hardware_of(config)
     if world % config.parallel.cp:
         legal = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
@@ -326,6 +345,21 @@ def check(config: DictConfig, world: int) -> None:
                 f"parallel.ulysses={parallel.ulysses} and parallel.node_size="
                 f"{parallel.node_size}: one must divide the other"
             )
+
+
+def hardware_of(config: DictConfig) -> Hardware | None:
+    """The description that ``hardware`` names; "auto" is that of this machine, if it has been
+    measured. Raises ConfigError."""
+    name = config.hardware
+    if name is None or (name == "auto" and not here().exists()):
+        return None
+    try:
+        hardware = load_hardware("this" if name == "auto" else name)
+        hardware.flops(config.precision)
+    except HardwareError as error:
+        advice = "; run ringattn calibrate again, or give hardware=null" if name == "auto" else ""
+        raise ConfigError(f"{error}{advice}") from None
+    return hardware
 
 
 def _check_engine(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a plan costs: bytes, buffers, FLOPs and an estimate of time, all read off its steps.
+"""What a plan costs: bytes, buffers and FLOPs of one attention layer, all read off its steps.
 
 Conventions: bytes are those that a rank receives; a K/V row is ``kv_heads * (head_dim + v_dim)``
 elements of its head share; gradients of K/V rows travel as float32. A pair costs ``2 * heads *
@@ -16,7 +16,7 @@ from ringattn.schedules import Move, RankPlan
 if TYPE_CHECKING:
     from ringattn.plan import Plan
 
-_PASSES = 3.5  # forward and backward together, in forwards
+BACKWARD = 2.5  # matrix products of the backward, in forwards
 _STATE_BYTES = 4  # partial states and K/V gradients are float32
 
 
@@ -41,8 +41,8 @@ class Shape:
         return self.head_dim if self.v_dim is None else self.v_dim
 
     def pair_flops(self) -> float:
-        """FLOPs of one (query, key) pair over all heads, forward and backward together."""
-        return _PASSES * 2 * self.heads * self.dims * self.batch
+        """FLOPs of one (query, key) pair over all heads in the forward."""
+        return 2 * self.heads * self.dims * self.batch
 
 
 @dataclass(frozen=True)
@@ -56,32 +56,33 @@ class Bytes:
 def received(plan: Plan, rank: int, shape: Shape) -> Bytes:
     """Bytes that ``rank`` receives; the log-sum-exp of ``return_lse`` with ulysses comes on top."""
     split, batch = plan.heads(rank), shape.batch
-    kv_heads = _kv_heads(split, shape)
+    kv_heads = kv_heads_of(split, shape)
     row = batch * kv_heads * shape.dims
     steps = plan.steps(rank)
     rows = sum(move.tokens for step in steps for move in step.recvs)
     grads = sum(move.tokens for step in steps for move in step.grad_recvs)
     forward = rows * row * shape.itemsize
-    backward = forward + grads * row * _state(shape)
+    backward = forward + grads * row * state_bytes(shape)
     if split:
-        into, back = _group_bytes(split, shape)
+        into, back = group_bytes(split, shape)
         forward += into.forward + back.forward
         backward += into.backward + back.backward
     return Bytes(forward, backward)
 
 
-def _state(shape: Shape) -> int:
+def state_bytes(shape: Shape) -> int:
+    """Bytes of an element of partial states and of K/V gradients."""
     return max(_STATE_BYTES, shape.itemsize)
 
 
-def _kv_heads(split: HeadSplit | None, shape: Shape) -> int:
+def kv_heads_of(split: HeadSplit | None, shape: Shape) -> int:
     """K/V heads that a rank holds in its ring."""
     return (
         len(split.kv_heads(split.member, shape.heads, shape.kv_heads)) if split else shape.kv_heads
     )
 
 
-def _group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
+def group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
     """The all-to-all over heads: (to all tokens, back to own tokens)."""
     heads, item, member = shape.heads, shape.itemsize * shape.batch, split.member
     others = [m for m in range(split.degree) if m != member]
@@ -95,7 +96,7 @@ def _group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
     kv_in = sum(tokens(split.k_rows, m) for m in others) * kv[member]
     q_back = tokens(split.q_rows, member) * share * len(others)
     kv_back = tokens(split.k_rows, member) * sum(kv[m] for m in others)
-    grad = _state(shape) * shape.batch if split.replicates(heads, shape.kv_heads) else item
+    grad = state_bytes(shape) * shape.batch if split.replicates(heads, shape.kv_heads) else item
     into = Bytes((q_in * shape.head_dim + kv_in * shape.dims) * item, q_in * shape.values * item)
     back = Bytes(
         q_back * shape.values * item, q_back * shape.head_dim * item + kv_back * shape.dims * grad
@@ -147,67 +148,3 @@ def lower_bound(plan: Plan, rank: int) -> int:
     """K/V rows that ``rank`` cannot do without: attended, not owned, each once."""
     need = plan.cut.need[rank // plan.ulysses]
     return int(need.sum() - need[rank // plan.ulysses])
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What :func:`seconds` counts with: achieved attention FLOP/s of a device, bytes/s received
-    over the links inside a node and between nodes, seconds per exchange. The defaults are round
-    numbers for an H100 node (half of the dense bf16 peak, NVLink, one 400 Gb/s port per GPU); only
-    their ratios matter for a choice."""
-
-    flops: float = 450e12
-    inside: float = 300e9
-    between: float = 40e9
-    latency: float = 15e-6
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Estimated seconds of one step: forward compute, the exchange of K/V rows that it hides, and
-    the exchange of gradients that starts after it."""
-
-    compute: float
-    exchange: float
-    gradients: float
-
-
-def timeline(
-    plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int
-) -> list[StepTime]:
-    """The steps of ``rank`` on ``machine``, whose nodes hold ``node_size`` ranks."""
-    row = shape.batch * _kv_heads(plan.heads(rank), shape) * shape.dims
-    pair = shape.pair_flops() / _PASSES / plan.ulysses
-    node = rank // node_size
-
-    def moving(moves: tuple[Move, ...], width: int) -> float:
-        near = sum(move.tokens for move in moves if move.peer // node_size == node)
-        far = sum(move.tokens for move in moves) - near
-        wait = machine.latency if moves else 0.0
-        return wait + row * width * (near / machine.inside + far / machine.between)
-
-    return [
-        StepTime(
-            sum(band.area for band in step.bands) * pair / machine.flops,
-            moving(step.recvs, shape.itemsize),
-            moving(step.grad_recvs, _state(shape)),
-        )
-        for step in plan.steps(rank)
-    ]
-
-
-def seconds(plan: Plan, rank: int, shape: Shape, machine: Machine, node_size: int) -> float:
-    """Estimated forward + backward time of ``rank``: per step the longer of compute and exchange,
-    then what the ulysses group adds, which nothing hides."""
-    total, gradients = 0.0, 0.0
-    for step in timeline(plan, rank, shape, machine, node_size):
-        total += max(step.compute, step.exchange)
-        total += max((_PASSES - 1) * step.compute, step.exchange + gradients)
-        gradients = step.gradients  # they move one step behind
-    total += gradients
-    if split := plan.heads(rank):
-        crosses = any(member // node_size != rank // node_size for member in split.members)
-        link = machine.between if crosses else machine.inside
-        moved = sum(b.forward + b.backward for b in _group_bytes(split, shape))
-        total += moved / link + 4 * machine.latency
-    return total

@@ -1,0 +1,20 @@
+"""Hydra's way to ringattn's launcher: it looks for plugins in packages of this name only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.plugins.launcher import Launcher
+
+
+class TorchrunLauncher(Launcher):
+    """Every point of a sweep as a torchrun job of its own: :mod:`ringattn.training.sweep`."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        from ringattn.training.sweep import launch  # here: hydra imports plugins at every start
+
+        return launch([list(overrides) for overrides in job_overrides], self.config)

@@ -1,0 +1,80 @@
+"""``ringattn calibrate``: measures this machine and writes a hardware description."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from ringattn.cli.request import Key, RequestError, choice, count, parse
+from ringattn.cost.hardware import Hardware
+from ringattn.cost.presets import here, write
+
+KEYS = {
+    "out": Key(str, None, "file to write; by default the one that hardware=this reads"),
+    "ranks": Key(count, None, "ranks that measure together; by default GPUs, or CPU cores"),
+    "device": Key(choice("auto", "cpu", "cuda"), "auto", "auto, cpu, cuda"),
+    "heads": Key(count, 8, "of the attention that is timed"),
+    "kv_heads": Key(count, 4, "of the attention that is timed"),
+    "head_dim": Key(count, 64, "of the attention that is timed"),
+}
+
+
+def _flags(parser: ArgumentParser) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    values, _ = parse("calibrate", KEYS, arguments, _flags)
+    if values["heads"] % values["kv_heads"]:
+        raise RequestError(f"kv_heads={values['kv_heads']} does not divide heads={values['heads']}")
+    out = Path(values["out"]).expanduser() if values["out"] else here()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a"):
+            pass
+    except OSError as error:
+        raise RequestError(f"out={out}: {error.strerror}") from None
+    import os
+
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device = values["device"]
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus < (values["ranks"] or 1):
+        raise RequestError(f"device=cuda: this machine has {gpus} usable GPUs")
+    from ringattn.measure import machine
+
+    cores = len(os.sched_getaffinity(0))
+    ranks = values["ranks"] or (gpus if device == "cuda" else min(cores, 8))
+    shape = (values["heads"], values["kv_heads"], values["head_dim"])
+    precisions = ["bf16", "fp32"] if device == "cuda" else ["fp32", "bf16"]
+    begin = time.perf_counter()
+    found = machine(ranks, device, shape, precisions, print)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    found |= {
+        "name": f"{platform.node()}, {name}",
+        "source": (
+            f"ringattn calibrate, {date.today()}, {ranks} ranks on {device}, "
+            f"torch {importlib.metadata.version('torch')}, attention {shape}"
+        ),
+    }
+    write(found, out)
+    hardware = Hardware.read(found)
+    rate = hardware.flops(precisions[0])
+    print(
+        f"{out}: {rate / 1e9:,.0f} GFLOP/s {precisions[0]} a rank, attention "
+        f"{float(hardware.forward.efficiency(2048)):.0%} forward and "
+        f"{float(hardware.backward.efficiency(2048)):.0%} backward of it at 2,048 tokens, exchange "
+        f"{float(hardware.inside.bandwidth(2**23)) / 1e9:.2f} GB/s and "
+        f"{hardware.inside.latency * 1e6:.0f} us, of which a kernel hides {hardware.hidden:.0%} "
+        f"({time.perf_counter() - begin:.0f} s)"
+    )
+    return 0

@@ -1,0 +1,23 @@
+"""What plans and training steps cost, before they run.
+
+``layer``: bytes, buffers and FLOPs of one attention layer, exact. ``hardware``: what a machine can
+do. ``timeline``: the layer's steps in time, exchanges behind kernels. ``model``: FLOPs, traffic and
+memory of a whole training step. ``step``: its seconds. ``search``: the best split of a run.
+"""
+
+from ringattn.cost.hardware import Hardware
+from ringattn.cost.layer import Buffers, Bytes, Shape, buffers, lower_bound, received
+from ringattn.cost.timeline import Timeline, sample, simulate
+
+__all__ = [
+    "Buffers",
+    "Bytes",
+    "Hardware",
+    "Shape",
+    "Timeline",
+    "buffers",
+    "lower_bound",
+    "received",
+    "sample",
+    "simulate",
+]

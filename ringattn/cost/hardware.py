@@ -1,0 +1,193 @@
+"""What a machine can do: rates, bandwidths, latencies, memory. Presets are in configs/machines;
+``ringattn calibrate`` measures the machine at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+
+class HardwareError(ValueError):
+    """One line that names the key of a hardware description, what it holds and what is legal."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity by size: linear in the logarithm of the size between its points, constant beyond
+    them."""
+
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, value: float | Mapping[Any, float]) -> Curve:
+        pairs = value.items() if isinstance(value, Mapping) else [(1, value)]
+        return cls(tuple(sorted((float(x), float(y)) for x, y in pairs)))
+
+    def __call__(self, size: Any) -> Any:
+        """At ``size``, a number or an array of them; sizes below 1 count as 1."""
+        x, y = np.array(self.points).T
+        return np.interp(np.log2(np.maximum(size, 1)), np.log2(x), y)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One pass of the attention kernel.
+
+    Attributes:
+        efficiency: share of the peak on a full block, by the tokens of its side.
+        edge: what a row costs more where a diagonal cuts the block, in pairs, by the rows that it
+            cuts.
+        band: the same at each side of a window, by its width; None: as ``edge``.
+        softmax: what a pair costs beyond its products, as if the head_dim of k and v together were
+            so much larger; ``efficiency`` counts it in.
+    """
+
+    efficiency: Curve = Curve(((1.0, 0.45),))
+    edge: Curve = Curve(((1.0, 64.0),))
+    band: Curve | None = None
+    softmax: float = 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """How one rank exchanges: bytes/s received while it sends as many, by the bytes of the
+    exchange; seconds of an exchange however small, and of every message in it; and bytes/s from
+    one peer, where those of all need several. A peer has two messages, of K and of V."""
+
+    bandwidth: Curve
+    latency: float = 0.0
+    message: float = 0.0
+    peer: float = float("inf")
+
+    def seconds(self, size: Any, messages: Any) -> Any:
+        """Of one exchange, or of arrays of them; one without messages takes no time."""
+        messages = np.asarray(messages)
+        rate = np.minimum(self.bandwidth(size), self.peer * np.maximum(messages / 2, 1))
+        return np.where(messages > 0, self.latency + messages * self.message + size / rate, 0.0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine. Without arguments, round numbers for nodes of eight H100 (NVLink, one 400 Gb/s
+    port per GPU), of which only the ratios matter to choose a schedule.
+
+    Attributes:
+        source: where the numbers come from.
+        node_size: ranks of a node.
+        cores: how many ranks compute at a time; None where each has a device of its own.
+        crowd, switch: where there are more ranks than cores, the share that kernels take longer
+            beyond their turns, and the seconds that an exchange waits for a core.
+        peak: FLOP/s of a rank by precision, which MFU divides by.
+        forward, backward: the attention kernel.
+        matmul: share of the peak that the model's matrix products reach, by tokens of a rank.
+        memory, memory_bandwidth: of a rank's device, bytes and bytes/s.
+        inside, between: links in a node, and of one rank to other nodes.
+        collective: bytes/s of engines' collectives over those of ``inside`` and ``between``.
+        host, host_memory: a rank's link to host memory and its share of that, bytes.
+        hidden: share of an exchange's time that a kernel under way does not feel.
+        dispatch: seconds per operator that the device waits for.
+        step: seconds of an optimizer step, however small.
+        framework: bytes that a rank holds before there is a model.
+        resident: bytes held for each that is allocated, where the host's allocator is concerned.
+    """
+
+    name: str = "H100 node, round numbers"
+    source: str = "round numbers"
+    node_size: int = 8
+    cores: int | None = None
+    peak: tuple[tuple[str, float], ...] = (("bf16", 1000e12), ("fp32", 60e12))
+    forward: Kernel = Kernel()
+    backward: Kernel = Kernel()
+    matmul: Curve = Curve(((1.0, 0.7),))
+    memory: float = 80e9
+    memory_bandwidth: float = 3.3e12
+    inside: Link = Link(Curve(((1.0, 300e9),)), 15e-6, 1e-6)
+    between: Link = Link(Curve(((1.0, 40e9),)), 15e-6, 1e-6)
+    collective: float = 1.0
+    host: Link = Link(Curve(((1.0, 50e9),)), 10e-6)
+    host_memory: float = 200e9
+    hidden: float = 1.0
+    dispatch: float = 0.0
+    step: float = 0.0
+    framework: float = 2e9
+    resident: float = 1.0
+    crowd: float = 0.0
+    switch: float = 0.0
+
+    def flops(self, precision: str) -> float:
+        """Peak FLOP/s of a rank. Raises HardwareError where the precision has none."""
+        rates = dict(self.peak)
+        if precision not in rates:
+            raise HardwareError(
+                f"peak.{precision}: {self.name} has figures for {', '.join(rates)} only"
+            )
+        return rates[precision]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Hardware:
+        """From the plain mapping of a YAML file. Raises HardwareError."""
+        unknown = set(given) - {f.name for f in fields(cls)}
+        if unknown:
+            raise HardwareError(f"unknown key {min(unknown)!r}; this is no hardware description")
+        missing = {f.name for f in fields(cls)} - {*given, "cores", "crowd", "switch", "resident"}
+        if missing:
+            raise HardwareError(f"{min(missing)} is missing")
+        return cls(**{name: _value(name, value) for name, value in given.items()})
+
+
+def _value(name: str, value: Any) -> Any:
+    if name in ("name", "source"):
+        return str(value)
+    if name in ("forward", "backward"):
+        parts = dict(_map(name, value))
+        if set(parts) - {"efficiency", "edge", "band", "softmax"} or "efficiency" not in parts:
+            raise HardwareError(
+                f"{name} has efficiency, edge, band and softmax; got {', '.join(parts)}"
+            )
+        softmax = _number(f"{name}.softmax", parts.pop("softmax", 0.0))
+        return Kernel(**{key: _curve(f"{name}.{key}", x) for key, x in parts.items()},
+                      softmax=softmax)  # fmt: skip
+    if name in ("inside", "between", "host"):
+        parts = dict(_map(name, value))
+        curve = _curve(f"{name}.bandwidth", parts.pop("bandwidth", None))
+        numbers = {key: _number(f"{name}.{key}", x) for key, x in parts.items()}
+        if set(numbers) - {"latency", "message", "peer"}:
+            raise HardwareError(
+                f"{name} has bandwidth, latency, message and peer; got {', '.join(parts)}"
+            )
+        return Link(curve, **numbers)
+    if name == "matmul":
+        return _curve(name, value)
+    if name == "peak":
+        return tuple((str(k), _number(f"peak.{k}", x)) for k, x in _map(name, value).items())
+    if name in ("node_size", "cores"):
+        return None if value is None else int(_number(name, value))
+    return _number(name, value)
+
+
+def _map(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise HardwareError(f"{name} must be a mapping; got {value!r}")
+    return value
+
+
+def _curve(name: str, value: Any) -> Curve:
+    numbers = value.items() if isinstance(value, Mapping) else [("1", value)]
+    curve = {_number(f"{name}.{x}", x): _number(f"{name}.{x}", y) for x, y in numbers}
+    if not curve:
+        raise HardwareError(f"{name} must be a number, or numbers by size; got {value!r}")
+    return Curve.of(curve)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise HardwareError(f"{name} must be a number of at least 0; got {value!r}")
+    return number

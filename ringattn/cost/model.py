@@ -1,0 +1,277 @@
+"""What a whole training step needs of a rank: FLOPs by part, traffic of memory and of engines, and
+bytes held. Attention's own exchanges are in ``layer`` and ``timeline``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+BUCKET = 500_000_000  # elements: DeepSpeed reduces at most so many gradients at a time
+
+
+class Sizes(Protocol):
+    """Of a decoder: :class:`ringattn.models.sizes.ModelConfig`."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def matmul_parameters(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is split and what it keeps: the keys of train.py that cost depends on, with their
+    meanings and defaults there. ``batch``: sequences of a micro-step, per sequence group of ``cp``
+    ranks."""
+
+    world: int = 1
+    cp: int = 1
+    ulysses: int = 1
+    schedule: str = "ring"
+    layout: str = "zigzag"
+    precision: str = "bf16"
+    batch: int = 1
+    grad_accum: int = 1
+    engine: str = "deepspeed"
+    zero_stage: int = 1
+    shard: str = "world"
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    checkpoint: bool = False
+    offload: bool = False
+    ffn_tile: int | None = None
+    loss_chunk: int | None = None
+    device: str = "cuda"
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element that is computed with."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are gathered layer by layer."""
+        return self.engine == "fsdp" or self.zero_stage == 3
+
+    @property
+    def shards(self) -> int:
+        return self.cp if self.engine == "fsdp" and self.shard == "context" else self.world
+
+    def tiled(self, tokens: int) -> bool:
+        return self.ffn_tile is not None and self.ffn_tile < tokens
+
+
+def step_flops(model: Sizes, tokens: int, area: int) -> int:
+    """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs: what
+    MFU counts.
+
+    6 per matmul parameter and token; 12 * area * heads * head_dim per layer for attention
+    (two products forward, four backward). Recomputed work does not count.
+    """
+    return 6 * model.matmul_parameters * tokens + (
+        12 * area * model.layers * model.heads * model.head_dim
+    )
+
+
+def block_parameters(model: Sizes) -> tuple[int, int]:
+    """Matrix parameters of a block: (attention's projections, feed-forward)."""
+    attention = 2 * model.dim * model.head_dim * (model.heads + model.kv_heads)
+    return attention, 3 * model.dim * model.ffn_dim
+
+
+def product_flops(model: Sizes, setup: Setup, tokens: int) -> dict[str, float]:
+    """FLOPs that a rank executes in matrix products outside attention, of ``tokens`` tokens of one
+    micro-step, by part; what is computed again is a part of its own."""
+    attention, ffn = block_parameters(model)
+    # torch's checkpoint stops once it has what the backward asked for: it computes the last product
+    # of a block, or of a tile, not again, and of a block of tiles not the last tile.
+    again = 0.0
+    if setup.checkpoint:
+        again += attention
+    if setup.tiled(tokens):
+        again += ffn * 2 / 3
+        again += ffn * (1 - setup.ffn_tile / tokens) if setup.checkpoint else 0.0
+    elif setup.checkpoint:
+        again += ffn * 2 / 3
+    return {
+        "projections": 6.0 * tokens * model.layers * attention,
+        "feed-forward": 6.0 * tokens * model.layers * ffn,
+        "head and loss": 6.0 * tokens * model.dim * model.vocab_size,
+        "recomputed": 2.0 * tokens * model.layers * again,
+    }
+
+
+def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
+    """Bytes that a rank reads and writes in what is no matrix product, of one micro-step: norms,
+    rotation, residuals, activations, the loss. Counted by operator as the decoder calls them, each
+    reading and writing all its elements once; the backward twice the forward's."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    block = (10 * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
+    passes = 4 if setup.checkpoint else 3
+    ends = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
+    return float(tokens) * (passes * model.layers * block + ends)
+
+
+def operators(model: Sizes, setup: Setup) -> int:
+    """Operators of a micro-step, roughly: what a device that is not fed ahead waits for."""
+    passes = 4 if setup.checkpoint else 3
+    return 40 * passes * model.layers + 100
+
+
+@dataclass(frozen=True)
+class EngineTraffic:
+    """Bytes that one rank receives for its engine: of weights to be gathered and of gradients to be
+    reduced in a micro-step (hidden behind compute where weights are gathered layer by layer), and
+    at the end of an optimizer step; and what the optimizer reads and writes."""
+
+    gathered: float
+    reduced: float
+    at_step: float
+    optimizer: float
+
+
+def engine_traffic(model: Sizes, setup: Setup) -> EngineTraffic:
+    """Ring algorithms: a gather or a scatter of n bytes over W ranks moves n (W - 1) / W; gradients
+    are reduced in float32."""
+    n, shards = model.parameters, setup.shards
+    share = (shards - 1) / shards
+    # Of a parameter of this rank: weight, gradient and two moments read, three of them written,
+    # the gradient read and written once more to be clipped.
+    optimizer = 40.0 * n / (shards if setup.zero_stage >= 1 or setup.engine == "fsdp" else 1)
+    if setup.sharded:
+        times = 1 if setup.engine == "fsdp" and setup.zero_stage == 2 else 2
+        copies = setup.world // shards
+        across = 2 * 4 * n / shards * (copies - 1) / copies
+        return EngineTraffic(times * n * setup.wide * share, 4 * n * share + across, 0, optimizer)
+    if setup.zero_stage == 2:  # gradients go to their owners in every micro-step
+        return EngineTraffic(0, 4 * n * share, n * setup.wide * share, optimizer)
+    weights = 4 * n if setup.zero_stage == 0 else setup.wide * n
+    return EngineTraffic(0, 0, (4 * n + weights) * share, optimizer)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank: on its device, and what offloading keeps in host memory instead."""
+
+    states: int  # weights, gradients, AdamW's state
+    kept: int  # from forward to backward
+    working: int  # of one block and of the loss, while they are computed
+    host: int
+    offloaded: int  # of host: what forward has kept
+    state_parts: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, int] = field(default_factory=dict)  # of working: the largest of these
+
+    @property
+    def device(self) -> int:
+        return self.states + self.kept + self.working
+
+
+def footprint(
+    model: Sizes, setup: Setup, tokens: int, kv_rows: int = 0, grad_rows: int = 0
+) -> Footprint:
+    """For ``tokens`` of this rank in a micro-step; ``kv_rows`` and ``grad_rows`` are those of
+    :func:`ringattn.cost.buffers`. Without the framework's own share, and the copy that a checkpoint
+    is written from (12 bytes a parameter of this rank, in host memory)."""
+    wide = setup.wide
+    on_device, on_host = _states(model, setup)
+    tiled = setup.tiled(tokens)
+    # A fused norm keeps its input and its output; the CPU's also what lies between.
+    norm = 2 if setup.device == "cuda" else 3
+    kept = block_kept(model, wide, setup.checkpoint, tiled, norm) * model.layers
+    if setup.ulysses > 1 and setup.checkpoint:  # q, k, v, out too, as exchanged: once is enough
+        kept += model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * wide
+    # The backward of a block, which is computed again before if it is not kept. First its
+    # feed-forward, when all of the block is there, and gradients of the model's width...
+    q, kv = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    feed_forward = 3 * model.dim * wide * tokens
+    if setup.checkpoint:
+        again = block_kept(model, wide, False, tiled, norm) - block_kept(model, wide, True)
+        feed_forward += again * tokens
+    if tiled:
+        feed_forward += 4 * model.ffn_dim * wide * setup.ffn_tile
+    # ... then attention, when the feed-forward's are gone: gradients of out and of the model's
+    # width, those of q, k and v in float32, and the blocks on their way.
+    attention = ((q + model.dim) * wide + 4 * (q + kv)) * tokens
+    attention += (kv_rows * wide + grad_rows * 4) * kv // setup.ulysses
+    before = (norm - 1) * model.dim + q + kv
+    if setup.checkpoint:
+        attention += before * wide * tokens
+    elif not tiled:
+        attention -= min(attention, (4 * model.ffn_dim + (norm - 1) * model.dim) * wide * tokens)
+    gathered = 0
+    if setup.sharded:  # this block and the next
+        largest = max(model.dim * model.vocab_size, sum(block_parameters(model)))
+        gathered = 2 * wide * largest
+    kept, offloaded = (0, kept) if setup.offload else (kept, 0)
+    # The last hidden states, before and after their norm, and the gradient of the loss in them.
+    tail = 3 * model.dim * wide + 4 * model.head_dim + 3 * 8
+    chunk = setup.loss_chunk or max(64, tokens * model.dim // model.vocab_size)
+    logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
+    if setup.engine == "deepspeed" and setup.zero_stage > 0:
+        gathered += wide * min(BUCKET, model.parameters)
+    moments = {
+        "attention": attention + gathered,
+        "feed-forward": feed_forward + gathered,
+        "loss": logits + gathered,
+    }
+    return Footprint(
+        int(sum(on_device.values())),
+        int((kept + tail) * tokens),
+        int(max(moments.values())),
+        int(on_host + offloaded * tokens),
+        int(offloaded * tokens),
+        {name: int(size) for name, size in on_device.items()},
+        {name: int(size) for name, size in moments.items()},
+    )
+
+
+def block_kept(
+    model: Sizes, wide: int, checkpoint: bool, tiled: bool = False, norm: int = 2
+) -> int:
+    """Bytes per token that a block keeps for its backward: with checkpointing its input and
+    attention's result and log-sum-exp; else also ``norm`` times the model's width for each norm
+    (its input and output at the least), q, k, v, and four of the feed-forward's width (gate, up,
+    gate's silu, their product), of which, where it is ``tiled``, only its input."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    result = q * wide + 4 * model.heads
+    if checkpoint:
+        return model.dim * wide + result
+    ffn = model.dim if tiled else norm * model.dim + 4 * model.ffn_dim
+    return (norm * model.dim + q + 2 * kv + ffn) * wide + result
+
+
+def _states(model: Sizes, setup: Setup) -> tuple[dict[str, float], float]:
+    """(by what it is on the device, in host memory) of weights, gradients and AdamW's state."""
+    n, wide, world = model.parameters, setup.wide, setup.world
+    if setup.engine == "fsdp":  # float32 shards
+        own = n / setup.shards
+        parts = {"weights": 4 * own, "gradients": 4 * own, "optimizer": 8 * own}
+        host = sum(parts.values()) if setup.offload_params else 0.0
+        parts = dict.fromkeys(parts, 0.0) if setup.offload_params else parts
+        parts["weights"] += wide * n if setup.zero_stage == 2 else 0.0  # gathered
+        return parts, host
+    stage = setup.zero_stage
+    parts = {
+        "weights": n * wide / (world if stage >= 3 else 1),
+        "gradients": n * wide / (world if stage >= 2 else 1),
+        # AdamW's two moments in float32, and float32 weights beside bf16 ones.
+        "optimizer": n * (8 + (4 if wide == 2 else 0)) / (world if stage >= 1 else 1),
+    }
+    away = []
+    if setup.offload_optimizer or setup.offload_params:
+        away += ["optimizer"] + (["gradients"] if stage >= 2 else [])
+    if setup.offload_params:
+        away.append("weights")
+    host = sum(parts[name] for name in away)
+    return parts | dict.fromkeys(away, 0.0), host

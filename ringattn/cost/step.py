@@ -1,0 +1,241 @@
+"""A whole training step on a machine: seconds by part, what exchanges leave exposed, tokens/s, MFU.
+
+A step is the sum of its parts; within attention, exchanges run behind kernels as the timeline says;
+what an engine gathers and reduces layer by layer hides behind the matrix products, and offloading
+behind everything that computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ringattn import cost
+from ringattn.cost.hardware import Hardware
+from ringattn.cost.layer import BACKWARD, Shape
+from ringattn.cost.model import (
+    Footprint,
+    Setup,
+    Sizes,
+    elementwise_bytes,
+    engine_traffic,
+    footprint,
+    operators,
+    product_flops,
+    step_flops,
+)
+from ringattn.cost.timeline import Timeline
+from ringattn.plan import Plan
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one optimizer step whose micro-batches have ``plan``. ``parts``: seconds of the slowest
+    rank; ``tokens``: of the whole step, all ranks."""
+
+    model: Sizes
+    setup: Setup
+    hardware: Hardware
+    tokens: int
+    parts: dict[str, float]
+    layer: Timeline
+    memory: Footprint
+    plan: Plan
+
+    @cached_property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def exposed(self) -> float:
+        """Seconds in which a rank waits for attention's exchanges."""
+        return self.parts["exposed exchange"]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of the step: see :func:`ringattn.cost.model.step_flops`."""
+        setup = self.setup
+        groups = setup.grad_accum * setup.world // setup.cp
+        return step_flops(self.model, self.tokens, self.plan.mask.area * groups)
+
+    @property
+    def mfu(self) -> float:
+        """Over the hardware's peak in the run's precision, of all ranks."""
+        peak = self.hardware.flops(self.setup.precision)
+        return self.flops / self.seconds / peak / self.setup.world
+
+    @property
+    def peak_memory(self) -> float:
+        """Bytes on a rank's device, the framework's own included."""
+        return self.memory.device * self.hardware.resident + self.hardware.framework
+
+    @property
+    def misfit(self) -> str | None:
+        """What is too large for the machine, in words; None if everything fits."""
+        shared = self.setup.world if self.hardware.cores is not None else 1
+        have = self.hardware.memory / shared
+        if self.peak_memory > have:
+            return (
+                f"needs {gib(self.peak_memory)} of {gib(have)}: states {gib(self.memory.states)}, "
+                f"kept {gib(self.memory.kept)}, working {gib(self.memory.working)}"
+            )
+        spare = self.hardware.host_memory / shared
+        if self.memory.host > spare:
+            return f"needs {gib(self.memory.host)} of {gib(spare)} host memory"
+        return None
+
+    @cached_property
+    def executed(self) -> dict[str, float]:
+        """FLOPs that the rank with most pairs executes, by part."""
+        tokens = max(self.plan.layout.count(rank) for rank in self.plan.layout.ranks)
+        parts = product_flops(self.model, self.setup, tokens)
+        pairs = float(self.plan.cut.areas.max()) / self.plan.ulysses
+        parts["attention"] = self.model.layers * pairs * self._shape.pair_flops() * (1 + BACKWARD)
+        return {name: flops * self.setup.grad_accum for name, flops in parts.items()}
+
+    @cached_property
+    def received(self) -> dict[str, float]:
+        """Bytes that a rank receives, by collective; of attention's, the last sampled rank."""
+        traffic, accum = engine_traffic(self.model, self.setup), self.setup.grad_accum
+        layer = cost.received(self.plan, cost.sample(self.plan)[-1], self._shape)
+        return {
+            "attention forward": float(layer.forward * self.model.layers * accum),
+            "attention backward": float(layer.backward * self.model.layers * accum),
+            "weights gathered": traffic.gathered * accum,
+            "gradients reduced": traffic.reduced * accum,
+            "at the step's end": traffic.at_step,
+        }
+
+    @property
+    def _shape(self) -> Shape:
+        model = self.model
+        return Shape(model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide)
+
+    def as_dict(self) -> dict:
+        """For machines: seconds and bytes."""
+        return {
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "mfu": self.mfu,
+            "exposed_s": self.exposed,
+            "parts": self.parts,
+            "flops": self.flops,
+            "executed_flops": self.executed,
+            "received_bytes": self.received,
+            "peak_memory_bytes": self.peak_memory,
+            "memory": {
+                **self.memory.state_parts,
+                "states": self.memory.states,
+                "kept": self.memory.kept,
+                "working": self.memory.working,
+                "framework": self.hardware.framework,
+                "host": self.memory.host,
+            },
+        }
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer on a rank: in time, and the rows that it holds. ``tokens`` of the rank;
+    ``kv_rows`` and ``grad_rows`` as in :class:`ringattn.cost.Buffers`."""
+
+    timeline: Timeline
+    tokens: int
+    kv_rows: int
+    grad_rows: int
+
+
+def layer_of(
+    model: Sizes, setup: Setup, plan: Plan, hardware: Hardware, ranks: list[int], **options: Any
+) -> Layer:
+    """The attention layer of the model, of the slowest and the largest of ``ranks``: see
+    :func:`ringattn.cost.simulate`, which takes the ``options``."""
+    shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=setup.wide)
+    # A node holds neighbouring ranks, so those of one sequence.
+    node, precision = hardware.node_size, setup.precision
+    options |= {"together": setup.world}
+    rows = [cost.buffers(plan.rank(rank)) for rank in ranks]
+    return Layer(
+        cost.simulate(plan, shape, hardware, precision, node, ranks, **options),
+        max(plan.layout.count(rank) for rank in plan.layout.ranks),
+        max(r.kv for r in rows),
+        max(r.grads for r in rows),
+    )
+
+
+def predict(
+    model: Sizes,
+    setup: Setup,
+    plan: Plan,
+    hardware: Hardware,
+    ranks: list[int] | None = None,
+    layer: Layer | None = None,
+) -> Prediction:
+    """One optimizer step whose micro-batches all have ``plan``; ``ranks``: those that are followed
+    (see :func:`ringattn.cost.simulate`), by default a sample. ``layer``: where it is known."""
+    if layer is None:
+        ranks = cost.sample(plan) if ranks is None else ranks
+        layer = layer_of(model, setup, plan, hardware, ranks)
+    memory = footprint(model, setup, layer.tokens, layer.kv_rows, layer.grad_rows)
+    return Prediction(
+        model=model,
+        setup=setup,
+        hardware=hardware,
+        tokens=plan.mask.n_q * setup.grad_accum * setup.world // setup.cp,
+        parts=_parts(model, setup, hardware, layer.tokens, layer.timeline, memory),
+        layer=layer.timeline,
+        memory=memory,
+        plan=plan,
+    )
+
+
+def _parts(
+    model: Sizes,
+    setup: Setup,
+    hardware: Hardware,
+    tokens: int,
+    layer: Timeline,
+    memory: Footprint,
+) -> dict[str, float]:
+    peak = hardware.flops(setup.precision)
+    side = min(tokens, model.dim, model.ffn_dim)
+    # Where ranks share cores, all compute slower; the timeline has that for attention already.
+    slower = 1.0 if hardware.cores is None else max(1.0, setup.world / hardware.cores)
+    share = sum(product_flops(model, setup, tokens).values()) / peak
+    products = share / float(hardware.matmul(side)) * slower
+    streams = elementwise_bytes(model, setup, tokens) / hardware.memory_bandwidth
+    elementwise = streams * slower
+    dispatch = operators(model, setup) * hardware.dispatch * slower
+    micro = {
+        "matrix products": products,
+        "elementwise": elementwise + dispatch,
+        "attention kernel": layer.compute * model.layers,
+        "exposed exchange": layer.exposed * model.layers,
+    }
+    traffic = engine_traffic(model, setup)
+    crossing = setup.world > hardware.node_size
+    link = hardware.between if crossing else hardware.inside
+    # Ranks of a node share what crosses between nodes: each receives its part over its own port.
+    rate = float(link.bandwidth(2**24)) * hardware.collective
+    within = (traffic.gathered + traffic.reduced) / rate if setup.world > 1 else 0.0
+    hides = hardware.hidden * (products + micro["attention kernel"]) if setup.sharded else 0.0
+    micro["engine"] = max(within - hides, (1 - hardware.hidden) * within, 0.0)
+    moved = 2 * memory.offloaded  # to host memory and back
+    busy = micro["matrix products"] + micro["attention kernel"]
+    micro["offload"] = max(0.0, moved / float(hardware.host.bandwidth(2**24)) - busy)
+    parts = {name: seconds * setup.grad_accum for name, seconds in micro.items()}
+    bandwidth = hardware.memory_bandwidth
+    if setup.offload_optimizer or setup.offload_params:
+        bandwidth = min(bandwidth, float(hardware.host.bandwidth(2**24)))
+    parts["engine"] += traffic.at_step / rate if setup.world > 1 else 0.0
+    parts["engine"] += traffic.optimizer / bandwidth * slower + hardware.step
+    return parts

@@ -1,0 +1,402 @@
+"""What this machine can do, measured by all of its ranks at once, in the terms of
+:class:`ringattn.cost.Hardware`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from ringattn import cost, kernels, layouts, masks
+from ringattn.attention import ring_attention
+from ringattn.comm import ProcessRank, end_distributed
+from ringattn.cost import Hardware
+from ringattn.cost.hardware import Curve
+from ringattn.cost.model import Setup, operators
+from ringattn.cost.step import predict
+from ringattn.cost.timeline import block_size
+from ringattn.models.sizes import ModelConfig
+from ringattn.plan import make_plan
+from ringattn.runs import Run
+from ringattn.slices import Band, Bands
+
+_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+_SIDES = (32, 64, 128, 256, 512, 1024, 2048)
+_BYTES = tuple(2**k for k in range(12, 26))  # of an exchange
+_CROWDS = (2048, 4096, 8192)  # tokens of the rings that share cores
+_STEADY = 0.1  # change of the peak while measuring that is worth a word
+_SECONDS = 0.15  # that one figure is measured for, at least
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
+
+
+def machine(
+    ranks: int, device: str, shape: Shape, precisions: list[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The description as plain data. ``shape``: heads, kv_heads and head_dim of the attention
+    that is timed. Nothing else should run meanwhile."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = threads
+    say(f"{ranks} ranks measure together on {device}, {threads} threads each")
+
+    def spawned(precisions: list[str], only_peak: bool) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.pt"
+            arguments = (ranks, device, shape, precisions, only_peak, folder, out)
+            multiprocessing.spawn(_rank, arguments, nprocs=ranks)
+            return torch.load(out, weights_only=True)
+
+    found = spawned(precisions, False)
+    if device == "cpu":
+        found |= _training(found, ranks, precisions[0], say)
+        say("and now more ranks than cores, which take turns")
+        found |= _crowded(found, shape, precisions[0])
+    before = found["peak"][precisions[0]]
+    after = spawned(precisions[:1], True)["peak"][precisions[0]]
+    if abs(after / before - 1) > _STEADY:
+        say(
+            f"this machine was not steady: {before / 1e9:,.0f} GFLOP/s at the start, "
+            f"{after / 1e9:,.0f} at the end; measure again when it is idle"
+        )
+    return found
+
+
+def _crowded(found: dict[str, Any], shape: Shape, precision: str) -> dict[str, float]:
+    """What ranks lose that share cores: causal rings of twice as many ranks as cores beside what
+    the rest of the description predicts. Least squares, relative to the measured times."""
+    hardware = Hardware.read(found | {"name": "", "source": ""})
+    ranks = 2 * found["cores"]
+    plans = [make_plan(masks.causal(n), layouts.zigzag(n, ranks), "ring") for n in _CROWDS]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.pt"
+        multiprocessing.spawn(_ring, (ranks, shape, precision, folder, out), nprocs=ranks)
+        measured = np.array(torch.load(out, weights_only=True))
+    size = cost.Shape(*shape, itemsize=DTYPES[precision].itemsize)
+
+    def seconds(**changed: float) -> np.ndarray:
+        machine = replace(hardware, **changed)
+        return np.array([cost.simulate(p, size, machine, precision).seconds for p in plans])
+
+    base = seconds()
+    slopes = np.stack([seconds(crowd=0.1) - base, seconds(switch=0.001) - base], 1)
+    weighed = slopes / measured[:, None]
+    crowd, switch = np.linalg.lstsq(weighed, (measured - base) / measured, rcond=None)[0]
+    return {"crowd": max(0.0, 0.1 * crowd), "switch": max(0.0, 0.001 * switch)}
+
+
+def _ring(rank: int, ranks: int, shape: Shape, precision: str, folder: str, out: Path) -> None:
+    """Median seconds of the slowest rank, of a forward and a backward at every length."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    heads, kv_heads, dim = shape
+    medians = []
+    for n in (_CROWDS[0], *_CROWDS):  # the first one warms up
+        plan = make_plan(masks.causal(n), layouts.zigzag(n, ranks), "ring")
+        tokens, times = plan.layout.count(rank), []
+        q, k, v = (
+            torch.randn(1, tokens, h, dim, dtype=DTYPES[precision]).requires_grad_()
+            for h in (heads, kv_heads, kv_heads)
+        )
+        for _ in range(5):
+            dist.barrier()
+            begin = time.perf_counter()
+            ring_attention(q, k, v, plan).sum().backward()
+            took = torch.tensor(time.perf_counter() - begin)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times.append(float(took))
+        medians.append(statistics.median(times))
+    if rank == 0:
+        torch.save(medians[1:], out)
+    end_distributed()
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    device: str,
+    shape: Shape,
+    precisions: list[str],
+    only_peak: bool,
+    folder: str,
+    out: Path,
+) -> None:
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    eager = {"device_id": place} if device == "cuda" else {}
+    backend = "nccl" if device == "cuda" else "gloo"
+    store = f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, **eager)
+    bench = _Bench(place, shape, precisions)
+    found = {"peak": bench.peaks()} if only_peak else bench.run()
+    if rank == 0:
+        torch.save(found, out)
+    end_distributed()
+
+
+class _Bench:
+    def __init__(self, device: torch.device, shape: Shape, precisions: list[str]) -> None:
+        self.device, self.shape, self.precisions = device, shape, precisions
+        self.dtype = DTYPES[precisions[0]]
+
+    def run(self) -> dict[str, Any]:
+        peaks = self.peaks()
+        self.peak = peaks[self.precisions[0]]
+        forward, backward = self._attention()
+        link = self._exchange()
+        cpu = self.device.type == "cpu"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        here = memory if cpu else torch.cuda.get_device_properties(self.device).total_memory
+        bandwidth = self._bandwidth()
+        return {
+            "node_size": dist.get_world_size(),
+            "cores": len(os.sched_getaffinity(0)) if cpu else None,
+            "peak": peaks,
+            "forward": forward,
+            "backward": backward,
+            "matmul": self._matmul(),
+            "memory": float(here),
+            "memory_bandwidth": bandwidth,
+            "inside": link,
+            "between": link,
+            "collective": self._collective(link),
+            "host": {"bandwidth": self._host(), "latency": 1e-5},
+            "host_memory": float(memory / (1 if cpu else dist.get_world_size())),
+            "hidden": self._hidden(),
+            "dispatch": 0.0,  # a GPU is fed ahead
+            "step": 0.02,
+            "framework": 2.5e9,
+        }
+
+    def peaks(self) -> dict[str, float]:
+        return {name: self._peak(DTYPES[name]) for name in self.precisions}
+
+    def _time(self, work: Callable[[], Any], together: bool = False) -> float:
+        """Median seconds of ``work``. ``together``: it exchanges, so all ranks repeat alike."""
+        times: list[float] = []
+        begin = time.perf_counter()
+        work()
+        self._wait()
+        once = time.perf_counter() - begin
+        repeat = max(5, min(200, int(_SECONDS / max(once, 1e-9))))
+        if together:
+            agreed = torch.tensor(float(repeat), device=self.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+            repeat = int(agreed)
+        for _ in range(repeat):
+            begin = time.perf_counter()
+            work()
+            self._wait()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _random(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)
+
+    def _peak(self, dtype: torch.dtype) -> float:
+        size = 8192 if self.device.type == "cuda" else 1024
+        a = self._random(size, size, dtype=dtype)
+        return 2 * size**3 / self._time(lambda: a @ a)
+
+    def _matmul(self) -> dict[int, float]:
+        """Share of the peak by the shortest side: many tokens times a square weight."""
+        found = {}
+        for side in _SIDES if self.device.type == "cpu" else (*_SIDES, 4096, 8192):
+            x, w = self._random(max(4096, side), side), self._random(side, side)
+            found[side] = 2 * x.numel() * side / self._time(lambda x=x, w=w: x @ w.T) / self.peak
+        return found
+
+    def _attention(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        curves: list[dict[str, Any]] = [{"efficiency": {}, "edge": {}, "band": {}} for _ in "fb"]
+        heads, _, dim = self.shape
+        # Time is linear in head_dim; what is left at 0 is softmax.
+        wide, narrow = (np.array(self._kernel(1024, -1024, 1024, d)[1]) for d in (dim, dim // 2))
+        softmax = np.clip(2 * (2 * narrow - wide) / (wide - narrow) * (dim / 2), 0, 8 * dim)
+        for curve, more in zip(curves, softmax.tolist(), strict=True):
+            curve["softmax"] = more
+        pairs_of = [2 * heads * (2 * dim + curve["softmax"]) for curve in curves]
+        for n in _BLOCKS:
+            _, seconds = self._kernel(n, -n, n)
+            for curve, took, factor, pair in zip(curves, seconds, (1, 2.5), pairs_of, strict=True):
+                curve["efficiency"][n] = pair * factor * n * n / took / self.peak
+
+        def excess(area: int, seconds: list[float], name: str, size: int, rows: int) -> None:
+            """The time beyond that of a full block of as many pairs, in pairs per row."""
+            for curve, took, factor, pair in zip(curves, seconds, (1, 2.5), pairs_of, strict=True):
+                rate = self.peak * float(Curve.of(curve["efficiency"])(block_size(area, size)))
+                curve[name][size] = max(0.0, (took * rate / pair / factor - area) / rows)
+
+        for n in _BLOCKS:
+            excess(*self._kernel(n, -n, 0), "edge", n, n)
+        for width in _BLOCKS[:-2]:
+            rows = max(2 * width, 1024)
+            excess(*self._kernel(rows, 1 - width, 0), "band", width, 2 * rows - width)
+        return curves[0], curves[1]
+
+    def _kernel(self, n: int, lo: int, hi: int, dim: int | None = None) -> tuple[int, list[float]]:
+        """Pairs and seconds, forward and backward, of a band in an n x n block."""
+        heads, kv_heads, dim = *self.shape[:2], dim or self.shape[2]
+        kernel = kernels.select("auto", self.dtype, self.device, dim)
+        q, k, v, dout = (self._random(1, n, h, dim) for h in (heads, kv_heads, kv_heads, heads))
+        state = kernels.state_dtype(self.dtype)
+        out, dq, dk, dv = (torch.zeros_like(x, dtype=state) for x in (q, q, k, v))
+        lse = torch.full((1, heads, n), -torch.inf, device=self.device, dtype=state)
+        bands = Bands([Band.make(Run(0, n), Run(0, n), lo, hi)])
+
+        def forward() -> None:
+            lse.fill_(-torch.inf)
+            kernel.forward(q, k, v, bands, None, out, lse, dim**-0.5, 0.0)
+
+        forward()
+        prepared = kernel.prepare(dout, out.to(self.dtype), lse)
+
+        def backward() -> None:
+            ends = (dim**-0.5, 0.0, True, True)
+            kernel.backward(dout, q, k, v, prepared, bands, dq, dk, dv, *ends)
+
+        seconds = [self._time(forward)]
+        forward()
+        seconds.append(self._time(backward))
+        return sum(band.area for band in bands), seconds
+
+    def _ring(self, size: int, parts: int = 2) -> Callable[[], Any]:
+        """Starts an exchange of ``size`` bytes in ``parts`` messages with the neighbours."""
+        comm = ProcessRank(dist.group.WORLD)
+        if comm.world == 1:
+            return lambda: None
+        after, before = (comm.rank + 1) % comm.world, (comm.rank - 1) % comm.world
+        each = max(1, size // 4 // parts)
+        kind = torch.float32
+        sends = [(self._random(each, dtype=kind), after) for _ in range(parts)]
+        recvs = [(self._random(each, dtype=kind), before) for _ in range(parts)]
+        return lambda: comm.start(sends, recvs, "calibration")
+
+    def _exchange(self) -> dict[str, Any]:
+        def took(size: int, parts: int = 2) -> float:
+            start = self._ring(size, parts)
+            pending = start()
+            if pending is None:
+                return 1e-6
+            pending.wait()
+            return self._time(lambda: start().wait(), together=True)
+
+        few, many = took(64), took(64 * 16, 32)
+        message = max(0.0, (many - few) / 30)
+        latency = max(0.0, few - 2 * message)
+        times = {size: took(size) for size in _BYTES}
+        bandwidth = {n: n / max(t - few, 0.05 * t) for n, t in times.items()}
+        return {"bandwidth": bandwidth, "latency": latency, "message": message}
+
+    def _collective(self, link: dict[str, Any]) -> float:
+        world = dist.get_world_size()
+        if world == 1:
+            return 1.0
+        size = 2**25
+        x = self._random(size // 4, dtype=torch.float32)
+        took = self._time(lambda: dist.all_reduce(x), together=True)
+        moved = 2 * size * (world - 1) / world
+        return moved / took / link["bandwidth"][2**24]
+
+    def _hidden(self) -> float:
+        """Share of an exchange that does not lengthen a kernel which takes as long."""
+        if dist.get_world_size() == 1:
+            return 1.0
+        size = 2**23
+        start = self._ring(size)
+        start().wait()
+        alone = self._time(lambda: start().wait(), together=True)
+        a = self._random(512, 512)
+        product = self._time(lambda: a @ a)
+        agreed = torch.tensor(max(1.0, alone / product), device=self.device)
+        dist.all_reduce(agreed)
+        count = round(float(agreed) / dist.get_world_size())
+
+        def kernel() -> None:
+            for _ in range(count):
+                torch.mm(a, a)
+
+        def both() -> None:
+            pending = start()
+            kernel()
+            pending.wait()
+
+        only, together = self._time(kernel, together=True), self._time(both, together=True)
+        return min(1.0, max(0.0, 1 - (together - only) / alone))
+
+    def _bandwidth(self) -> float:
+        """Bytes/s of an elementwise operation on more than a cache holds."""
+        x, y = (self._random(2**24, dtype=torch.float32) for _ in range(2))
+        return 3 * x.nbytes / self._time(lambda: torch.add(x, y, out=y))
+
+    def _host(self) -> float:
+        cuda = self.device.type == "cuda"
+        x = self._random(2**24, dtype=torch.float32)
+        y = torch.empty(x.shape, dtype=x.dtype, pin_memory=cuda)
+        return x.nbytes / self._time(lambda: y.copy_(x, non_blocking=True))
+
+
+def _training(
+    found: dict[str, Any], ranks: int, precision: str, say: Callable[[str], None]
+) -> dict:
+    """What a training process costs beyond its arithmetic: seconds of a step and of an operator,
+    bytes held before there is a model, and for each byte allocated. From three short runs."""
+    hardware = Hardware.read(
+        found | {"name": "", "source": "", "dispatch": 0.0, "step": 0.0, "framework": 0.0}
+    )
+    sizes = {"dim": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn_dim": 704}
+    runs = []
+    for layers, n in ((2, 512), (8, 512), (8, 4096)):
+        model = ModelConfig(layers=layers, vocab_size=257, **sizes)
+        plan = make_plan(masks.causal(n), layouts.zigzag(n, ranks), "ring")
+        setup = Setup(world=ranks, cp=ranks, precision=precision, device="cpu")
+        ahead = predict(model, setup, plan, hardware, list(range(ranks)))
+        keys = [f"model.{key}={value}" for key, value in (sizes | {"layers": layers}).items()]
+        runs.append((ahead, operators(model, setup), *_train(ranks, n, precision, keys)))
+        say(f"a training step of {layers} layers and {n} tokens: {runs[-1][2]:.3f} s")
+    (a, ops_a, s_a, m_a), (b, ops_b, s_b, _), (c, _, _, m_c) = runs
+    more = [s_a - a.seconds, s_b - b.seconds]
+    dispatch = max(0.0, (more[1] - more[0]) / (ops_b - ops_a))
+    resident = max(1.0, (m_c - m_a) / (c.memory.device - a.memory.device))
+    return {
+        "dispatch": dispatch,
+        "step": max(0.0, more[0] - dispatch * ops_a),
+        "framework": float(m_a - resident * a.memory.device),
+        "resident": resident,
+    }
+
+
+def _train(ranks: int, n: int, precision: str, keys: list[str]) -> tuple[float, float]:
+    """Median seconds of a step, and peak bytes of rank 0, of a short run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks), "-m", "ringattn.training", *keys, f"seq_len={n}", "attention=causal",
+            f"precision={precision}", "logger=none", "train.steps=8", "train.sample_tokens=0",
+            "checkpoint.every=null", "hardware=null", "peak_flops=1e9", "device=cpu",
+            f'run_dir="{folder}/run"',
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"a short training run failed:\n{done.stdout}{done.stderr}")
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    seconds = statistics.median(step["step_s"] for step in steps[2:])
+    return seconds, float(max(step["peak_memory_bytes"] for step in steps))

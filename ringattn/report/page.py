@@ -1,0 +1,150 @@
+"""Runs as a table, as files, and as one page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ringattn.report import pictures
+from ringattn.report.read import Run
+
+COLUMNS = ("point", "status", "ranks", "tokens", "tokens/s", "step s", "spread", "predicted s",
+           "error", "exposed", "GiB", "predicted GiB", "error GiB", "MFU", "loss")  # fmt: skip
+_TITLES = {
+    "scaling": "Speed, memory, exposed exchange, efficiency",
+    "parts": "Where a step's time goes",
+    "predicted": "Predicted against measured",
+    "loss": "Loss",
+}
+
+
+def rows(runs: list[Run]) -> list[dict[str, str]]:
+    """The table, as text; an empty cell is one without a figure."""
+    return [_row(run) for run in runs]
+
+
+def _row(run: Run) -> dict[str, str]:
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    memory = run.predicted.get("peak_memory_bytes")
+    last = run.metrics[-1] if run.metrics else {}
+    values: dict[str, Any] = {
+        "point": run.name,
+        "status": run.status,
+        "ranks": str(run.ranks or ""),
+        "tokens": f"{run.seq_len:,}" if run.seq_len else "",
+        "tokens/s": show(run.median("tokens_per_s"), ",.0f"),
+        "step s": show(run.median("step_s"), ".3g"),
+        "spread": show(run.spread("step_s") if run.metrics else None, ".0%"),
+        "predicted s": show(run.guess, ".3g"),
+        "error": show(run.error(), "+.0%"),
+        "exposed": show(pictures.exposed(run), ".1%"),
+        "GiB": show(run.peak_memory and run.peak_memory / 2**30, ".2f"),
+        "predicted GiB": show(memory and memory / 2**30, ".2f"),
+        "error GiB": show(run.memory_error(), "+.0%"),
+        "MFU": show(run.median("mfu"), ".1%"),
+        "loss": show(last.get("loss"), ".3f"),
+    }
+    return values
+
+
+def as_json(runs: list[Run]) -> list[dict[str, Any]]:
+    """For machines: what the table says, in seconds and bytes."""
+    keys = ("step_s", "tokens_per_s", "mfu", "compute_s", "exchange_s", "engine_s", "data_s")
+    return [
+        {
+            "path": str(run.path),
+            "status": run.status,
+            "reason": run.reason,
+            "varied": run.varied,
+            "ranks": run.ranks,
+            "seq_len": run.seq_len,
+            "measured": {key: run.median(key) for key in keys}
+            | {"peak_memory_bytes": run.peak_memory, "spread": run.spread("step_s")},
+            "predicted": run.predicted or None,
+            "predicted_s": run.guess,
+            "error": run.error(),
+            "memory_error": run.memory_error(),
+        }
+        for run in runs
+    ]
+
+
+def summary(runs: list[Run]) -> str:
+    """How far predictions were off, in a sentence."""
+    errors = [abs(e) for run in runs if (e := run.error()) is not None]
+    if not errors:
+        return "no predictions: measure this machine with ringattn calibrate, or give hardware="
+    memory = [abs(e) for run in runs if (e := run.memory_error()) is not None]
+    return (
+        f"predicted steps are off by {statistics.median(errors):.0%} (median) and "
+        f"{max(errors):.0%} (worst), memory by {statistics.median(memory):.0%} and "
+        f"{max(memory):.0%}"
+    )
+
+
+def write(runs: list[Run], folder: Path) -> list[Path]:
+    """Pictures as PNG and ``index.html`` in ``folder``; the files, the page first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files, images = [], []
+    for name, figure in pictures.draw(runs).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        files.append(folder / f"{name}.png")
+        files[-1].write_bytes(buffer.getvalue())
+        images.append((_TITLES[name], base64.b64encode(buffer.getvalue()).decode()))
+    page = folder / "index.html"
+    page.write_text(_html(runs, images))
+    return [page, *files]
+
+
+def _html(runs: list[Run], images: list[tuple[str, str]]) -> str:
+    table = rows(runs)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(row[title])}</td>" for title in COLUMNS) + "</tr>"
+        for row in table
+    )
+    notes = "".join(
+        f"<li>{html.escape(run.name)}: {html.escape(run.status)}, {html.escape(run.reason)}</li>"
+        for run in runs
+        if run.reason
+    )
+    known = next((run.facts for run in runs if run.facts), {})
+    about = {
+        "device": known.get("device"),
+        "kernel": known.get("kernel"),
+        "hardware": (known.get("hardware") or {}).get("source"),
+        **known.get("versions", {}),
+    }
+    facts = ", ".join(f"{key} {value}" for key, value in about.items() if value)
+    figures = "".join(
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+        f'src="data:image/png;base64,{data}">'
+        for title, data in images
+    )
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ringattn report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
+table {{ border-collapse: collapse; font-size: 13px }}
+td, th {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid #ddd }}
+td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+</style>
+<h1>ringattn report</h1>
+<p>{html.escape(summary(runs))}</p>
+<table><tr>{head}</tr>{body}</table>
+<ul>{notes}</ul>
+{figures}
+<p>Medians over steps, without the first two; spread is (largest - smallest) / median. MFU: 6
+FLOPs per matmul parameter and token plus 12 x attended pairs x heads x head_dim per layer, over the
+peak of every rank. Exposed: share of a step in which rank 0 waits for attention's exchanges.</p>
+<p>{html.escape(facts)}</p>
+</html>
+"""

@@ -1,0 +1,44 @@
+"""Running out of memory: an earlier end of it on request, and telling it from other failures."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import torch
+
+FAILURE = "failure.json"  # of a run directory: why it ended, for who started it
+
+
+def set_limit(gib: float | None, device: torch.device) -> None:
+    """From here on this process can allocate ``gib`` GiB on its device; None: what there is."""
+    if gib is None:
+        return
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+        return
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    now = int(status["VmData"].split()[0]) * 1024  # of which most was reserved, not used
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + int(gib * 2**30), hard))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, torch or CUDA raise where memory ends."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in said or "can't start new thread" in said
+    )
+
+
+def write_failure(run_dir: Path, kind: str, reason: str) -> None:
+    """Leaves the reason in the run directory, if that is still possible."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / FAILURE).write_text(json.dumps({"kind": kind, "reason": reason}) + "\n")
+    except OSError:
+        pass

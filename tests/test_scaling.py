@@ -1,0 +1,194 @@
+"""ringattn plan model=..., ringattn report, and what they refuse. No ranks are started."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from ringattn.cli import main
+from ringattn.report import page
+from ringattn.report.read import find
+
+
+def out(capsys, *arguments):
+    status = main(arguments)
+    return status, capsys.readouterr()
+
+
+RUN = ["plan", "model=8b", "vocab_size=128256", "seq_len=128k", "gpus=16"]
+
+
+def test_plan_of_a_run_for_machines(capsys):
+    status, shown = out(capsys, *RUN, "hardware=h200", "--json")
+    facts = json.loads(shown.out)
+    assert status == 0 and facts["gpus"] == 16 and facts["hardware"] == "H200 SXM"
+    best, last = facts["ranked"][0], facts["ranked"][-1]
+    assert best["tokens_per_s"] >= last["tokens_per_s"]
+    assert best["cp"] * best["dp"] == 16 and 0 < best["mfu"] < 1
+    assert sum(best["parts"].values()) == pytest.approx(best["seconds"])
+    assert facts["longest_seq_len"] > 2**20 and "attention kernel" in facts["why"]
+
+
+def test_plan_of_a_run_for_people(capsys, tmp_path):
+    trace, picture = tmp_path / "step.json", tmp_path / "splits.png"
+    status, shown = out(capsys, *RUN, "--trace", str(trace), "--plot", str(picture))
+    text = " ".join(shown.out.split())
+    assert status == 0 and "longest sequence that fits" in text and "why: " in text
+    command = next(line for line in shown.out.splitlines() if line.startswith("torchrun"))
+    assert "--nnodes 2 --nproc-per-node 8" in command and "model=8b" in command
+    assert picture.stat().st_size > 10_000
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert spans and all(e["dur"] > 0 and e["ts"] >= 0 for e in spans)
+    tracks = {(e["pid"], e["tid"]) for e in spans}
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    assert tracks <= named and any("forward, step 0" in e["name"] for e in spans)
+
+
+def test_the_command_that_plan_prints_is_one_that_train_takes(capsys):
+    from ringattn.training import settings
+
+    _, shown = out(capsys, *RUN)
+    command = next(line for line in shown.out.splitlines() if line.startswith("torchrun"))
+    keys = command.split("train.py ")[1].split()
+    config = settings.load(keys)
+    settings.check(config, 16)
+    assert config.seq_len == 2**17 and config.model.dim == 4096
+
+
+def test_plan_reads_a_hugging_face_folder_and_any_mask(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "hidden_act": "silu",
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1e4,
+        "architectures": ["LlamaForCausalLM"],
+    }))  # fmt: skip
+    keys = ["plan", f"model={tmp_path}", "seq_len=64k", "gpus=4", "hardware=mi300x", "--json"]
+    _, whole = out(capsys, *keys)
+    _, window = out(capsys, *keys, "mask=sliding_window(n, 1024) | sinks(n, 4)")
+    whole, window = json.loads(whole.out), json.loads(window.out)
+    assert whole["ranked"][0]["flops"] > 2 * window["ranked"][0]["flops"]
+
+
+def test_what_cannot_fit_is_said_with_status_1(capsys):
+    status, shown = out(capsys, "plan", "model=8b", "seq_len=64M", "gpus=8")
+    assert status == 1 and "nothing fits" in shown.out and "GiB" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "model=9b", "seq_len=1M"], "model=9b is unknown; one of: "),
+        (["plan", "model=8b"], "seq_len must be given"),
+        (["plan", "model=8b", "seq_len=1M", "hardware=tpu"], "hardware=tpu is unknown; one of: "),
+        (["plan", "model=8b", "seq_len=1M", "cp=3"], "cp=3 does not divide 8 ranks"),
+        (["plan", "model=8b", "seq_len=1M", "gpu=8"], "unknown key 'gpu'; did you mean: gpus"),
+        (["plan", "model=8b", "seq_len=1M", "mask=causal(7)"], "has 7 queries, but n=1048576"),
+        (["plan", "model=8b", "seq_len=1M", "zero_stage=4"], "zero_stage must be one of"),
+        (["plan", "model=8b", "seq_len=1M", "--trace", "/none/x.json"], "no such folder"),
+        (["plan", "model=8b", "seq_len=1M", "sequences=3", "cp=2"], "sequences=3"),
+        (["report"], "give run directories"),
+        (["report", "/none"], "/none: no such directory"),
+        (["calibrate", "heads=3", "kv_heads=2"], "kv_heads=2 does not divide heads=3"),
+        (["calibrate", "out=/proc/none/x.yaml"], "out=/proc/none/x.yaml"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    status, shown = out(capsys, *arguments)
+    assert status == 2 and not shown.out
+    assert message in shown.err and shown.err.count("\n") == 1
+
+
+def run_dir(path, seconds=1.0, predicted=1.1, status="finished", ranks=2, seq_len=1024, reason=""):
+    path.mkdir(parents=True)
+    varied = {"seq_len": str(seq_len)}
+    (path / "point.json").write_text(json.dumps(
+        {"format": 1, "status": status, "overrides": [], "varied": varied, "ranks": ranks,
+         "seconds": 9, "reason": reason}
+    ))  # fmt: skip
+    if status != "finished":
+        return path
+    config = {"seq_len": seq_len, "train": {"steps": 4}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    parts = {"matrix products": 0.3, "elementwise": 0.1, "attention kernel": predicted - 0.5,
+             "exposed exchange": 0.1, "engine": 0, "offload": 0}  # fmt: skip
+    facts = {
+        "format": 1, "setup": {"world": ranks}, "device": "cpu", "kernel": "aten",
+        "hardware": {"name": "x", "source": "y"}, "versions": {"torch": "2"},
+        "predicted": {"seconds": predicted, "parts": parts, "exposed_s": 0.1, "mfu": 0.4,
+                      "tokens_per_s": seq_len / predicted, "peak_memory_bytes": 3 * 2**30},
+    }  # fmt: skip
+    (path / "facts.json").write_text(json.dumps(facts))
+    lines = [
+        {"step": i, "loss": 5 - i, "tokens_seen": i * seq_len, "step_s": seconds * (1, 9)[i < 3],
+         "tokens_per_s": 7.0, "mfu": 0.5, "peak_memory_bytes": 2 * 2**30 + i,
+         "compute_s": 0.8, "exchange_s": 0.1, "engine_s": 0.05, "data_s": 0.05, "pairs": 100}
+        for i in (1, 2, 3, 4)
+    ]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_report_reads_a_sweep_and_needs_nothing_but_itself(capsys, tmp_path):
+    for n in (1024, 2048, 16384):
+        run_dir(tmp_path / f"seq_len-{n}", seconds=n / 1024, seq_len=n)
+    run_dir(tmp_path / "seq_len-1048576", status="memory", seq_len=2**20, reason="<no> room")
+    status, shown = out(capsys, "report", str(tmp_path))
+    assert status == 0 and "off by" in " ".join(shown.out.split())
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "http" not in text and "&lt;no&gt; room" in text and "<no>" not in text
+    sources = re.findall(r'src="([^"]*)', text)
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "index.html", "scaling.png", "parts.png", "predicted.png", "loss.png"
+    }  # fmt: skip
+    _, shown = out(capsys, "report", str(tmp_path), "--json")
+    found = json.loads(shown.out)
+    assert [run["seq_len"] for run in found] == [1024, 2048, 16384, 0]
+    # The first two steps warm up; a prediction is compared with the median of the others.
+    assert found[0]["measured"]["step_s"] == 1.0 and found[0]["error"] == pytest.approx(0.1)
+    assert found[0]["memory_error"] == pytest.approx(0.5, abs=1e-6)
+    assert found[3]["status"] == "memory" and found[3]["reason"] == "<no> room"
+
+
+def test_a_prediction_follows_the_pairs_that_a_step_had(tmp_path):
+    path = run_dir(tmp_path / "a", predicted=1.1)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["pairs"] = 50
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = find([path])
+    attention = 0.6 + 0.1
+    assert run.guess == pytest.approx(1.1 - attention / 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "facts.json").unlink(), "earlier version"),
+        (lambda p: (p / "facts.json").write_text('{"format": 7}'), "format 7; this one reads 1"),
+        (lambda p: (p / "point.json").write_text("{"), "point.json: this is no JSON"),
+        (lambda p: (p / "metrics.jsonl").write_text("{}\n{"), "metrics.jsonl: line 2"),
+    ],
+)
+def test_a_directory_of_another_version_is_one_line(capsys, tmp_path, damage, message):
+    path = run_dir(tmp_path / "a")
+    damage(path)
+    status, shown = out(capsys, "report", str(path))
+    assert status == 2 and message in shown.err and shown.err.count("\n") == 1
+    assert not (path / "report").exists()
+
+
+def test_an_empty_folder_is_refused(capsys, tmp_path):
+    status, shown = out(capsys, "report", str(tmp_path))
+    assert status == 2 and "no run directory" in shown.err
+
+
+def test_points_that_vary_in_anything_are_drawn(tmp_path):
+    for name in ("ring", "direct"):
+        run_dir(tmp_path / f"parallel.schedule-{name}")
+    runs = find([tmp_path])
+    files = page.write(runs, tmp_path / "report")
+    assert all(file.stat().st_size > 3_000 for file in files)
+    assert page.rows(runs)[0]["status"] == "finished"
