@@ -1,11 +1,15 @@
 """The parts of the training room that need no process group."""
 
+import time
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from ringattn.comm import Stopwatch, Timed
 from ringattn.cost.model import step_flops
 from ringattn.training import batch, loop, settings
 from ringattn.training.checkpoint import set_aside
@@ -51,3 +55,25 @@ def test_what_is_set_aside_never_meets_what_was(tmp_path):
     assert set_aside(tmp_path, None) == tmp_path / "superseded_3"
     assert (tmp_path / "superseded_3/metrics.jsonl").read_text() == "new"
     assert set_aside(tmp_path, None) is None
+
+
+def test_waiting_for_an_exchange_is_timed_and_forgotten_once_read():
+    class Late:
+        rank, world = 0, 2
+
+        def start(self, sends, recvs, label):
+            return self
+
+        def wait(self):
+            time.sleep(0.05)
+
+    watch = Stopwatch(torch.device("cpu"))
+    timed = Timed(Late(), watch)
+    pending = timed.start([], [], "x")
+    watch.read()
+    pending.wait()
+    timed.start([], [], "y").wait()
+    with watch.section("data"):
+        time.sleep(0.01)
+    spent = watch.read()
+    assert spent["exchange"] >= 0.1 and spent["data"] >= 0.01 and watch.read() == {}

@@ -8,16 +8,15 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ringattn.cost import Hardware, buffers, sample
 from ringattn.cost.model import Setup, footprint
 from ringattn.cost.step import Prediction, predict
-from ringattn.models.rope_config import RopeConfig
 from ringattn.models.sizes import ModelConfig
 from ringattn.plan import Plan
 from ringattn.training.batch import build_mask, strategy
-from ringattn.training.job import Job
+from ringattn.training.job import Job, model_of
 from ringattn.training.settings import hardware_of
 
 FACTS, FORMAT = "facts.json", 1  # of a run directory
@@ -67,9 +66,7 @@ def forecast(
 def paper_plan(config: DictConfig, world: int) -> tuple[ModelConfig, Plan]:
     """The model, and the plan of a batch of whole sequences, from the keys alone: no data is
     opened, so documents are not known. Raises ValueError."""
-    sizes = OmegaConf.to_container(config.model)
-    del sizes["path"]
-    model = ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
+    model = model_of(config)
     mask = build_mask(config, [config.seq_len] * config.batch_size)
     return model, strategy(config, model, hardware_of(config)).plan(mask)
 

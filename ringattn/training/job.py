@@ -35,14 +35,19 @@ class Job:
     hardware: Hardware | None = None  # what predictions, and a schedule of "auto", count on
 
 
+def model_of(config: DictConfig) -> ModelConfig:
+    """The sizes in ``model.*``. Raises ValueError where they do not fit."""
+    sizes = OmegaConf.to_container(config.model)
+    del sizes["path"]
+    return ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
+
+
 def prepare(
     config: DictConfig, run_dir: Path, world: int, progress: Progress = lambda done, total: None
 ) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     check_login(config)
-    sizes = OmegaConf.to_container(config.model)
-    path = sizes.pop("path")
-    model = ModelConfig(**{**sizes, "rope": RopeConfig(**sizes["rope"])})
+    model, path = model_of(config), config.model.path
     data = open_data(config, progress)
     if data.tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
