@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from ringattn.kernels import triton as kernel
-from ringattn.kernels.triton import calls
+from ringattn.kernels import call as calls
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -182,7 +182,7 @@ def correctness(suite: Suite) -> None:
         cases.append(("4 ranks in turn", causal, dim, dim, half, {"ranks": 4}))
     cases.append(("2 sequences, small L2", causal, 64, 64, half, {"batch": 2, "l2": 1}))
     rows = suite.found["correctness"] = []
-    for name, mask, dim, v_dim, dtype, how in cases:
+    for name, mask, dim, v_dim, dtype, how in cases[suite.part[0] :: suite.part[1]]:
         if not suite.left(f"correctness of {name}"):
             break
         row = {"mask": name, "head_dim": f"{dim}/{v_dim}"}
@@ -214,11 +214,11 @@ def one_case(
     def work(rank):
         *own, dout = (plan.layout.shard(x, rank.rank) for x in tensors)
         own = [x.contiguous().requires_grad_() for x in own]
-        ends = {"kernel": "triton", "softcap": softcap or None}
+        ends = {"kernel": suite.kernel, "softcap": softcap or None}
         out = ra.ring_attention(*own, plan, group=rank, **ends)
         return out.detach(), *torch.autograd.grad(out, own, dout)
 
-    with mock.patch.object(calls, "_L2_BYTES", l2 or calls._L2_BYTES):
+    with mock.patch.object(calls, "L2_BYTES", l2 or calls.L2_BYTES):
         parts = VirtualWorld(ranks).run(work)
     got = [plan.layout.unshard(x) for x in zip(*parts, strict=True)]
     return judge(got, oracle(mask, *tensors, softcap), dtype)
@@ -384,7 +384,7 @@ def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], No
 
     def forward() -> None:
         for q, (k, v), step, partial, out, lse, *_ in work:
-            kernel.forward(q, k, v, step.bands, partial, out, lse, scale, 0.0)
+            kernel.forward(q, k, v, step.bands, partial, out, lse, ra_scores(scale))
 
     def backward() -> None:
         prepared = None
@@ -518,6 +518,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=450, help="after which nothing is begun")
+    parser.add_argument("--only", help="sections, with commas between; all unless given")
+    parser.add_argument("--kernel", default="triton")
+    parser.add_argument("--part", default="0/1")
     parser.add_argument("--to", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -525,10 +528,13 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     suite = Suite(options.rehearse, options.seconds)
+    suite.kernel, suite.part = options.kernel, [int(x) for x in options.part.split("/")]
     print(f"{suite.found['device']}, torch {torch.__version__}, Triton {triton.__version__}")
     options.to.mkdir(parents=True, exist_ok=True)
     name = f"{suite.found['device']}_{suite.found['date']}".replace(" ", "-").lower()
     for section in (correctness, peak, rings, speed, ranks):
+        if options.only and section.__name__ not in options.only.split(","):
+            continue
         try:
             section(suite)
         except Exception as error:  # the other sections are worth having

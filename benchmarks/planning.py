@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from ringattn.kernels.triton.work import work
+from ringattn.kernels.work import work
 
 import ringattn as ra
 from ringattn import plan as plans

@@ -1,32 +1,100 @@
 """Block kernels: attention of local queries over one held block of keys, for a list of bands.
 
-Every kernel is a module with three functions. Tensors are ``[batch, tokens, heads, head_dim]``
-(K/V may have fewer heads: head h reads K/V head ``h // (heads // kv_heads)``), log-sum-exp is
-``[batch, heads, tokens]``; bands index the tokens of q and of k, and the list is never empty.
-Running states are float32 (float64 for float64 inputs) between all steps.
+A kernel is what :class:`Kernel` says: here, each is a module of this package. Tensors are ``[batch,
+tokens, heads, head_dim]`` (K/V may have fewer heads: head h reads K/V head
+``h // (heads // kv_heads)``), log-sum-exp is ``[batch, heads, tokens]``; bands index the tokens of
+q and of k, and the list is never empty. Running states are float32 (float64 for float64 inputs)
+between all steps.
 
-``forward(q, k, v, bands, partial, out, lse, scale, softcap)``
-    merges the attention over ``bands`` into the running state: ``partial`` is the output of the
-    steps before (None: nothing yet) and may be overwritten; the result goes to ``out``, which is
-    ``partial`` itself, a new state, or the final output in the dtype of q. ``lse`` is updated in
-    place; where it begins above -inf, as at the logit of an attention sink, that much weight
-    is already spent on an output of 0. With ``softcap`` scores are
-    ``softcap * tanh(scores / softcap)``; 0 for none.
-``prepare(dout, out, lse)``
-    what ``backward`` needs to know of the final, global out and lse: once for all steps.
-``backward(dout, q, k, v, prepared, bands, dq, dk, dv, scale, softcap, add_q, add_k)``
-    adds into ``dq`` and ``dk``, ``dv``, in place. Without ``add_q`` (``add_k``) dq (dk and dv)
-    hold nothing yet: all of them is written, and they may have the dtype of q.
+How to write one: docs/kernels.md.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from ringattn.slices import Band
+
 # The kernels by name; each is a module of this package, imported when it is first used.
-NAMES = ("triton", "aten", "reference")
+NAMES = ("gluon", "triton", "aten", "reference")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How products become scores: ``sm_scale * q.k``, or ``softcap * tanh(sm_scale * q.k /
+    softcap)`` with a softcap above 0."""
+
+    sm_scale: float
+    softcap: float = 0.0
+
+
+class Kernel(Protocol):
+    """What a block kernel is.
+
+    A forward is one ``forward`` per step. A backward is ``prepare``, one ``backward`` per step, and
+    ``finish``; all steps share the final out and log-sum-exp, so the steps need no order.
+    """
+
+    def refusal(
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int
+    ) -> str | None:
+        """Why the kernel cannot do it, and what to do instead; None if it can."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bands: Sequence[Band],
+        partial: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scores: Scores,
+    ) -> None:
+        """Merges the attention over ``bands`` into the running state.
+
+        Args:
+            partial: the output of the steps before, in float32; None: nothing yet. May be
+                overwritten.
+            out: where the result goes, all rows of it: ``partial`` itself, a new state, or the
+                final output in the dtype of q.
+            lse: updated in place, natural logarithm. Where it begins above -inf, as at the logit of
+                an attention sink, that much weight is already spent on an output of 0.
+        """
+
+    def prepare(self, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Any:
+        """What ``backward`` needs to know of the final, global out and lse."""
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Any,
+        bands: Sequence[Band],
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scores: Scores,
+        add_q: bool,
+        add_k: bool,
+    ) -> None:
+        """Adds to ``dq`` and to ``dk``, ``dv``, in place.
+
+        Args:
+            dq: dense and in float32, in a measure of the kernel's own until ``finish``.
+            dk, dv: float32, or without ``add_k`` also the dtype of q.
+            add_q, add_k: False: they hold nothing yet, and all of them is written.
+        """
+
+    def finish(self, dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
+        """The gradient of q in ``dtype``, once all steps have added to ``dq``, which may be
+        overwritten."""
 
 
 def select(
@@ -35,9 +103,9 @@ def select(
     device: torch.device,
     head_dim: int,
     v_dim: int | None = None,
-) -> ModuleType:
-    """The kernel module for ``name``; "auto" takes triton on a GPU that it supports, aten
-    elsewhere, and reference for float64.
+) -> Kernel:
+    """The kernel for ``name``; "auto" takes gluon or triton on a GPU that they support, in this
+    order, aten elsewhere, and reference for float64.
 
     Raises ValueError for an unknown name, or for a kernel that cannot do what is asked, with what
     to do about it.
@@ -46,8 +114,8 @@ def select(
         if dtype == torch.float64:
             name = "reference"
         elif device.type == "cuda":
-            refusal = _refusal("triton", dtype, device, head_dim, v_dim)
-            name = "aten" if refusal else "triton"
+            able = (n for n in ("gluon", "triton") if not _refusal(n, dtype, device, head_dim, v_dim))
+            name = next(able, "aten")
         else:
             name = "aten"
     elif name not in NAMES:
@@ -57,9 +125,11 @@ def select(
     return _module(name)
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str) -> Kernel:
     """Imported here: a kernel that is not used costs nothing."""
-    if name == "triton":
+    if name == "gluon":
+        from ringattn.kernels import gluon as module
+    elif name == "triton":
         from ringattn.kernels import triton as module
     elif name == "aten":
         from ringattn.kernels import aten as module
@@ -76,8 +146,6 @@ def _refusal(
         module = _module(name)
     except ModuleNotFoundError as error:
         return f"needs the package {error.name}, which is not installed; use kernel='aten'"
-    if not hasattr(module, "refusal"):
-        return None
     return module.refusal(dtype, device, head_dim, v_dim or head_dim)
 
 

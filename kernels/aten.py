@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
-from ringattn.kernels import begin, end
+from ringattn.kernels import Scores, begin, end
 from ringattn.kernels.pieces import Piece, cut
 
 from ringattn.runs import Run
@@ -32,14 +32,13 @@ def forward(
     partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
 ) -> None:
-    """See :mod:`ringattn.kernels`."""
+    """See :class:`ringattn.kernels.Kernel`."""
     state = begin(out, False) if partial is None else partial
     q, k, v = (_readable(x, state.dtype) for x in (q, k, v))
     for (q_, out_), (k_, v_), lse_, piece in _views((q, state), (k, v), lse, bands):
-        block_out, block_lse = _attend(q_, k_, v_, piece, scale, softcap)
+        block_out, block_lse = _attend(q_, k_, v_, piece, scores)
         # out + w (block - out) with w = block's share: one pass, and no overflow at any gap.
         share = torch.sigmoid(block_lse - lse_)
         out_.lerp_(block_out, share[..., None])
@@ -65,12 +64,12 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     add_q: bool,
     add_k: bool,
 ) -> None:
-    """See :mod:`ringattn.kernels`. Grouped heads take one call per member, so nothing repeats."""
+    """See :class:`ringattn.kernels.Kernel`. Grouped heads take one call per member: nothing
+    repeats."""
     out, lse = prepared
     sums = [begin(x, add) for x, add in ((dq, add_q), (dk, add_k), (dv, add_k))]
     dout, q, k, v = (_readable(x, lse.dtype) for x in (dout, q, k, v))
@@ -79,7 +78,7 @@ def backward(
         queries = tuple(x[:, :, g::groups] for x in (dout, q, out, sums[0]))
         views = _views(queries, (k, v, *sums[1:]), lse[:, g::groups], bands)
         for (dout_, q_, out_, dq_), (k_, v_, dk_, dv_), lse_, piece in views:
-            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scale, softcap)
+            grads = _attend_backward(dout_, q_, k_, v_, out_, lse_, piece, scores)
             dq_.add_(grads[0])
             # Blocks that overlap on the key axis are added in turns.
             turns = -(-piece.keys // piece.stride) if piece.count > 1 else 1
@@ -88,6 +87,15 @@ def backward(
                 dv_[turn::turns].add_(grads[2][turn::turns])
     for state, x in zip(sums, (dq, dk, dv), strict=True):
         end(state, x)
+
+
+def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
+    """See :class:`ringattn.kernels.Kernel`."""
+    return dq.to(dtype)
+
+
+def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> None:
+    """It can do anything."""
 
 
 def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -162,21 +170,20 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     piece: Piece,
-    scale: float,
-    softcap: float,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one piece; q is [count, heads, rows, head_dim]."""
-    if _fused(q, v, softcap):
+    if _fused(q, v, scores):
         causal, mask = _restriction(piece, q)
-        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.sm_scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     k, v = _repeated(k, q), _repeated(v, q)
     mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
-        scores, _ = _scores(q[:, :, rows], k, scale, softcap)
+        s, _ = _scores(q[:, :, rows], k, scores)
         if mask is not None:
-            scores += mask[rows]
+            s += mask[rows]
         lse[:, :, rows] = torch.logsumexp(scores, -1)
         out[:, :, rows] = torch.exp(scores - lse[:, :, rows, None]) @ v
     return out, lse
@@ -190,20 +197,19 @@ def _attend_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     piece: Piece,
-    scale: float,
-    softcap: float,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
-    if _fused(q, v, softcap):
+    if _fused(q, v, scores):
         causal, mask = _restriction(piece, q)
-        return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scores.sm_scale)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     mask = _mask(piece, q)
     for rows in _row_tiles(q, k):
-        scores, slope = _scores(q[:, :, rows], k, scale, softcap)
+        s, slope = _scores(q[:, :, rows], k, scores)
         if mask is not None:
-            scores += mask[rows]
-        weights = torch.exp(scores - lse[:, :, rows, None])
+            s += mask[rows]
+        weights = torch.exp(s - lse[:, :, rows, None])
         delta = (dout[:, :, rows] * out[:, :, rows]).sum(-1, keepdim=True)
         dscores = weights * (dout[:, :, rows] @ v.mT - delta) * slope
         dq[:, :, rows] = dscores @ k
@@ -213,18 +219,18 @@ def _attend_backward(
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
+    q: torch.Tensor, k: torch.Tensor, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """The scores, and their slope by q k^T."""
-    scores = q @ k.mT * scale
-    if not softcap:
-        return scores, scale
-    bent = torch.tanh(scores / softcap)
-    return bent * softcap, (1 - bent**2) * scale
+    s = q @ k.mT * scores.sm_scale
+    if not scores.softcap:
+        return s, scores.sm_scale
+    bent = torch.tanh(s / scores.softcap)
+    return bent * scores.softcap, (1 - bent**2) * scores.sm_scale
 
 
-def _fused(q: torch.Tensor, v: torch.Tensor, softcap: float) -> bool:
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not softcap
+def _fused(q: torch.Tensor, v: torch.Tensor, scores: Scores) -> bool:
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not scores.softcap
 
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

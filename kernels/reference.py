@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import einsum, rearrange, repeat
-from ringattn.kernels import begin, end
+from ringattn.kernels import Scores, begin, end
 
 from ringattn.slices import Band
 
@@ -20,17 +20,16 @@ def forward(
     partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
 ) -> None:
-    """See :mod:`ringattn.kernels`; v may have another head_dim than q and k."""
+    """See :class:`ringattn.kernels.Kernel`; v may have another head_dim than q and k."""
     state = begin(out, False) if partial is None else partial
-    scores = _scores(q, k, bands, scale, softcap, state.dtype)[0]
-    block_lse = torch.logsumexp(scores, -1)
+    s = _scores(q, k, bands, scores, state.dtype)[0]
+    block_lse = torch.logsumexp(s, -1)
     total = torch.logaddexp(lse, block_lse)
     # A row without any key so far has total = -inf; 0 in its place keeps exp() free of NaN.
     finite = total.masked_fill(total == -torch.inf, 0)
-    weights = torch.exp(scores - finite[..., None])
+    weights = torch.exp(s - finite[..., None])
     kept = torch.exp(lse - finite)
     state.mul_(rearrange(kept, "b h q -> b q h 1"))
     state.add_(einsum(weights, _heads(v, q, state.dtype), "b h q k, b k h d -> b q h d"))
@@ -56,18 +55,17 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     add_q: bool,
     add_k: bool,
 ) -> None:
-    """See :mod:`ringattn.kernels`."""
+    """See :class:`ringattn.kernels.Kernel`."""
     delta, lse = prepared
     sums = [begin(x, add) for x, add in ((dq, add_q), (dk, add_k), (dv, add_k))]
     dtype = lse.dtype
     dout = dout.to(dtype)
-    scores, slope = _scores(q, k, bands, scale, softcap, dtype)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    s, slope = _scores(q, k, bands, scores, dtype)
+    weights = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     dweights = einsum(dout, _heads(v, q, dtype), "b q h d, b k h d -> b h q k")
     dscores = weights * (dweights - delta[..., None]) * slope
     sums[0].add_(einsum(dscores, _heads(k, q, dtype), "b h q k, b k h d -> b q h d"))
@@ -77,12 +75,20 @@ def backward(
         end(state, x)
 
 
+def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
+    """See :class:`ringattn.kernels.Kernel`."""
+    return dq.to(dtype)
+
+
+def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> None:
+    """It can do anything."""
+
+
 def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
     bands: Sequence[Band],
-    scale: float,
-    softcap: float,
+    scores: Scores,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """[batch, heads, queries, keys], -inf outside of the bands; and their slope by q k^T."""
@@ -94,12 +100,12 @@ def _scores(
         rows = slice(band.q.start, band.q.stop, band.q.step)
         cols = slice(band.k.start, band.k.stop, band.k.step)
         allowed[rows, cols] |= (apart >= band.lo) & (apart <= band.hi)
-    scores = einsum(q.to(dtype), _heads(k, q, dtype), "b q h d, b k h d -> b h q k") * scale
-    slope = scale
-    if softcap:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = bent * softcap, (1 - bent**2) * scale
-    return scores.masked_fill(~allowed, -torch.inf), slope
+    s = einsum(q.to(dtype), _heads(k, q, dtype), "b q h d, b k h d -> b h q k")
+    s, slope = s * scores.sm_scale, scores.sm_scale
+    if scores.softcap:
+        bent = torch.tanh(s / scores.softcap)
+        s, slope = bent * scores.softcap, (1 - bent**2) * scores.sm_scale
+    return s.masked_fill(~allowed, -torch.inf), slope
 
 
 def _heads(x: torch.Tensor, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

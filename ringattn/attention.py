@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ringattn import kernels
 from ringattn.comm import Comm, connect, name_of
 from ringattn.exchange import Inbox, add, gather_heads, scatter_heads, take
 from ringattn.heads import HeadSplit, check_degree
+from ringattn.kernels import Kernel, Scores
 from ringattn.plan import Plan, numbered
 from ringattn.schedules import RankPlan, Step
 from ringattn.slices import Bands
@@ -82,17 +82,22 @@ class _Run:
     plan: RankPlan
     split: HeadSplit | None
     comm: Comm
-    kernel: ModuleType
-    scale: float
-    softcap: float
+    kernel: Kernel
+    scores: Scores
 
     @classmethod
     def make(
-        cls, plan: Plan, comm: Comm, kernel: str, x: torch.Tensor, dims: tuple[int, int], *ends: Any
+        cls,
+        plan: Plan,
+        comm: Comm,
+        kernel: str,
+        x: torch.Tensor,
+        dims: tuple[int, int],
+        scores: Scores,
     ) -> _Run:
         """x has the dtype and the device; ``dims``: head_dim of q and of v."""
-        module = kernels.select(kernel, x.dtype, x.device, *dims)
-        return cls(plan.rank(comm.rank), plan.heads(comm.rank), comm, module, *ends)
+        chosen = kernels.select(kernel, x.dtype, x.device, *dims)
+        return cls(plan.rank(comm.rank), plan.heads(comm.rank), comm, chosen, scores)
 
 
 _library = torch.library.Library("ringattn", "FRAGMENT")
@@ -125,7 +130,7 @@ def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, 
     then exchanged for return_lse only, and empty otherwise."""
     plan, comm = numbered(plan), connect(group)
     _check(q, k, v, plan, comm, scale, softcap, sinks)
-    run = _Run.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), scale, softcap)
+    run = _Run.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
     split, heads, kv_heads = run.split, q.shape[2], k.shape[2]
     if not split:
         return *_forward(q, k, v, sinks, run), []
@@ -157,7 +162,8 @@ def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
 def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
     """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
     plan, comm = numbered(plan), connect(group)
-    run = _Run.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scale, softcap)
+    scores = Scores(scale, softcap)
+    run = _Run.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scores)
     split, heads, kv_heads, dtype = run.split, dout.shape[2], keys[1], dout.dtype
     if split:
         on_q, on_k = _sides(split, heads, kv_heads)
@@ -167,11 +173,11 @@ def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, sof
     dsinks = [] if sinks is None else [_sinks_grad(dout, out, lse, sinks, split)]
     dq, dk, dv = _backward(dout, q, k, v, out, lse, run)
     if not split:
-        return [dq.to(dtype), dk.to(dtype), dv.to(dtype), *dsinks]
+        return [dq, dk.to(dtype), dv.to(dtype), *dsinks]
     if not split.replicates(heads, kv_heads):
         # Nothing is summed on the way, so rounding first changes nothing but the bytes.
         dk, dv = dk.to(dtype), dv.to(dtype)
-    back = [(dq.to(dtype), *on_q, heads), (dk, *on_k, kv_heads), (dv, *on_k, kv_heads)]
+    back = [(dq, *on_q, heads), (dk, *on_k, kv_heads), (dv, *on_k, kv_heads)]
     dq, dk, dv = gather_heads(back, split, comm, "heads of dq, dk, dv")
     return [dq, dk.to(dtype), dv.to(dtype), *dsinks]
 
@@ -282,9 +288,17 @@ def _forward(
             before, wanted = out, q.dtype if index == last else dtype
             if before is None or before.dtype != wanted:
                 out = q.new_empty(shape, dtype=wanted)
-            ends = (run.scale, run.softcap)
             with _named(f"forward, step {index}: block {step.block}"):
-                run.kernel.forward(q, *held, step.bands, before, out, lse, *ends)
+                run.kernel.forward(
+                    q=q,
+                    k=held[0],
+                    v=held[1],
+                    bands=step.bands,
+                    partial=before,
+                    out=out,
+                    lse=lse,
+                    scores=run.scores,
+                )
             del before
         del held  # or it would live on beside the next two
     return q.new_zeros(shape) if out is None else out, lse
@@ -324,20 +338,33 @@ def _backward(
     lse: torch.Tensor,
     run: _Run,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) in the dtype of lse, or of q where a single step computes everything."""
+    """dq in the dtype of q; dk, dv in that of lse, or of q where a single step computes all."""
     steps, kernel = run.plan.steps, run.kernel
     alone = len(steps) == 1 and not steps[0].grad_sends and not steps[0].grad_recvs
     # Shares of split heads may have to be summed yet.
     dtype = q.dtype if alone and not run.split else lse.dtype
-    dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    dq = torch.empty_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
     grads = _Grads((k, v), run.plan.blocks, dtype)
     prepared = kernel.prepare(dout, out, lse)
     begun = False
 
     def compute(held: Pair, block: int, bands: Bands) -> None:
         nonlocal begun
-        ends = (run.scale, run.softcap, begun, block in grads.begun)
-        kernel.backward(dout, q, *held, prepared, bands, dq, *grads.pair(block), *ends)
+        dk, dv = grads.pair(block)
+        kernel.backward(
+            dout=dout,
+            q=q,
+            k=held[0],
+            v=held[1],
+            prepared=prepared,
+            bands=bands,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            scores=run.scores,
+            add_q=begun,
+            add_k=block in grads.begun,
+        )
         grads.begun.add(block)
         begun = True
 
@@ -377,7 +404,8 @@ def _backward(
             compute((k, v), 0, late)
     with _named("wait for the last K/V gradients"):
         finish()
-    return dq if begun else dq.zero_(), *grads.sums(0)
+    dq = kernel.finish(dq, q.dtype, run.scores) if begun else torch.zeros_like(q)
+    return dq, *grads.sums(0)
 
 
 def _walk(own: Pair, run: _Run) -> Iterator[tuple[int, Step, Pair]]:

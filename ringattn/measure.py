@@ -260,17 +260,17 @@ class _Bench:
         out, dq, dk, dv = (torch.zeros_like(x, dtype=state) for x in (q, q, k, v))
         lse = torch.full((1, heads, n), -torch.inf, device=self.device, dtype=state)
         bands = Bands([Band.make(Run(0, n), Run(0, n), lo, hi)])
+        scores = kernels.Scores(dim**-0.5)
 
         def forward() -> None:
             lse.fill_(-torch.inf)
-            kernel.forward(q, k, v, bands, None, out, lse, dim**-0.5, 0.0)
+            kernel.forward(q, k, v, bands, None, out, lse, scores)
 
         forward()
         prepared = kernel.prepare(dout, out.to(self.dtype), lse)
 
         def backward() -> None:
-            ends = (dim**-0.5, 0.0, True, True)
-            kernel.backward(dout, q, k, v, prepared, bands, dq, dk, dv, *ends)
+            kernel.backward(dout, q, k, v, prepared, bands, dq, dk, dv, scores, True, True)
 
         seconds = [self._time(forward)]
         forward()

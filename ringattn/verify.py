@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ringattn.kernels import reference
+from ringattn.kernels import Scores, reference
 from ringattn.masks import Mask
 from ringattn.runs import Run
 from ringattn.slices import Band, Slice
@@ -57,12 +57,12 @@ def oracle(
                     slice(head // together, head // together + 1),
                 )
                 lse = q.new_full((1, 1, len(rows)), -torch.inf)
-                ends = (scale, softcap)
-                reference.forward(q[here], k[kv], v[kv], bands, None, out[here], lse, *ends)
+                scores = Scores(scale, softcap)
+                reference.forward(q[here], k[kv], v[kv], bands, None, out[here], lse, scores)
                 prepared = reference.prepare(dout[here], out[here], lse)
                 reference.backward(
                     dout[here], q[here], k[kv], v[kv], prepared, bands,
-                    dq[here], dk[kv], dv[kv], *ends, True, True,
+                    dq[here], dk[kv], dv[kv], scores, True, True,
                 )  # fmt: skip
     return [out, dq, dk, dv]
 

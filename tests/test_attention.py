@@ -252,8 +252,8 @@ def test_mutant_output_rounded_at_every_hop(monkeypatch, kernel):
     module = kernels.select(kernel, torch.float32, torch.device("cpu"), 8)
     forward = module.forward
 
-    def rounding(q, k, v, bands, partial, out, *rest):
-        forward(q, k, v, bands, partial, out, *rest)
+    def rounding(out, **given):
+        forward(out=out, **given)
         out.copy_(out.bfloat16())
 
     monkeypatch.setattr(module, "forward", rounding)
@@ -436,10 +436,11 @@ def test_mutant_log_sum_exp_of_the_block_in_the_backward(monkeypatch, kernel):
     module = kernels.select(kernel, torch.float32, torch.device("cpu"), 8)
     backward, prepare = module.backward, module.prepare
 
-    def per_block(dout, q, k, v, kept, bands, dq, dk, dv, scale, *rest):
+    def per_block(prepared, **given):
+        q, k, v, bands, scores = (given[name] for name in ("q", "k", "v", "bands", "scores"))
         own = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
-        module.forward(q, k, v, bands, None, torch.zeros_like(dout), own, scale, 0.0)
-        backward(dout, q, k, v, prepare(*kept, own), bands, dq, dk, dv, scale, *rest)
+        module.forward(q, k, v, bands, None, torch.zeros_like(given["dout"]), own, scores)
+        backward(prepared=prepare(*prepared, own), **given)
 
     monkeypatch.setattr(module, "prepare", lambda dout, out, lse: (dout, out))
     monkeypatch.setattr(module, "backward", per_block)

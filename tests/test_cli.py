@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from ringattn.kernels import aten
-from ringattn.kernels.triton import launch as launch_table
+from ringattn.kernels import launch as launch_table
 
 import ringattn as ra
 from ringattn import cost

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ringattn.kernels.triton import launch, report, tune
-from ringattn.kernels.triton.launch import Launch
+from ringattn.kernels import launch
+from ringattn.kernels.launch import Launch
+from ringattn.kernels.triton import report, tune
 from ringattn.kernels.triton.report import Case, Report
 
 from ringattn.cli import main

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 import triton
+from ringattn.kernels import Scores
+from ringattn.kernels.call import dense
 from ringattn.kernels.triton import bwd, calls
 
 from ringattn.slices import Band
@@ -32,20 +34,20 @@ def forward(
     partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
 ) -> None:
-    """See :mod:`ringattn.kernels`; what :func:`refusal` refuses is not checked again."""
-    arch = architecture(q.device)
-    q, k, v = (_dense(x) for x in (q, k, v))
-    calls.forward(arch, q, k, v, bands, partial, out, lse, scale, softcap).run()
+    """See :class:`ringattn.kernels.Kernel`; what :func:`refusal` refuses is not checked again."""
+    q, k, v = (dense(x) for x in (q, k, v))
+    calls.forward(architecture(q.device), q, k, v, bands, partial, out, lse, scores).run()
 
 
 def prepare(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Prepared:
-    """Levels (log-sum-exp in base 2) and drops (sum of dout * out), ``[batch, heads, tokens]``."""
-    levels, drops = (lse.new_empty(lse.shape) for _ in range(2))
-    calls.prepare(_dense(dout), _dense(out), lse.contiguous(), levels, drops).run()
-    return levels, drops
+    """The log-sum-exp in base 2 and delta = sum(dout * out), ``[batch, heads, tokens]``, in rows
+    that the copy engine can read: of a multiple of 16 bytes."""
+    *heads, tokens = lse.shape
+    lse2, delta = (lse.new_empty(*heads, -(-tokens // 4) * 4)[..., :tokens] for _ in range(2))
+    calls.prepare(dense(dout), dense(out), lse.contiguous(), lse2, delta).run()
+    return lse2, delta
 
 
 def backward(
@@ -58,17 +60,22 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     add_q: bool,
     add_k: bool,
 ) -> None:
-    """See :mod:`ringattn.kernels`."""
+    """See :class:`ringattn.kernels.Kernel`; ``dq`` is without ``sm_scale``."""
     arch = architecture(q.device)
-    dout, q, k, v = (_dense(x) for x in (dout, q, k, v))
-    ends = (scale, softcap)
-    calls.backward_keys(arch, dout, q, k, v, *prepared, bands, dk, dv, *ends, add_k).run()
-    calls.backward_queries(arch, dout, q, k, v, *prepared, bands, dq, *ends, add_q).run()
+    dout, q, k, v = (dense(x) for x in (dout, q, k, v))
+    given = (arch, dout, q, k, v, *prepared, bands)
+    calls.backward_keys(*given, dk, dv, scores, add_k).run()
+    calls.backward_queries(*given, dq, scores, add_q).run()
+
+
+def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
+    """See :class:`ringattn.kernels.Kernel`. One pass over dq; rounded once."""
+    out = dq if dq.dtype == dtype else torch.empty_like(dq, dtype=dtype)
+    return torch.mul(dq, scores.sm_scale, out=out)
 
 
 def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> str | None:
@@ -107,8 +114,3 @@ def architecture(device: torch.device) -> str:
     # 12.x has neither wgmma nor tcgen05 and the shared memory of 8.6: the lines of 8.0.
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """The last axis dense, as the kernels read it; all else goes by strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()

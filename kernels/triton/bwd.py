@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 from ringattn.kernels.triton.tile import (
     COUNTS,
+    FULL_FROM,
+    FULL_TO,
+    TILES,
+    VISIT,
     allowed,
     columns,
     held,
@@ -21,12 +25,13 @@ from ringattn.kernels.triton.tile import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "pitch", "heads"])
 def prepare(
-    dout, out, lse, levels, drops, dout_strides, out_strides, tokens, heads,
+    dout, out, lse, lse2, delta, dout_strides, out_strides, tokens, pitch, heads,
     D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Per query: the log-sum-exp in base 2, and ``sum(dout * out)`` over head_dim."""
+    """Per query: the log-sum-exp in base 2, and delta = ``sum(dout * out)`` over head_dim; both
+    in rows of ``pitch``."""
     blocks = (tokens + M - 1) // M
     pid = tl.program_id(0)
     flat = pid // blocks
@@ -36,18 +41,18 @@ def prepare(
     x, _ = load(dout, dout, dout_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
     y, _ = load(out, out, out_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
     n = tl.arange(0, M)
-    at = flat.to(tl.int64) * tokens + first + n
-    level = tl.load(lse + at, mask=n < left, other=0.0) * 1.4426950408889634
-    tl.store(levels + at, level, mask=n < left)
-    tl.store(drops + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=n < left)
+    lse_row = tl.load(lse + flat.to(tl.int64) * tokens + first + n, mask=n < left, other=0.0)
+    at = flat.to(tl.int64) * pitch + first + n
+    tl.store(lse2 + at, lse_row * 1.4426950408889634, mask=n < left)
+    tl.store(delta + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=n < left)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "queries"])
+@triton.jit(do_not_specialize=[*COUNTS, "pitch"])
 def backward_keys(
-    q, q2, k, v, dout, dout2, levels, drops, dk, dv, tiles, visits,
+    q, q2, k, v, dout, dout2, lse2, delta, dk, dv, tiles, visits,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-    rows, row_step, queries, heads, group, batch_heads, together, tile_count,
-    scale, cap, natural,
+    rows, row_step, pitch, heads, group, batch_heads, together, tile_count,
+    scale, cap, sm_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
@@ -56,7 +61,7 @@ def backward_keys(
     """dk and dv of ``M`` keys; tiles of scores are transposed, ``[keys, queries]``.
 
     ``heads`` are those of k; the ``group`` query heads of each are walked one after the other.
-    ``natural`` is the scale of scores.
+    ``pitch``: of the rows of lse2 and delta.
     """
     tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
     first = tl.load(tiles + 3 * tile)
@@ -65,44 +70,44 @@ def backward_keys(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    kt, kt2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
-    vt, vt2 = load(v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True)
-    sum_k, sum_k2 = held(
-        dk, dk_strides, b, h, first, row_step, left, 1 / natural, D, D1, D2, M, ADD
+    k_tile, k_tile2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    v_tile, v_tile2 = load(v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True)
+    dk_acc, dk_acc2 = held(
+        dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD
     )
-    sum_v, sum_v2 = held(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
+    dv_acc, dv_acc2 = held(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
 
     for member in range(group):
         head = h * group + member
-        state = (b * heads * group + head).to(tl.int64) * queries
+        state = (b * heads * group + head).to(tl.int64) * pitch
         for number in range(begin, end):
-            visit = visits + 12 * number
+            visit = visits + VISIT * number
             begins, widths = window(visit, first, row_step, M, STEPPED)
-            count = tl.load(visit + 9)
-            full_from = tl.load(visit + 10)
-            full_to = tl.load(visit + 11)
-            sum_k, sum_k2, sum_v, sum_v2 = _sweep_keys(
-                kt, kt2, vt, vt2, q, q2, dout, dout2, q_strides, dout_strides, levels + state,
-                drops + state, b, head, sum_k, sum_k2, sum_v, sum_v2,
+            count = tl.load(visit + TILES)
+            full_from = tl.load(visit + FULL_FROM)
+            full_to = tl.load(visit + FULL_TO)
+            dk_acc, dk_acc2, dv_acc, dv_acc2 = _sweep_keys(
+                k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
+                delta + state, b, head, dk_acc, dk_acc2, dv_acc, dv_acc2,
                 visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, WS, STEPPED, False, CAPPED, PRECISION,
             )  # fmt: skip
             full = full_to - full_from
-            sum_k, sum_k2, sum_v, sum_v2 = _sweep_keys(
-                kt, kt2, vt, vt2, q, q2, dout, dout2, q_strides, dout_strides, levels + state,
-                drops + state, b, head, sum_k, sum_k2, sum_v, sum_v2,
+            dk_acc, dk_acc2, dv_acc, dv_acc2 = _sweep_keys(
+                k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
+                delta + state, b, head, dk_acc, dk_acc2, dv_acc, dv_acc2,
                 visit, begins, widths, 0, count - full, full_from, full, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, False, STEPPED, True, CAPPED, PRECISION,
             )  # fmt: skip
 
-    store(dk, dk_strides, b, h, first, row_step, left, sum_k, sum_k2, natural, D, D1, D2, M)
-    store(dv, dv_strides, b, h, first, row_step, left, sum_v, sum_v2, 1.0, DV, DV1, DV2, M)
+    store(dk, dk_strides, b, h, first, row_step, left, dk_acc, dk_acc2, sm_scale, D, D1, D2, M)
+    store(dv, dv_strides, b, h, first, row_step, left, dv_acc, dv_acc2, 1.0, DV, DV1, DV2, M)
 
 
 @triton.jit
 def _sweep_keys(
-    kt, kt2, vt, vt2, q, q2, dout, dout2, q_strides, dout_strides, levels, drops, b, head,
-    sum_k, sum_k2, sum_v, sum_v2, visit, begins, widths, begin, end, jump_at, jump, scale, cap,
+    k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2, delta, b, head,
+    dk_acc, dk_acc2, dv_acc, dv_acc2, visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     N: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
@@ -118,39 +123,39 @@ def _sweep_keys(
         at = tile * N
         token = origin + at * step
         left = count - at
-        qt, qt2 = load(q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK)
-        level, drop = _prepared(levels, drops, token, step, left, N, MASK)
-        s = product(kt, kt2, qt, qt2, D2, PRECISION)
+        q_tile, q_tile2 = load(q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK)
+        lse_row, delta_row = _prepared(lse2, delta, token, step, left, N, MASK)
+        s = product(k_tile, k_tile2, q_tile, q_tile2, D2, PRECISION)
         ok = True
         if MASK:
             ok = allowed(begins, widths, at, N)
-        p, slope = _weights(s, level[None, :], ok, scale, cap, MASK, CAPPED)
-        gt, gt2 = load(
+        p, slope = _weights(s, lse_row[None, :], ok, scale, cap, MASK, CAPPED)
+        do, do2 = load(
             dout, dout2, dout_strides, b, head, token, step, left, DV, DV1, DV2, N, TMA, MASK
         )
-        dp = product(vt, vt2, gt, gt2, DV2, PRECISION)
-        low = p.to(gt.dtype)
-        sum_v = tl.dot(low, gt, sum_v, input_precision=PRECISION)
+        dp = product(v_tile, v_tile2, do, do2, DV2, PRECISION)
+        low = p.to(do.dtype)
+        dv_acc = tl.dot(low, do, dv_acc, input_precision=PRECISION)
         if DV2 > 0:
-            sum_v2 = tl.dot(low, gt2, sum_v2, input_precision=PRECISION)
-        ds = (slope * (dp - drop[None, :])).to(qt.dtype)
-        sum_k = tl.dot(ds, qt, sum_k, input_precision=PRECISION)
+            dv_acc2 = tl.dot(low, do2, dv_acc2, input_precision=PRECISION)
+        ds = (slope * (dp - delta_row[None, :])).to(q_tile.dtype)
+        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision=PRECISION)
         if D2 > 0:
-            sum_k2 = tl.dot(ds, qt2, sum_k2, input_precision=PRECISION)
-    return sum_k, sum_k2, sum_v, sum_v2
+            dk_acc2 = tl.dot(ds, q_tile2, dk_acc2, input_precision=PRECISION)
+    return dk_acc, dk_acc2, dv_acc, dv_acc2
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "pitch"])
 def backward_queries(
-    q, k, k2, v, v2, dout, levels, drops, dq, tiles, visits,
+    q, k, k2, v, v2, dout, lse2, delta, dq, tiles, visits,
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
-    rows, row_step, heads, group, batch_heads, together, tile_count, scale, cap, natural,
+    rows, row_step, pitch, heads, group, batch_heads, together, tile_count, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
     STEPPED: tl.constexpr, ADD: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of ``M`` queries."""
+    """dq of ``M`` queries, without the scale of scores: its last reader applies that."""
     tile, b, h = place(tiles, heads, batch_heads, together, tile_count)
     first = tl.load(tiles + 3 * tile)
     row_step = row_step if STEPPED else 1
@@ -158,40 +163,38 @@ def backward_queries(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    qt, qt2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
-    gt, gt2 = load(
+    q_tile, q_tile2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    do, do2 = load(
         dout, dout, dout_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True
     )
-    state = (b * heads + h).to(tl.int64) * rows
-    level, drop = _prepared(levels + state, drops + state, first, row_step, left, M, True)
-    sum_q, sum_q2 = held(
-        dq, dq_strides, b, h, first, row_step, left, 1 / natural, D, D1, D2, M, ADD
-    )
+    state = (b * heads + h).to(tl.int64) * pitch
+    lse_row, delta_row = _prepared(lse2 + state, delta + state, first, row_step, left, M, True)
+    dq_acc, dq_acc2 = held(dq, dq_strides, b, h, first, row_step, left, 1.0, D, D1, D2, M, ADD)
 
     for number in range(begin, end):
-        visit = visits + 12 * number
+        visit = visits + VISIT * number
         begins, widths = window(visit, first, row_step, M, STEPPED)
-        count = tl.load(visit + 9)
-        full_from = tl.load(visit + 10)
-        full_to = tl.load(visit + 11)
-        sum_q, sum_q2 = _sweep_queries(
-            qt, qt2, gt, gt2, level, drop, k, k2, v, v2, k_strides, v_strides, b, h // group,
-            sum_q, sum_q2, visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
+        count = tl.load(visit + TILES)
+        full_from = tl.load(visit + FULL_FROM)
+        full_to = tl.load(visit + FULL_TO)
+        dq_acc, dq_acc2 = _sweep_queries(
+            q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h // group,
+            dq_acc, dq_acc2, visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, WS, STEPPED, False, CAPPED, PRECISION,
         )  # fmt: skip
         full = full_to - full_from
-        sum_q, sum_q2 = _sweep_queries(
-            qt, qt2, gt, gt2, level, drop, k, k2, v, v2, k_strides, v_strides, b, h // group,
-            sum_q, sum_q2, visit, begins, widths, 0, count - full, full_from, full, scale, cap,
+        dq_acc, dq_acc2 = _sweep_queries(
+            q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h // group,
+            dq_acc, dq_acc2, visit, begins, widths, 0, count - full, full_from, full, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, False, STEPPED, True, CAPPED, PRECISION,
         )  # fmt: skip
 
-    store(dq, dq_strides, b, h, first, row_step, left, sum_q, sum_q2, natural, D, D1, D2, M)
+    store(dq, dq_strides, b, h, first, row_step, left, dq_acc, dq_acc2, 1.0, D, D1, D2, M)
 
 
 @triton.jit
 def _sweep_queries(
-    qt, qt2, gt, gt2, level, drop, k, k2, v, v2, k_strides, v_strides, b, h, sum_q, sum_q2,
+    q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h, dq_acc, dq_acc2,
     visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
@@ -207,43 +210,43 @@ def _sweep_queries(
         at = tile * N
         token = origin + at * step
         left = count - at
-        kt, kt2 = load(k, k2, k_strides, b, h, token, step, left, D, D1, D2, N, TMA, MASK)
-        vt, vt2 = load(v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK)
-        s = product(qt, qt2, kt, kt2, D2, PRECISION)
-        dp = product(gt, gt2, vt, vt2, DV2, PRECISION)
+        k_tile, k_tile2 = load(k, k2, k_strides, b, h, token, step, left, D, D1, D2, N, TMA, MASK)
+        v_tile, v_tile2 = load(v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK)
+        s = product(q_tile, q_tile2, k_tile, k_tile2, D2, PRECISION)
+        dp = product(do, do2, v_tile, v_tile2, DV2, PRECISION)
         ok = True
         if MASK:
             ok = allowed(begins, widths, at, N)
-        _, slope = _weights(s, level[:, None], ok, scale, cap, MASK, CAPPED)
-        ds = (slope * (dp - drop[:, None])).to(kt.dtype)
-        sum_q = tl.dot(ds, kt, sum_q, input_precision=PRECISION)
+        _, slope = _weights(s, lse_row[:, None], ok, scale, cap, MASK, CAPPED)
+        ds = (slope * (dp - delta_row[:, None])).to(k_tile.dtype)
+        dq_acc = tl.dot(ds, k_tile, dq_acc, input_precision=PRECISION)
         if D2 > 0:
-            sum_q2 = tl.dot(ds, kt2, sum_q2, input_precision=PRECISION)
-    return sum_q, sum_q2
+            dq_acc2 = tl.dot(ds, k_tile2, dq_acc2, input_precision=PRECISION)
+    return dq_acc, dq_acc2
 
 
 @triton.jit
-def _prepared(levels, drops, token, step, left, N: tl.constexpr, MASK: tl.constexpr):
+def _prepared(lse2, delta, token, step, left, N: tl.constexpr, MASK: tl.constexpr):
     """What :func:`prepare` wrote, of N queries."""
     n = tl.arange(0, N)
     at = tl.cast(token, tl.int64) + n.to(tl.int64) * step
     if MASK:
-        level = tl.load(levels + at, mask=n < left, other=0.0)
-        drop = tl.load(drops + at, mask=n < left, other=0.0)
+        lse_row = tl.load(lse2 + at, mask=n < left, other=0.0)
+        delta_row = tl.load(delta + at, mask=n < left, other=0.0)
     else:
-        level = tl.load(levels + at)
-        drop = tl.load(drops + at)
-    return level, drop
+        lse_row = tl.load(lse2 + at)
+        delta_row = tl.load(delta + at)
+    return lse_row, delta_row
 
 
 @triton.jit
-def _weights(s, level, ok, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr):
+def _weights(s, lse_row, ok, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr):
     """(the weights of the softmax, their slope by scores over the scale)."""
     if CAPPED:
         bent = tanh(s * scale)
-        p = tl.exp2(bent * cap - level)
+        p = tl.exp2(bent * cap - lse_row)
     else:
-        p = tl.exp2(s * scale - level)
+        p = tl.exp2(s * scale - lse_row)
     if MASK:
         p = tl.where(ok, p, 0.0)
     slope = p

@@ -1,52 +1,23 @@
-"""From tensors to launches: which line of the table, which work list, which arguments.
-
-A :class:`Call` is a kernel with its grid, its arguments and its compiler options. ``run`` launches
-it; ``ringattn kernels`` builds the same calls on tensors without memory and only compiles them.
-"""
+"""From tensors to launches of the Triton kernels: which line of the table, which work list, which
+arguments."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import torch
+from ringattn.kernels import Scores, call
+from ringattn.kernels.call import Call, derived, in_base_2, order, stepped
+from ringattn.kernels.launch import Launch, launch
 from ringattn.kernels.triton import bwd, fwd
-from ringattn.kernels.triton.launch import Launch, launch
-from ringattn.kernels.triton.work import work
+from ringattn.kernels.work import work
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.slices import Band
 
-LOG2E = 1 / math.log(2)
-# K/V (or Q/dO) of heads that run side by side should stay in the L2 cache: 50 MB on an H100.
-_L2_BYTES = 32 * 2**20
 _PREPARE_ROWS = 32
-# Ranks may be threads. Triton's interpreter exchanges the functions of triton.language while it
-# runs, and a compiled kernel is not ready for a second thread while the first one loads it.
-_ONE_AT_A_TIME = Lock()
-
-
-@dataclass(frozen=True)
-class Call:
-    """``options``: num_warps and the like. ``grid``: programs."""
-
-    kernel: Any
-    grid: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    device: torch.device
-
-    def run(self) -> None:
-        if not self.grid:
-            return
-        # Triton launches on the current device, which need not be that of the tensors.
-        on = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with _ONE_AT_A_TIME, on:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
 def halves(size: int) -> tuple[int, int]:
@@ -66,12 +37,11 @@ def forward(
     partial: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     line: Launch | None = None,
 ) -> Call:
     """One launch over all bands; ``line``: another one than the table's."""
-    line = line or _line("forward", arch, q, v, (k, v), bands, softcap)
+    line = line or _line("forward", arch, q, v, (k, v), bands, scores)
     before = out if partial is None else partial
     return _call(
         fwd.forward,
@@ -86,7 +56,7 @@ def forward(
         group=q.shape[2] // k.shape[2],
         OVERLAP=line.overlap,
         ADD=partial is not None,
-        **_scales(scale, softcap),
+        **in_base_2(scores),
     )
 
 
@@ -94,20 +64,22 @@ def prepare(
     dout: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    levels: torch.Tensor,
-    drops: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
 ) -> Call:
-    """Levels and drops ``[batch, heads, tokens]`` of all queries; see the kernel."""
+    """lse2 and delta ``[batch, heads, tokens]`` of all queries, rows of one pitch; see the
+    kernel."""
     batch, tokens, heads, dim = out.shape
     arguments = {
         "dout": dout,
         "out": out,
         "lse": lse,
-        "levels": levels,
-        "drops": drops,
+        "lse2": lse2,
+        "delta": delta,
         "dout_strides": dout.stride()[:3],
         "out_strides": out.stride()[:3],
         "tokens": tokens,
+        "pitch": lse2.stride(1),
         "heads": heads,
         "D": dim,
         "SIZE": max(16, 1 << (dim - 1).bit_length()),
@@ -125,18 +97,17 @@ def backward_keys(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    levels: torch.Tensor,
-    drops: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
     bands: Sequence[Band],
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     add: bool,
     line: Launch | None = None,
 ) -> Call:
     """dk and dv; with ``add`` on top of what they hold."""
-    line = line or _line("backward_keys", arch, q, v, (q, dout), bands, softcap)
+    line = line or _line("backward_keys", arch, q, v, (q, dout), bands, scores)
     return _call(
         bwd.backward_keys,
         line,
@@ -145,13 +116,13 @@ def backward_keys(
         sizes=(q.shape[3], v.shape[3]),
         strided={"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv},
         columns=("q", "dout"),
-        levels=levels,
-        drops=drops,
-        queries=q.shape[1],
+        lse2=lse2,
+        delta=delta,
+        pitch=lse2.stride(1),
         group=q.shape[2] // k.shape[2],
-        natural=scale,
+        sm_scale=scores.sm_scale,
         ADD=add,
-        **_scales(scale, softcap),
+        **in_base_2(scores),
     )
 
 
@@ -161,17 +132,16 @@ def backward_queries(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    levels: torch.Tensor,
-    drops: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
     bands: Sequence[Band],
     dq: torch.Tensor,
-    scale: float,
-    softcap: float,
+    scores: Scores,
     add: bool,
     line: Launch | None = None,
 ) -> Call:
-    """dq; with ``add`` on top of what it holds."""
-    line = line or _line("backward_queries", arch, q, v, (k, v), bands, softcap)
+    """dq without sm_scale; with ``add`` on top of what it holds."""
+    line = line or _line("backward_queries", arch, q, v, (k, v), bands, scores)
     return _call(
         bwd.backward_queries,
         line,
@@ -180,12 +150,12 @@ def backward_queries(
         sizes=(q.shape[3], v.shape[3]),
         strided={"q": q, "k": k, "v": v, "dout": dout, "dq": dq},
         columns=("k", "v"),
-        levels=levels,
-        drops=drops,
+        lse2=lse2,
+        delta=delta,
+        pitch=lse2.stride(1),
         group=q.shape[2] // k.shape[2],
-        natural=scale,
         ADD=add,
-        **_scales(scale, softcap),
+        **in_base_2(scores),
     )
 
 
@@ -196,29 +166,11 @@ def _line(
     v: torch.Tensor,
     columns: Sequence[torch.Tensor],
     bands: Sequence[Band],
-    softcap: float,
+    scores: Scores,
 ) -> Launch:
     """Descriptors read dense runs of aligned tensors; all else goes through pointers."""
-    dense = not _stepped(bands) and all(_aligned(x) for x in columns)
-    return launch(arch, name, q.element_size(), q.shape[3], v.shape[3], dense, softcap > 0)
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read x: 16 byte steps, none of them 0."""
-    steps = [x.stride(axis) * x.element_size() for axis in range(3) if x.shape[axis] > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
-
-
-def _stepped(bands: Sequence[Band]) -> bool:
-    return _derived(bands, "stepped", lambda: any(b.q.step > 1 or b.k.step > 1 for b in bands))
-
-
-def _derived(bands: Sequence[Band], key: Any, make: Callable[[], Any]) -> Any:
-    """What belongs to these bands, kept with the plan that they are of."""
-    kept = getattr(bands, "derived", {})
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+    dense = not stepped(bands) and all(call.aligned(x) for x in columns)
+    return launch(arch, name, q.element_size(), q.shape[3], v.shape[3], dense, scores.softcap > 0)
 
 
 @dataclass(frozen=True)
@@ -245,14 +197,7 @@ def _listed(
         return _Listed(tiles, visits, made.row_step, made.stepped)
 
     key = ("work", rows, line.m, line.n, transposed, everything, device)
-    return _derived(bands, key, make)
-
-
-def _scales(scale: float, softcap: float) -> dict[str, Any]:
-    """As the kernels want them: scores in base 2, or in multiples of the cap."""
-    if softcap:
-        return {"scale": scale / softcap, "cap": softcap * LOG2E, "CAPPED": True}
-    return {"scale": scale * LOG2E, "cap": 1.0, "CAPPED": False}
+    return derived(bands, key, make)
 
 
 def _call(
@@ -275,12 +220,7 @@ def _call(
         x = strided[name]
         arguments[name] = _descriptor(x, line.n, first) if line.tma else x
         arguments[f"{name}2"] = _descriptor(x, line.n, second or first) if line.tma else x
-    # Bytes that stream for one K/V head, and how many of these, with all their programs, fit.
-    streams = [strided[name] for name in columns]
-    kv_heads = min(heads, streams[0].shape[2])
-    size = sum(x.shape[1:].numel() * x.element_size() for x in streams) // kv_heads
-    together = max(1, _L2_BYTES // max(1, size)) * (heads // kv_heads)
-    together = min(together, batch * heads)  # beyond that it would only overflow
+    together = call.side_by_side([strided[name] for name in columns], batch, heads)
     arguments |= {
         "tiles": listed.tiles,
         "visits": listed.visits,
@@ -308,9 +248,6 @@ def _call(
 
 
 def _descriptor(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:
-    """Tiles of ``tokens`` of one head of x. An axis of length 1 may have any stride: it gets one
-    that the copy engine takes."""
-    order = (0, 2, 1, 3)
-    shape = [x.shape[axis] for axis in order]
-    strides = [x.stride(axis) if x.shape[axis] > 1 else 128 for axis in order[:3]] + [1]
-    return TensorDescriptor(x, shape, strides, [1, 1, tokens, size])
+    """Tiles of ``tokens`` of one head of x."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), order(x), [1, 1, tokens, size])

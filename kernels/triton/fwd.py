@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 from ringattn.kernels.triton.tile import (
     COUNTS,
+    FULL_FROM,
+    FULL_TO,
+    TILES,
+    VISIT,
     allowed,
     columns,
     held,
@@ -41,45 +45,45 @@ def forward(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    qt, qt2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    q_tile, q_tile2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
     exist = tl.arange(0, M) < left
     state = lse + (b * heads + h).to(tl.int64) * rows + first
     state += tl.arange(0, M).to(tl.int64) * row_step
-    top = tl.load(state, mask=exist, other=float("-inf")) * 1.4426950408889634
-    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    m = tl.load(state, mask=exist, other=float("-inf")) * 1.4426950408889634
+    l = tl.where(m == float("-inf"), 0.0, 1.0)
     acc, acc2 = held(
         partial, partial_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD
     )
 
     for number in range(begin, end):
-        visit = visits + 12 * number
+        visit = visits + VISIT * number
         begins, widths = window(visit, first, row_step, M, STEPPED)
-        count = tl.load(visit + 9)
-        full_from = tl.load(visit + 10)
-        full_to = tl.load(visit + 11)
+        count = tl.load(visit + TILES)
+        full_from = tl.load(visit + FULL_FROM)
+        full_to = tl.load(visit + FULL_TO)
         full = full_to - full_from
         if full > 0:
-            top, total, acc, acc2 = _sweep(
-                qt, qt2, k, k2, v, v2, k_strides, v_strides, b, h // group, top, total, acc, acc2,
+            m, l, acc, acc2 = _sweep(
+                q_tile, q_tile2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
                 visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, OVERLAP, WS, STEPPED, False, CAPPED, PRECISION,
             )  # fmt: skip
-        top, total, acc, acc2 = _sweep(
-            qt, qt2, k, k2, v, v2, k_strides, v_strides, b, h // group, top, total, acc, acc2,
+        m, l, acc, acc2 = _sweep(
+            q_tile, q_tile2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
             visit, begins, widths, 0, count - full, full_from, full, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, False, False, STEPPED, True, CAPPED, PRECISION,
         )  # fmt: skip
 
-    total = tl.where(total == 0, 1.0, total)  # a row without any key: 0, and -inf
+    l = tl.where(l == 0, 1.0, l)  # a row without any key: 0, and -inf
     if begin < end:  # without a visit the log-sum-exp stays, to the bit
-        tl.store(state, (top + tl.log2(total)) * 0.6931471805599453, mask=exist)
-    share = (1 / total)[:, None]
+        tl.store(state, (m + tl.log2(l)) * 0.6931471805599453, mask=exist)
+    share = (1 / l)[:, None]
     store(out, out_strides, b, h, first, row_step, left, acc, acc2, share, DV, DV1, DV2, M)
 
 
 @triton.jit
 def _sweep(
-    q, q2, k, k2, v, v2, k_strides, v_strides, b, h, top, total, acc, acc2,
+    q, q2, k, k2, v, v2, k_strides, v_strides, b, h, m, l, acc, acc2,
     visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
@@ -115,32 +119,32 @@ def _sweep(
             if not CAPPED:
                 s *= scale
             s = tl.where(allowed(begins, widths, at, N), s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
+            m_new = tl.maximum(m, tl.max(s, 1))
             # Rows without a key so far: 0 in place of -inf keeps exp2 free of NaN.
-            level = tl.where(higher == float("-inf"), 0.0, higher)
+            level = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s - level[:, None])
-            kept = tl.exp2(top - level)
+            alpha = tl.exp2(m - level)
         elif CAPPED:
-            higher = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
-            kept = tl.exp2(top - higher)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
         else:
             # The scale rides along in one fused multiply-add per element.
-            higher = tl.maximum(top, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - higher[:, None])
-            kept = tl.exp2(top - higher)
-        total = total * kept + tl.sum(p, 1)
-        top = higher
-        vt, vt2 = load(
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        v_tile, v_tile2 = load(
             v, v2, v_strides, b, h, origin + at * step, step, count - at, DV, DV1, DV2, N, TMA, MASK
         )
-        p = p.to(vt.dtype)
-        acc = tl.dot(p, vt, acc * kept[:, None], input_precision=PRECISION)
+        p = p.to(v_tile.dtype)
+        acc = tl.dot(p, v_tile, acc * alpha[:, None], input_precision=PRECISION)
         if DV2 > 0:
-            acc2 = tl.dot(p, vt2, acc2 * kept[:, None], input_precision=PRECISION)
+            acc2 = tl.dot(p, v_tile2, acc2 * alpha[:, None], input_precision=PRECISION)
         if OVERLAP:
             s = ahead
-    return top, total, acc, acc2
+    return m, l, acc, acc2
 
 
 @triton.jit
@@ -149,7 +153,7 @@ def _scores(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, N: tl.constexpr,
     TMA: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kt, kt2 = load(
+    k_tile, k_tile2 = load(
         k, k2, strides, b, h, origin + at * step, step, count - at, D, D1, D2, N, TMA, MASK
     )
-    return product(q, q2, kt, kt2, D2, PRECISION)
+    return product(q, q2, k_tile, k_tile2, D2, PRECISION)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import triton
 from ringattn.kernels.triton import calls
-from ringattn.kernels.triton.calls import Call
-from ringattn.kernels.triton.launch import Launch, table
+from ringattn.kernels.call import Call
+from ringattn.kernels.launch import Launch, table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor

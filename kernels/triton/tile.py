@@ -7,7 +7,21 @@ held, ``D2`` = 0 for none; ``D1`` or ``D1 + D2`` may exceed ``D`` and is then fi
 
 import triton
 import triton.language as tl
+from ringattn.kernels import work
 
+VISIT = tl.constexpr(work.VISIT)
+ROW_START = tl.constexpr(work.ROW_START)
+ROW_STEP = tl.constexpr(work.ROW_STEP)
+ROW_COUNT = tl.constexpr(work.ROW_COUNT)
+COLUMN_START = tl.constexpr(work.COLUMN_START)
+COLUMN_STEP = tl.constexpr(work.COLUMN_STEP)
+COLUMN_COUNT = tl.constexpr(work.COLUMN_COUNT)
+LO = tl.constexpr(work.LO)
+HI = tl.constexpr(work.HI)
+FIRST = tl.constexpr(work.FIRST)
+TILES = tl.constexpr(work.TILES)
+FULL_FROM = tl.constexpr(work.FULL_FROM)
+FULL_TO = tl.constexpr(work.FULL_TO)
 # Numbers that differ from step to step: Triton would compile anew for those that are 1 or a
 # multiple of 16.
 COUNTS = ["rows", "row_step", "heads", "group", "batch_heads", "together", "tile_count"]
@@ -117,27 +131,27 @@ def product(a, a2, b, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
 def window(visit, first, row_step, M: tl.constexpr, STEPPED: tl.constexpr):
     """Per row of the tile, the columns that the visit's band allows, counted from the visit's first
     one: (the first, how many)."""
-    start = tl.load(visit)
+    start = tl.load(visit + ROW_START)
     if STEPPED:
-        step = tl.load(visit + 1)
+        step = tl.load(visit + ROW_STEP)
         apart = first + tl.arange(0, M).to(tl.int64) * row_step - start
         element = apart // step
         exist = (apart >= 0) & (element * step == apart)
         i = tl.where(exist, element, -1).to(tl.int32)
     else:
         i = first - start + tl.arange(0, M)
-    begin = i + tl.load(visit + 6)
-    end = tl.minimum(i + tl.load(visit + 7), tl.load(visit + 5) - 1) + 1
-    exist = (i >= 0) & (i < tl.load(visit + 2))
-    return begin - tl.load(visit + 8), tl.where(exist, tl.maximum(end - begin, 0), 0)
+    begin = i + tl.load(visit + LO)
+    end = tl.minimum(i + tl.load(visit + HI), tl.load(visit + COLUMN_COUNT) - 1) + 1
+    exist = (i >= 0) & (i < tl.load(visit + ROW_COUNT))
+    return begin - tl.load(visit + FIRST), tl.where(exist, tl.maximum(end - begin, 0), 0)
 
 
 @triton.jit
 def columns(visit, STEPPED: tl.constexpr):
     """(token of the visit's first column, step of the tokens, columns from there on)."""
-    j = tl.load(visit + 8)
-    step = tl.load(visit + 4) if STEPPED else 1
-    return tl.load(visit + 3) + j * step, step, tl.load(visit + 5) - j
+    j = tl.load(visit + FIRST)
+    step = tl.load(visit + COLUMN_STEP) if STEPPED else 1
+    return tl.load(visit + COLUMN_START) + j * step, step, tl.load(visit + COLUMN_COUNT) - j
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from itertools import product
 from statistics import median
 
 import torch
-from ringattn.kernels.triton.launch import Launch
+from ringattn.kernels.launch import Launch
 from ringattn.kernels.triton.report import Case, Report, example, report
 
 Measure = Callable[[Case, Launch], tuple[float, list[torch.Tensor]]]

@@ -195,7 +195,8 @@ def _print_mix(facts: list[dict[str, Any]]) -> None:
 def _tune(cases: list[Any]) -> int:
     import torch
 
-    from ringattn.kernels.triton import architecture, launch, tune
+    from ringattn.kernels import launch
+    from ringattn.kernels.triton import architecture, tune
 
     if not torch.cuda.is_available():
         raise RequestError("--tune needs a GPU, and torch sees none here")

@@ -1,4 +1,8 @@
-"""The pinned launch table: how each kernel is cut and compiled, per architecture.
+"""The pinned launch table: which engine serves what, and how its kernels are cut and compiled.
+
+Keys are an architecture, a pass with the width of inputs, and a head_dim. Passes of the Gluon
+kernels end in "gluon": where there is such a line, kernel="auto" takes it, and the Triton line
+beside it is what it falls back to.
 
 Nothing is tuned while ranks run: two ranks that choose differently give different bits, and a
 launch that nobody has compiled before may spill. ``ringattn kernels`` compiles every line of
@@ -22,6 +26,8 @@ class Launch:
     ``tma``: columns come through tensor descriptors; ``overlap``: the scores of the next tile are
     computed during the softmax of this one; ``specialize``: loads and products get warps of their
     own. ``precision`` of float32 products: three TF32 products come within rounding of IEEE.
+    ``writers``: warps that add to dq (Gluon's backward). ``softcap``: whether the line serves that
+    too. ``measured``: the GPU that has confirmed the line, when, and what it reached.
     """
 
     m: int
@@ -32,6 +38,9 @@ class Launch:
     overlap: bool = False
     specialize: bool = False
     precision: str = "tf32x3"
+    writers: int = 1
+    softcap: bool = True
+    measured: str = ""
 
 
 @cache
@@ -72,6 +81,19 @@ def launch(
         dims = min(large, key=int)
     special = passes.get(f"{key} softcap", {}) if softcap else {}
     return special.get(dims, lines[dims])
+
+
+def gluon_line(
+    arch: str, name: str, head_dim: int, v_dim: int, softcap: bool = False
+) -> Launch | None:
+    """The Gluon line for a pass ("forward" or "backward"), chosen like Triton's; None: there is
+    none, and Triton serves it."""
+    lines = table().get(arch, {}).get(f"{name} 16 bit gluon", {})
+    line = lines.get(f"{head_dim}/{v_dim}")
+    if line is None:
+        large = [d for d in lines if d.isdigit() and int(d) >= max(head_dim, v_dim)]
+        line = lines[min(large, key=int)] if large else None
+    return None if line is None or (softcap and not line.softcap) else line
 
 
 def render(raw: dict[str, dict[str, dict[str, Launch]]]) -> str:

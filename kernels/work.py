@@ -2,27 +2,34 @@
 
 Rows are queries in the forward and for dq, keys for dk and dv; columns are the other side. A tile
 is ``M`` rows of one progression ``first, first + row_step, ...``, so that a dilated mask fills its
-tiles too. A visit is one band met by one tile: ``count`` tiles of ``N`` columns from column ``j``
-on, of which those from ``full_from`` up to ``full_to`` lie wholly inside of the band and need no
-mask arithmetic. Tiles that meet no pair are never listed. Size: tiles + visits, not their product.
+tiles too. A visit is one band met by one tile: ``TILES`` tiles of ``N`` columns from column
+``FIRST`` on, of which those from ``FULL_FROM`` up to ``FULL_TO`` lie wholly inside of the band and
+need no mask arithmetic. Tiles that meet no pair are never listed. Size: tiles + visits, not their
+product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ringattn.slices import Band
+
+# The fields of a visit: the band's rows and columns as runs, its edges in elements of these
+# (``LO <= column - row <= HI``), and the tiles of columns, FIRST being an element of the run.
+ROW_START, ROW_STEP, ROW_COUNT, COLUMN_START, COLUMN_STEP, COLUMN_COUNT, LO, HI = range(8)
+FIRST, TILES, FULL_FROM, FULL_TO = range(8, 12)
+VISIT = 12
 
 
 @dataclass(frozen=True)
 class Work:
     """``tiles`` int32 [tiles, 3]: first row, its visits from .. to; those with most work first.
 
-    ``visits`` int32 [visits, 12]: row run (start, step, length), column run (the same), lo, hi of
-    the band in elements of the runs (column - row), then j, count, full_from, full_to.
+    ``visits`` int32 [visits, VISIT], fields as above.
     """
 
     tiles: np.ndarray
@@ -33,11 +40,17 @@ class Work:
     @property
     def columns(self) -> int:
         """Tiles of columns visited, masked ones included: what the launch costs."""
-        return int(self.visits[:, 9].sum())
+        return int(self.visits[:, TILES].sum())
 
 
 def work(
-    bands: Sequence[Band], rows: int, m: int, n: int, transposed: bool, everything: bool
+    bands: Sequence[Band],
+    rows: int,
+    m: int,
+    n: int,
+    transposed: bool,
+    everything: bool,
+    aligned: bool = False,
 ) -> Work:
     """The work list for tiles of ``m`` rows and ``n`` columns.
 
@@ -45,6 +58,8 @@ def work(
         rows: length of the tensor on the row side.
         transposed: rows are keys.
         everything: list every row, also those that no band meets (their results are written too).
+        aligned: tiles of columns begin at multiples of ``n`` of the tensor, so that all tiles of
+            rows see the same ones; FIRST may then lie before the band's run. Needs runs of step 1.
     """
     table = np.array(
         [(b.q.start, b.q.step, len(b.q), b.k.start, b.k.step, len(b.k), b.lo, b.hi) for b in bands],
@@ -56,19 +71,19 @@ def work(
     # Tiles may step like any of the runs; the least work wins, the smallest step among equals.
     steps = [1, *np.unique(table[:, 1][table[:, 1] > 1]).tolist()]
     row_step, (tile, visits) = min(
-        ((step, _visits(table, step, rows, m, n)) for step in steps),
-        key=lambda choice: choice[1][1][:, 9].sum(),
+        ((step, _visits(table, step, rows, m, n, aligned)) for step in steps),
+        key=lambda choice: choice[1][1][:, TILES].sum(),
     )
     firsts = _firsts(row_step, rows, m)
     order = np.argsort(tile, kind="stable")  # of one tile, the bands in their order
     tile, visits = tile[order], visits[order]
     ends = np.searchsorted(tile, np.arange(len(firsts) + 1))
     tiles = np.stack([firsts, ends[:-1], ends[1:]], axis=1)
-    cost = np.bincount(tile, visits[:, 9], minlength=len(firsts))
+    cost = np.bincount(tile, visits[:, TILES], minlength=len(firsts))
     heavy = np.argsort(-cost, kind="stable")
     if not everything:
         heavy = heavy[: np.count_nonzero(cost)]
-    stepped = row_step > 1 or bool((visits[:, [1, 4]] > 1).any())
+    stepped = row_step > 1 or bool((visits[:, [ROW_STEP, COLUMN_STEP]] > 1).any())
     return Work(tiles[heavy].astype(np.int32), visits.astype(np.int32), row_step, stepped)
 
 
@@ -81,7 +96,7 @@ def _firsts(step: int, rows: int, m: int) -> np.ndarray:
 
 
 def _visits(
-    table: np.ndarray, step: int, rows: int, m: int, n: int
+    table: np.ndarray, step: int, rows: int, m: int, n: int, aligned: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(number of the tile, visit) of every meeting of a band with a tile of rows that step so."""
     common = np.gcd(table[:, 1], step)
@@ -96,7 +111,7 @@ def _visits(
     block += low[which]
     at, residue = at[which], residue[which]
 
-    run, stride, length, _, _, columns, lo, hi = table[at].T
+    run, stride, length, begin, _, columns, lo, hi = table[at].T
     first = residue + block * step * m
     final = np.minimum(first + step * (m - 1), residue + (rows - 1 - residue) // step * step)
     # Elements of the band's rows between the tile's first and last row.
@@ -104,6 +119,9 @@ def _visits(
     high = np.minimum(length - 1, (final - run) // stride)
     j = np.maximum(0, low + lo)
     end = np.minimum(columns - 1, high + hi)
+    real = (low <= high) & (j <= end)
+    if aligned:
+        j -= (begin + j) % n
     count = _up(end - j + 1, n)
     # Columns that every row of the tile attends, where the band has all of the tile's rows.
     whole = (step % stride == 0) & (first >= run) & (final <= run + (length - 1) * stride)
@@ -116,7 +134,6 @@ def _visits(
     tiles = _up(_up(rows - residues, step), m)
     number = (np.cumsum(tiles) - tiles)[np.minimum(residue, len(residues) - 1)] + block
     visits = np.column_stack([table[at], j, count, full_from, full_to])
-    real = (low <= high) & (j <= end)
     return number[real], visits[real]
 
 
@@ -129,3 +146,47 @@ def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For every i, ``counts[i]`` times i; and 0, 1, ... within each."""
     index = np.repeat(np.arange(len(counts)), counts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Work whose visits add to columns one after the other, in a fixed order.
+
+    ``before`` int32 [visits]: the number (from 1 on) of the visit that adds to the same columns
+    just before this one, 0 for none; it is of an earlier tile, or stands earlier in the same one.
+    Visits are numbered as they stand in ``visits``, in the order of ``tiles``.
+    """
+
+    tiles: np.ndarray
+    visits: np.ndarray
+    before: np.ndarray
+
+
+def chain(made: Work, columns: int, n: int) -> Chain:
+    """Orders the sums into tiles of ``n`` columns: of each, by the place of the visit in the list.
+
+    The visits must be aligned. One is cut where the visit before it changes, so that every part
+    follows a single one; at most about two cuts for each visit, as each cut uses up an end.
+    """
+    last = np.zeros(-(-columns // n), np.int32)  # of every tile of columns
+    tiles, visits, before = [], [], []
+    for first, begin, end in made.tiles.tolist():
+        start = len(visits)
+        for visit in made.visits[begin:end]:
+            base = int(visit[COLUMN_START] + visit[FIRST]) // n
+            held = last[base : base + int(visit[TILES])].copy()
+            cuts = [0, *(np.flatnonzero(held[1:] != held[:-1]) + 1).tolist(), len(held)]
+            for a, e in pairwise(cuts):
+                part = visit.copy()
+                part[FIRST] += a * n
+                part[TILES] = e - a
+                part[FULL_FROM], part[FULL_TO] = (min(max(x - a, 0), e - a) for x in visit[FULL_FROM:])
+                visits.append(part)
+                before.append(held[a])
+                last[base + a : base + e] = len(visits)
+        tiles.append((first, start, len(visits)))
+    return Chain(
+        np.array(tiles, np.int32).reshape(-1, 3),
+        np.array(visits, np.int32).reshape(-1, VISIT),
+        np.array(before, np.int32),
+    )

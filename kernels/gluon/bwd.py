@@ -1,0 +1,309 @@
+"""The backward kernel for Hopper: five products, and dq summed in a fixed order.
+
+A program is a tile of N keys of one K/V head: eight warps that compute, a warp that loads, and
+WRITERS warps that add to dq. dk and dv stay in registers over all tiles of queries and all heads of
+the group. Scores are held transposed, [keys, queries]: then P^T and dS^T are the left operands of
+dv and dk in the registers where they were computed; only dS goes through shared memory, for dq.
+
+Each tile's dq goes through shared memory to a writer, which adds it to the float32 sums by a TMA
+reduction. Additions to one tile of queries are taken in the order of the list: ``sems`` holds the
+number of the visit that has added last, and a writer waits for the one before its own. So the same
+bits come out every time. Visits are walked from their last tile to the first: then, for causal masks
+and for windows, the tile of keys before has passed where this one comes to, and nobody waits. A program waits only for places before its own, and draws its place when
+it starts (``ticket``): whoever is waited for is running. So there is no deadlock, in whatever order
+the GPU starts programs, and however few of them fit.
+
+Five products are those of Dao 2023, "FlashAttention-2"; there dq is summed in any order.
+"""
+
+from ringattn.kernels.gluon.tile import (
+    COLUMN_START,
+    FIRST,
+    FULL_FROM,
+    FULL_TO,
+    TILES,
+    VISIT,
+    inside,
+    matrix,
+    place,
+    tanh,
+    window,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _sweep(
+    begin, end, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+    STAGES: gl.constexpr, WRITERS: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program."""
+    ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
+    q_ready, do_ready, free, dq_ready, dq_free = bars
+    k = matrix(ks)
+    v = matrix(vs)
+    N: gl.constexpr = k.shape[0]
+    M: gl.constexpr = qs.shape[2]
+    D: gl.constexpr = k.shape[1]
+    A: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    G: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
+    zero = gl.zeros([N, M], gl.float32, S)
+    zero_q = gl.zeros([M, D], gl.float32, Q)
+    for i in range(begin, end):
+        t = n + i
+        slot = t % STAGES
+        phase = t // STAGES & 1
+        q = matrix(qs.index(slot))
+        do = matrix(dos.index(slot))
+        if MASK:  # loaded here: it comes while the product runs
+            at = (gl.load(visit + TILES) - 1 - i) * M
+            left, right = window(visit, keys)
+        mbarrier.wait(q_ready.index(slot), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(do_ready.index(slot), phase)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        lse = lses.index(slot).load(S)
+        if CAPPED:
+            bent = tanh(s * scale)
+            s = bent * cap - lse
+        else:
+            s = s * scale - lse
+        if MASK:
+            s = gl.where(inside(left - at, right - at, queries), s, float("-inf"))
+        p = gl.exp2(s)
+        p_low = gl.convert_layout(p.to(q.dtype), G)
+        slope = p
+        if CAPPED:
+            slope = p * (1 - bent * bent)
+        # The writer has emptied the buffer for dq. Waited for here: as in the forward, the end of a
+        # basic block keeps the wait for dp below the exponentials.
+        mbarrier.wait(dq_free, t & 1 ^ 1)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(p_low, do, dv, is_async=True)
+        ds = (slope * (dp - deltas.index(slot).load(S))).to(q.dtype)
+        dss.store(ds)
+        fence_async_shared()
+        dq = warpgroup_mma(dss.permute((1, 0)), k, zero_q, use_acc=False, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds, A), q, dk, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+        matrix(dqs).store(dq)  # while the product for dk runs
+        fence_async_shared()
+        mbarrier.arrive(dq_ready.index(t % WRITERS), count=1)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        mbarrier.arrive(free.index(slot), count=1)  # of q and do: the loader fills both again
+    return dk, dv
+
+
+@gluon.jit
+def _write(x, strides, b, h, first, rows, y, D: gl.constexpr, ADD: gl.constexpr):
+    """y [N, SIZE] to x, of which [rows, D] exist, or with ADD onto it; offsets are 64 bit."""
+    L: gl.constexpr = y.type.layout
+    m = first + gl.arange(0, y.shape[0], gl.SliceLayout(1, L))
+    d = gl.arange(0, y.shape[1], gl.SliceLayout(0, L))[None, :]
+    base = x + gl.cast(b, gl.int64) * strides[0] + gl.cast(h, gl.int64) * strides[2]
+    at = base + (m.to(gl.int64) * strides[1])[:, None] + d
+    exist = (m < rows)[:, None]
+    if y.shape[1] > D:
+        exist = exist & (d < D)
+    if ADD:
+        y = y + gl.load(at, mask=exist, other=0.0)
+    gl.store(at, y.to(x.dtype.element_ty), mask=exist)
+
+
+@gluon.jit
+def _compute(
+    grads, lists, spot, sizes, scale, cap, sm_scale, bufs, k_ready, bars,
+    D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WRITERS: gl.constexpr,
+    ADD: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    dk_out, dv_out, dk_strides, dv_strides = grads
+    tiles, visits, before = lists
+    index, first, begin, end, b, h = spot
+    rows, heads, group, batch_heads, together, tile_count = sizes
+    N: gl.constexpr = bufs[0].shape[1]
+    M: gl.constexpr = bufs[2].shape[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, M, 16])
+    K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, bufs[0].shape[3], 16])
+    V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, bufs[1].shape[3], 16])
+    keys = first + gl.arange(0, N, gl.SliceLayout(1, S))
+    queries = gl.arange(0, M, gl.SliceLayout(0, S))
+    dk = gl.zeros([N, bufs[0].shape[3]], gl.float32, K)
+    dv = gl.zeros([N, bufs[1].shape[3]], gl.float32, V)
+    if begin < end:
+        mbarrier.wait(k_ready, 0)
+    n = 0
+    for turn in range(group * (end - begin)):  # all visits of one head, then of the next
+        visit = visits + VISIT * (begin + turn % (end - begin))
+        for part in range(2):  # masked tiles at the end; then those without a mask, and the rest
+            upper = gl.load(visit + TILES) - gl.load(visit + FULL_TO)
+            lower = gl.load(visit + TILES) - gl.load(visit + FULL_FROM)
+            if part == 0:
+                lower = upper
+            dk, dv = _sweep(
+                upper, lower, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                STAGES, WRITERS, False, CAPPED, S,
+            )  # fmt: skip
+            begin_masked = gl.where(part == 0, 0, lower)
+            end_masked = gl.where(part == 0, upper, gl.load(visit + TILES))
+            dk, dv = _sweep(
+                begin_masked, end_masked, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                STAGES, WRITERS, True, CAPPED, S,
+            )  # fmt: skip
+        n += gl.load(visit + TILES)
+    # Found again, from a zero that the compiler cannot see through: else it keeps all of this in
+    # registers from the start on, and spills.
+    tile, b, h = place(index + gl.load(tiles + 1), heads, batch_heads, together, tile_count)
+    first = gl.load(tiles + 3 * tile)
+    _write(dv_out, dv_strides, b, h, first, rows, dv, DV, ADD)
+    _write(dk_out, dk_strides, b, h, first, rows, dk * sm_scale, D, ADD)
+
+
+@gluon.jit
+def _loader(
+    descs, lists, spot, heads, group, bufs, k_ready, bars, STAGES: gl.constexpr
+):  # fmt: skip
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc = descs
+    tiles, visits, before = lists
+    index, first, begin, end, b, h = spot
+    ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
+    q_ready, do_ready, free, dq_ready, dq_free = bars
+    M: gl.constexpr = qs.shape[2]
+    if begin < end:
+        mbarrier.expect(k_ready, k_desc.nbytes_per_cta + v_desc.nbytes_per_cta)
+        tma.async_load(k_desc, [b, first, h, 0], k_ready, ks)
+        tma.async_load(v_desc, [b, first, h, 0], k_ready, vs)
+    t = 0
+    for g in range(group):
+        head = h * group + g
+        row = b * heads * group + head  # of lse and delta
+        for number in range(begin, end):
+            visit = visits + VISIT * number
+            origin = gl.load(visit + COLUMN_START) + gl.load(visit + FIRST)
+            count = gl.load(visit + TILES)
+            for i in range(count):
+                at = origin + (count - 1 - i) * M
+                slot = t % STAGES
+                mbarrier.wait(free.index(slot), t // STAGES & 1 ^ 1)
+                mbarrier.expect(q_ready.index(slot), q_desc.nbytes_per_cta + lse_desc.nbytes_per_cta)
+                tma.async_load(q_desc, [b, at, head, 0], q_ready.index(slot), qs.index(slot))
+                tma.async_load(lse_desc, [row, at], q_ready.index(slot), lses.index(slot))
+                mbarrier.expect(do_ready.index(slot), do_desc.nbytes_per_cta + delta_desc.nbytes_per_cta)
+                tma.async_load(do_desc, [b, at, head, 0], do_ready.index(slot), dos.index(slot))
+                tma.async_load(delta_desc, [row, at], do_ready.index(slot), deltas.index(slot))
+                t += 1
+
+
+@gluon.jit
+def _writer(
+    dq_desc, sems, lists, spot, heads, group, blocks, bufs, bars,
+    WHICH: gl.constexpr, WRITERS: gl.constexpr,
+):  # fmt: skip
+    """Adds every WRITERS-th tile of dq: while one is on its way, the next can already follow."""
+    tiles, visits, before = lists
+    index, first, begin, end, b, h = spot
+    ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
+    q_ready, do_ready, free, dq_ready, dq_free = bars
+    M: gl.constexpr = qs.shape[2]
+    n = 0
+    for g in range(group):
+        head = h * group + g
+        own = sems + (gl.cast(b, gl.int64) * heads * group + head) * blocks
+        for number in range(begin, end):
+            visit = visits + VISIT * number
+            origin = gl.load(visit + COLUMN_START) + gl.load(visit + FIRST)
+            count = gl.load(visit + TILES)
+            awaited = gl.load(before + number)
+            for i in range((WHICH + WRITERS - n % WRITERS) % WRITERS, count, WRITERS):
+                at = origin + (count - 1 - i) * M
+                gl.atomic_poll(own + at // M, awaited, sem="acquire")
+                mbarrier.wait(dq_ready.index(WHICH), (n + i) // WRITERS & 1)
+                tma.async_atomic_add(dq_desc, [b, at, head, 0], dqs)
+                tma.store_wait(0)  # the buffer has been read
+                mbarrier.arrive(dq_free, count=1)
+                tma.store_wait(0, read_only=False)  # the sums are in memory
+                gl.atomic_xchg(own + at // M, number + 1, sem="release")
+            n += count
+
+
+@gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count", "blocks"])  # fmt: skip
+def backward(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dk, dv, sems, ticket,
+    tiles, visits, before, dk_strides, dv_strides,
+    rows, heads, group, batch_heads, together, tile_count, blocks, scale, cap, sm_scale,
+    D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WRITERS: gl.constexpr,
+    ADD: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """Blocks of the descriptors: q, do, dq [1, M, 1, SIZE], k, v [1, N, 1, SIZE] of ``[batch, tokens,
+    heads, head_dim]``; lse (base 2) and delta = sum(do * out) [1, M] of ``[batch * heads,
+    queries]``. ``rows`` and ``heads`` are those of k. ``scale`` and ``cap`` as in the forward;
+    dq comes out without ``sm_scale``, which its last reader applies. ``sems`` int32
+    [batch * heads of q, blocks] and ``ticket`` int32 are zero. Grid: tile_count * batch_heads."""
+    M: gl.constexpr = q_desc.block_shape[1]
+    N: gl.constexpr = k_desc.block_shape[1]
+    index = gl.atomic_add(ticket, 1, sem="relaxed")
+    tile, b, h = place(index, heads, batch_heads, together, tile_count)
+    at = tiles + 3 * tile
+    spot = (index, gl.load(at), gl.load(at + 1), gl.load(at + 2), b, h)
+
+    across: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], q_desc.dtype)
+    bufs = (
+        gl.allocate_shared_memory(k_desc.dtype, [1, N, 1, k_desc.block_shape[3]], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [1, N, 1, v_desc.block_shape[3]], v_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, M, 1, q_desc.block_shape[3]], q_desc.layout),
+        gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, M, 1, do_desc.block_shape[3]], do_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, M], lse_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, M], delta_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [N, M], across),
+        gl.allocate_shared_memory(gl.float32, [1, M, 1, dq_desc.block_shape[3]], dq_desc.layout),
+    )  # fmt: skip
+    k_ready = mbarrier.allocate_mbarrier()
+    q_ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    do_ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    free = mbarrier.allocate_mbarrier(batch=STAGES)
+    dq_ready = mbarrier.allocate_mbarrier(batch=WRITERS)
+    dq_free = mbarrier.allocate_mbarrier()
+    mbarrier.init(k_ready, count=1)
+    for i in gl.static_range(WRITERS):
+        mbarrier.init(dq_ready.index(i), count=1)
+    mbarrier.init(dq_free, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    bars = (q_ready, do_ready, free, dq_ready, dq_free)
+    descs = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc)
+    grads = (dk, dv, dk_strides, dv_strides)
+    lists = (tiles, visits, before)
+    sizes = (rows, heads, group, batch_heads, together, tile_count)
+    if WRITERS == 1:
+        gl.warp_specialize(
+            [
+                (_compute, (grads, lists, spot, sizes, scale, cap, sm_scale, bufs, k_ready, bars, D, DV, STAGES, WRITERS, ADD, CAPPED)),
+                (_loader, (descs, lists, spot, heads, group, bufs, k_ready, bars, STAGES)),
+                (_writer, (dq_desc, sems, lists, spot, heads, group, blocks, bufs, bars, 0, WRITERS)),
+            ],
+            [1, 1],
+            [24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (grads, lists, spot, sizes, scale, cap, sm_scale, bufs, k_ready, bars, D, DV, STAGES, WRITERS, ADD, CAPPED)),
+                (_loader, (descs, lists, spot, heads, group, bufs, k_ready, bars, STAGES)),
+                (_writer, (dq_desc, sems, lists, spot, heads, group, blocks, bufs, bars, 0, WRITERS)),
+                (_writer, (dq_desc, sems, lists, spot, heads, group, blocks, bufs, bars, 1, WRITERS)),
+            ],
+            [1, 1, 1],
+            [24, 24, 24],
+        )  # fmt: skip

@@ -1,0 +1,213 @@
+"""From tensors to launches of the Gluon kernels: work lists, descriptors and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from ringattn.kernels import Scores
+from ringattn.kernels.call import Call, derived, in_base_2, order, side_by_side
+from ringattn.kernels.gluon import bwd, fwd
+from ringattn.kernels.launch import Launch
+from ringattn.kernels.work import Chain, Work, chain, work
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringattn.slices import Band
+
+# What a head_dim is held as along a contraction: (width of a chunk, chunks). Along the other side
+# of a product it is a power of two. The copy engine fills up with zeros.
+CHUNKS = {64: (64, 1), 96: (32, 3), 128: (128, 1), 192: (64, 3), 256: (256, 1)}
+WARPGROUPS = 2  # that share a tile of queries in the forward
+# K/V heads whose tiles of keys run side by side in the backward, at least. Tiles of one head add
+# to the same queries one after the other: where many start at once, the last ones wait long.
+HEADS_TOGETHER = 16
+_REGISTERS = 168  # of a thread when a kernel starts; its partitions then deal them out anew
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def forward(
+    line: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bands: Sequence[Band],
+    partial: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: Scores,
+) -> Call:
+    """One launch over all bands, on as many programs as there are multiprocessors."""
+    batch, rows, heads, _ = q.shape
+    before = out if partial is None else partial
+    # A new tensor wants all of its rows, one that is added to only those with work.
+    listed = _listed(bands, rows, line, partial is not out, q.device)
+    width, count = CHUNKS[_held(q.shape[3])]
+    arguments = {
+        "q_desc": _tiles(q, line.m // WARPGROUPS, width),
+        "k_desc": _tiles(k, line.n, width),
+        "v_desc": _tiles(v, line.n, _whole(v.shape[3])),
+        "partial": before,
+        "out": out,
+        "lse": lse,
+        "tiles": listed.tiles,
+        "visits": listed.visits,
+        "ticket": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "partial_strides": before.stride()[:3],
+        "out_strides": out.stride()[:3],
+        "rows": rows,
+        "heads": heads,
+        "group": heads // k.shape[2],
+        "batch_heads": batch * heads,
+        "together": side_by_side((k, v), batch, heads),
+        "tile_count": len(listed.tiles),
+        "DV": v.shape[3],
+        "CHUNKS": count,
+        "STAGES": line.stages,
+        "ADD": partial is not None,
+        **in_base_2(scores),
+    }
+    grid = min(len(listed.tiles) * batch * heads, _multiprocessors(q.device))
+    return Call(fwd.forward, grid, arguments, _options(line), q.device)
+
+
+def backward(
+    line: Launch,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    bands: Sequence[Band],
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scores: Scores,
+    add: bool,
+) -> Call:
+    """dq without sm_scale, on top of what it holds; dk and dv with ``add``."""
+    (batch, queries, heads, dim), (_, rows, kv_heads, v_dim) = q.shape, v.shape
+    listed = _chained(bands, rows, queries, line, not add, q.device)
+    size, v_size, blocks = _whole(dim), _whole(v_dim), -(-queries // line.m)
+    # The ticket, 16 bytes of room for it, and the semaphores of all tiles of queries.
+    counters = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=q.device)
+    arguments = {
+        "q_desc": _tiles(q, line.m, size),
+        "do_desc": _tiles(dout, line.m, v_size),
+        "k_desc": _tiles(k, line.n, size),
+        "v_desc": _tiles(v, line.n, v_size),
+        "lse_desc": _rows(lse2, line.m),
+        "delta_desc": _rows(delta, line.m),
+        "dq_desc": _tiles(dq, line.m, size),
+        "dk": dk,
+        "dv": dv,
+        "sems": counters[4:],
+        "ticket": counters,
+        "tiles": listed.tiles,
+        "visits": listed.visits,
+        "before": listed.before,
+        "dk_strides": dk.stride()[:3],
+        "dv_strides": dv.stride()[:3],
+        "rows": rows,
+        "heads": kv_heads,
+        "group": heads // kv_heads,
+        "batch_heads": batch * kv_heads,
+        "together": side_by_side((q, dout, dq), batch, kv_heads, HEADS_TOGETHER),
+        "tile_count": len(listed.tiles),
+        "blocks": blocks,
+        "sm_scale": scores.sm_scale,
+        "D": dim,
+        "DV": v_dim,
+        "STAGES": line.stages,
+        "WRITERS": line.writers,
+        "ADD": add,
+        **in_base_2(scores),
+    }
+    grid = len(listed.tiles) * batch * kv_heads
+    return Call(bwd.backward, grid, arguments, _options(line), q.device)
+
+
+def _held(size: int) -> int:
+    """The smallest size in CHUNKS that holds a head_dim."""
+    return min(held for held in CHUNKS if held >= size)
+
+
+def _whole(size: int) -> int:
+    """The smallest power of two in CHUNKS that holds a head_dim."""
+    return min(held for held in CHUNKS if held >= size and held & (held - 1) == 0)
+
+
+def _options(line: Launch) -> dict[str, Any]:
+    return {"num_warps": line.warps, "maxnreg": _REGISTERS, "enable_fp_fusion": True}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # of an H100, for the compiler and for the emulator
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A work list on the device; ``before`` is that of a chain, and empty for other work."""
+
+    tiles: torch.Tensor
+    visits: torch.Tensor
+    before: torch.Tensor
+
+    @classmethod
+    def of(cls, made: Work | Chain, device: torch.device) -> _Listed:
+        before = made.before if isinstance(made, Chain) else made.visits[:0, 0]
+        tables = (made.tiles, made.visits, before)
+        return cls(*(torch.from_numpy(x).to(device) for x in tables))
+
+
+def _listed(
+    bands: Sequence[Band], rows: int, line: Launch, everything: bool, device: torch.device
+) -> _Listed:
+    def make() -> _Listed:
+        return _Listed.of(work(bands, rows, line.m, line.n, False, everything), device)
+
+    return derived(bands, ("work", rows, line.m, line.n, False, everything, device), make)
+
+
+def _chained(
+    bands: Sequence[Band],
+    rows: int,
+    queries: int,
+    line: Launch,
+    everything: bool,
+    device: torch.device,
+) -> _Listed:
+    """Tiles of keys, and the order in which they add to tiles of queries."""
+
+    def make() -> _Listed:
+        made = work(bands, rows, line.n, line.m, True, everything, aligned=True)
+        return _Listed.of(chain(made, queries, line.m), device)
+
+    return derived(bands, ("chain", rows, queries, line.m, line.n, everything, device), make)
+
+
+def _tiles(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:
+    """Tiles of ``tokens`` of one head of x ``[batch, tokens, heads, head_dim]``."""
+    return _descriptor(x, order(x), (1, tokens, 1, size))
+
+
+def _rows(x: torch.Tensor, tokens: int) -> TensorDescriptor:
+    """Tiles of ``tokens`` of one row of x ``[batch, heads, tokens]``, dense but for its pitch."""
+    flat = x.as_strided((x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), 1))
+    return _descriptor(flat, [x.stride(1), 1], (1, tokens))
+
+
+def _descriptor(x: torch.Tensor, strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), strides, list(block), _layout(x.dtype, block))
+
+
+@cache
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])

@@ -1,0 +1,342 @@
+"""The forward kernel for Hopper: a producer warp and two warpgroups of 64 queries each.
+
+A program walks tiles of 128 queries of one head, and of each tile the visits. The producer draws
+the tiles, one after the other, from a counter that all programs share (``ticket``), and copies K and
+V tiles by TMA into rings of STAGES buffers. It runs ahead, across visits and tiles; so the copies
+never stop, however short the documents. A consumer issues S = Q K_j^T and
+O += P_{j-1} V_{j-1} together and computes the softmax of tile j while the second product runs (Shah
+et al. 2024, "FlashAttention-3", algorithm 2); the two consumers fall into turns by themselves, as
+each needs the matrix unit while the other computes exponentials.
+
+The online softmax begins, in base 2, where the steps before have ended: their log-sum-exp is the
+first maximum m, of weight l = 1, their output the first accumulator acc.
+"""
+
+from ringattn.kernels.gluon.tile import (
+    COLUMN_START,
+    FIRST,
+    FULL_FROM,
+    FULL_TO,
+    TILES,
+    VISIT,
+    column,
+    inside,
+    matrix,
+    place,
+    scores,
+    tanh,
+    window,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _softmax(s, m, l, scale, cap, begin, end, columns, MASK: gl.constexpr, CAPPED: gl.constexpr):
+    """(p float32 [rows, columns], m, l, alpha: what the accumulator so far is to be scaled by)."""
+    if CAPPED:
+        s = tanh(s * scale) * cap
+        scale = 1.0
+    if MASK:
+        s = gl.where(inside(begin, end, columns), s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    level = m_new
+    if MASK:  # a row without a key so far: 0 for -inf keeps exp2 free of NaN
+        level = gl.where(m_new == float("-inf"), 0.0, m_new)
+    # The scale rides along in one fused multiply-add per element.
+    p = gl.exp2(s * scale - level[:, None])
+    alpha = gl.exp2(m - level)
+    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def _sweep(
+    begin, end, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
+    WG: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+    MASK: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program; ``p``
+    is that of the tile before. K of the first one has been waited for."""
+    qs, ks, vs, spots = bufs
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    M: gl.constexpr = qs.shape[2]
+    N: gl.constexpr = ks.shape[2]
+    zero = gl.zeros([M, N], gl.float32, m.type.layout.parent)
+    for i in range(begin, end):
+        j = n + i
+        before = j - 1
+        s = scores(qs, ks, zero, WG * CHUNKS, j % STAGES * CHUNKS, CHUNKS)
+        mbarrier.wait(v_ready.index(before % STAGES), before // STAGES & 1)
+        acc = warpgroup_mma(p, matrix(vs.index(before % STAGES)), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(k_free.index(j % STAGES), count=1)
+        at = 0
+        if MASK:
+            at = column(i, full_from, full) * N
+        p_new, m, l, alpha = _softmax(
+            s, m, l, scale, cap, left - at, right - at, columns, MASK, CAPPED
+        )
+        after = j + 1
+        # The next K tile. It stands here, not at the top of the loop: a wait on a barrier ends a
+        # basic block, and without one ptxas moves the wait for the product above the exponentials.
+        mbarrier.wait(k_ready.index(after % STAGES), after // STAGES & 1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_free.index(before % STAGES), count=1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+        p = gl.convert_layout(p_new.to(p.dtype), p.type.layout)
+    return p, acc, m, l
+
+
+@gluon.jit
+def _state(x, strides, b, h, first, rows, M: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, L: gl.constexpr):  # fmt: skip
+    """(pointers, mask) of a tile [M, SIZE] of x, of which [rows, D] exist; offsets are 64 bit."""
+    m = first + gl.arange(0, M, gl.SliceLayout(1, L))
+    d = gl.arange(0, SIZE, gl.SliceLayout(0, L))[None, :]
+    base = x + gl.cast(b, gl.int64) * strides[0] + gl.cast(h, gl.int64) * strides[2]
+    exist = (m < rows)[:, None]
+    if SIZE > D:
+        exist = exist & (d < D)
+    return base + (m.to(gl.int64) * strides[1])[:, None] + d, exist
+
+
+@gluon.jit
+def _draw(ticket, drawn, spots, spot_ready, spot_free):
+    """The next place in the order of work, drawn for all partitions of this program."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = drawn % 2
+    mbarrier.wait(spot_free.index(slot), drawn // 2 & 1 ^ 1)
+    index = gl.atomic_add(ticket, 1, sem="relaxed")
+    spots.index(slot).store(gl.full([32], index, gl.int32, L))
+    mbarrier.arrive(spot_ready.index(slot), count=1)
+    return index
+
+
+@gluon.jit
+def _drawn(drawn, spots, spot_ready, spot_free):
+    """What the producer has drawn."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = drawn % 2
+    mbarrier.wait(spot_ready.index(slot), drawn // 2 & 1)
+    index = gl.max(spots.index(slot).load(L), 0)
+    mbarrier.arrive(spot_free.index(slot), count=1)
+    return index
+
+
+@gluon.jit
+def _consumer(
+    state, lists, sizes, scale, cap, bufs, bars,
+    WG: gl.constexpr, DV: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    partial, out, lse, partial_strides, out_strides = state
+    tiles, visits, ticket = lists
+    rows, heads, group, batch_heads, together, tile_count = sizes
+    qs, ks, vs, spots = bufs
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    M: gl.constexpr = qs.shape[2]
+    N: gl.constexpr = ks.shape[2]
+    SIZE: gl.constexpr = vs.shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    columns = gl.arange(0, N, gl.SliceLayout(0, S))
+    zero = gl.zeros([M, N], gl.float32, S)
+
+    n = 0  # tiles of columns so far, over all tiles of queries
+    turn = 0  # tiles of queries with work so far
+    drawn = 0  # tiles of queries so far
+    index = _drawn(drawn, spots, spot_ready, spot_free)
+    while index < batch_heads * tile_count:
+        tile, b, h = place(index, heads, batch_heads, together, tile_count)
+        first = gl.load(tiles + 3 * tile) + WG * M
+        begin = gl.load(tiles + 3 * tile + 1)
+        end = gl.load(tiles + 3 * tile + 2)
+        row = first + gl.arange(0, M, gl.SliceLayout(1, S))
+        levels = lse + (gl.cast(b, gl.int64) * heads + h) * rows
+        m = gl.load(levels + row, mask=row < rows, other=float("-inf")) * 1.4426950408889634
+        l = gl.where(m == float("-inf"), 0.0, 1.0)
+        if ADD:
+            held, exist = _state(partial, partial_strides, b, h, first, rows, M, DV, SIZE, O)
+            acc = gl.load(held, mask=exist, other=0.0)
+        else:
+            acc = gl.zeros([M, SIZE], gl.float32, O)
+
+        if begin < end:
+            # The first tile of columns: nothing to overlap with.
+            visit = visits + VISIT * begin
+            left, right = window(visit, row)
+            at = column(0, gl.load(visit + FULL_FROM), gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM)) * N
+            mbarrier.wait(q_ready.index(WG), turn & 1)
+            mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
+            s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_free.index(n % STAGES), count=1)
+            p_new, m, l, alpha = _softmax(
+                s, m, l, scale, cap, left - at, right - at, columns, True, CAPPED
+            )
+            p = gl.convert_layout(p_new.to(qs.dtype), P)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+            after = n + 1
+            mbarrier.wait(k_ready.index(after % STAGES), after // STAGES & 1)
+
+            done = 1
+            for v in range(begin, end):
+                visit = visits + VISIT * v
+                count = gl.load(visit + TILES)
+                full_from = gl.load(visit + FULL_FROM)
+                full = gl.load(visit + FULL_TO) - full_from
+                p, acc, m, l = _sweep(
+                    done, full, n, full_from, full, row, row, bufs, bars, p, acc, m, l, scale, cap, columns,
+                    WG, CHUNKS, STAGES, False, CAPPED,
+                )  # fmt: skip
+                left, right = window(visit, row)
+                p, acc, m, l = _sweep(
+                    gl.maximum(done, full), count, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
+                    WG, CHUNKS, STAGES, True, CAPPED,
+                )  # fmt: skip
+                n += count
+                done = 0
+
+            mbarrier.arrive(q_free.index(WG), count=1)
+            turn += 1
+            last = n - 1
+            mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+            acc = warpgroup_mma(p, matrix(vs.index(last % STAGES)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_free.index(last % STAGES), count=1)
+
+        # Read again, and opaque to the compiler: else it keeps the addresses of the state in
+        # registers all along, and spills.
+        first = gl.load(tiles + 3 * tile) + WG * M
+        row = first + gl.arange(0, M, gl.SliceLayout(1, S))
+        l = gl.where(l == 0.0, 1.0, l)  # a row without any key: 0, and -inf
+        if begin < end:  # without a visit the log-sum-exp stays, to the bit
+            gl.store(levels + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
+        share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))
+        final, exist = _state(out, out_strides, b, h, first, rows, M, DV, SIZE, O)
+        gl.store(final, (acc * share[:, None]).to(out.dtype.element_ty), mask=exist)
+        drawn += 1
+        index = _drawn(drawn, spots, spot_ready, spot_free)
+
+
+@gluon.jit
+def _producer(
+    descs, lists, sizes, bufs, bars,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """K_0, Q, K_1, V_0, K_2, V_1, ...: in the order in which the consumers release the buffers."""
+    q_desc, k_desc, v_desc = descs
+    tiles, visits, ticket = lists
+    qs, ks, vs, spots = bufs
+    rows, heads, group, batch_heads, together, tile_count = sizes
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    M: gl.constexpr = qs.shape[2]
+    N: gl.constexpr = ks.shape[2]
+    W: gl.constexpr = ks.shape[4]
+    n = 0
+    turn = 0
+    at, b_at, h_at = 0, 0, 0
+    drawn = 0
+    index = _draw(ticket, drawn, spots, spot_ready, spot_free)
+    while index < batch_heads * tile_count:
+        tile, b, h = place(index, heads, batch_heads, together, tile_count)
+        first = gl.load(tiles + 3 * tile)
+        begin = gl.load(tiles + 3 * tile + 1)
+        end = gl.load(tiles + 3 * tile + 2)
+        for v in range(begin, end):
+            visit = visits + VISIT * v
+            origin = gl.load(visit + COLUMN_START) + gl.load(visit + FIRST)
+            full_from = gl.load(visit + FULL_FROM)
+            full = gl.load(visit + FULL_TO) - full_from
+            for i in range(gl.load(visit + TILES)):
+                slot = n % STAGES
+                before, b_before, h_before = at, b_at, h_at
+                at, b_at, h_at = origin + column(i, full_from, full) * N, b, h // group
+                # A new barrier counts as past phase 1: the first round does not wait.
+                mbarrier.wait(k_free.index(slot), n // STAGES & 1 ^ 1)
+                mbarrier.expect(k_ready.index(slot), CHUNKS * k_desc.nbytes_per_cta)
+                for c in gl.static_range(CHUNKS):
+                    tma.async_load(k_desc, [b_at, at, h_at, c * W], k_ready.index(slot), ks.index(slot * CHUNKS + c))
+                if n > 0:
+                    into = (n - 1) % STAGES
+                    mbarrier.wait(v_free.index(into), (n - 1) // STAGES & 1 ^ 1)
+                    mbarrier.expect(v_ready.index(into), v_desc.nbytes_per_cta)
+                    tma.async_load(v_desc, [b_before, before, h_before, 0], v_ready.index(into), vs.index(into))
+                if (v == begin) & (i == 0):
+                    for wg in gl.static_range(2):
+                        mbarrier.wait(q_free.index(wg), turn & 1 ^ 1)
+                        mbarrier.expect(q_ready.index(wg), CHUNKS * q_desc.nbytes_per_cta)
+                        for c in gl.static_range(CHUNKS):
+                            tma.async_load(q_desc, [b, first + wg * M, h, c * W], q_ready.index(wg), qs.index(wg * CHUNKS + c))
+                    turn += 1
+                n += 1
+        drawn += 1
+        index = _draw(ticket, drawn, spots, spot_ready, spot_free)
+    if n > 0:  # the consumers wait for one K tile past the end
+        mbarrier.wait(k_free.index(n % STAGES), n // STAGES & 1 ^ 1)
+        mbarrier.arrive(k_ready.index(n % STAGES), count=1)
+        into = (n - 1) % STAGES
+        mbarrier.wait(v_free.index(into), (n - 1) // STAGES & 1 ^ 1)
+        mbarrier.expect(v_ready.index(into), v_desc.nbytes_per_cta)
+        tma.async_load(v_desc, [b_at, at, h_at, 0], v_ready.index(into), vs.index(into))
+
+
+@gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count"])
+def forward(
+    q_desc, k_desc, v_desc, partial, out, lse, tiles, visits, ticket, partial_strides, out_strides,
+    rows, heads, group, batch_heads, together, tile_count, scale, cap,
+    DV: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """Blocks of the descriptors: q [1, 64, 1, W], k [1, N, 1, W], v [1, N, 1, SIZE], CHUNKS x W and
+    SIZE at least head_dim and v's. ``partial`` and ``out`` by strides of their first three axes;
+    ``lse`` [batch, heads, rows] in place. ``scale`` turns products into scores in base 2; with
+    CAPPED, into multiples of the cap, and ``cap`` is in base 2. ADD: there is a partial.
+    ``ticket`` int32 is zero. A persistent grid of any size."""
+    M: gl.constexpr = q_desc.block_shape[1]
+    N: gl.constexpr = k_desc.block_shape[1]
+    W: gl.constexpr = k_desc.block_shape[3]
+    SIZE: gl.constexpr = v_desc.block_shape[3]
+    qs = gl.allocate_shared_memory(q_desc.dtype, [2 * CHUNKS, 1, M, 1, W], q_desc.layout)
+    ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES * CHUNKS, 1, N, 1, W], k_desc.layout)
+    vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, SIZE], v_desc.layout)
+    spots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    spot_ready = mbarrier.allocate_mbarrier(batch=2)
+    spot_free = mbarrier.allocate_mbarrier(batch=2)
+    q_ready = mbarrier.allocate_mbarrier(batch=2)
+    q_free = mbarrier.allocate_mbarrier(batch=2)
+    k_ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    k_free = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_free = mbarrier.allocate_mbarrier(batch=STAGES)
+    for wg in gl.static_range(2):
+        mbarrier.init(q_ready.index(wg), count=1)
+        mbarrier.init(q_free.index(wg), count=1)
+        mbarrier.init(spot_ready.index(wg), count=1)
+        mbarrier.init(spot_free.index(wg), count=2)  # both consumers
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)  # both consumers
+        mbarrier.init(v_free.index(i), count=2)
+    bars = (k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free)
+    sizes = (rows, heads, group, batch_heads, together, tile_count)
+    state = (partial, out, lse, partial_strides, out_strides)
+    lists = (tiles, visits, ticket)
+    bufs = (qs, ks, vs, spots)
+    descs = (q_desc, k_desc, v_desc)
+    gl.warp_specialize(
+        [
+            (_consumer, (state, lists, sizes, scale, cap, bufs, bars, 0, DV, CHUNKS, STAGES, ADD, CAPPED)),
+            (_consumer, (state, lists, sizes, scale, cap, bufs, bars, 1, DV, CHUNKS, STAGES, ADD, CAPPED)),
+            (_producer, (descs, lists, sizes, bufs, bars, CHUNKS, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
