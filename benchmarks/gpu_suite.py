@@ -35,8 +35,9 @@ if "--rehearse" in sys.argv:
 import torch
 import torch.nn.functional as F
 import triton
-from ringattn.kernels import triton as kernel
+from ringattn.kernels import Scores
 from ringattn.kernels import call as calls
+from ringattn.kernels import triton as kernel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -360,7 +361,7 @@ def rings(suite: Suite) -> None:
 def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], None]:
     """The kernels of all ranks in turn. Left out of what the executor does: the exchanges, the sums
     of gradients that arrive, and the cut of the own block in two in the backward."""
-    heads, scale, work = suite.heads, dim**-0.5, []
+    heads, scores, work = suite.heads, Scores(dim**-0.5), []
     # As the executor has it: one block to compute on, one on its way.
     held: dict[tuple, torch.Tensor] = {}
     grads: dict[tuple, torch.Tensor] = {}
@@ -370,7 +371,7 @@ def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], No
         own, rows = plan.rank(rank), plan.layout.count(rank)
         q, dout, last = (suite.random(1, rows, heads, dim) for _ in range(3))
         lse = torch.full((1, heads, rows), 8.0, device=suite.device)
-        running, dq = (torch.zeros_like(q, dtype=state) for _ in range(2))
+        running, dq = torch.zeros_like(q, dtype=state), torch.zeros_like(q, dtype=torch.float32)
         steps = [step for step in own.steps if step.bands]
         for index, step in enumerate(steps):
             out = last if index == len(steps) - 1 else running
@@ -384,14 +385,14 @@ def blocks(suite: Suite, plan: ra.Plan, dim: int, which: str) -> Callable[[], No
 
     def forward() -> None:
         for q, (k, v), step, partial, out, lse, *_ in work:
-            kernel.forward(q, k, v, step.bands, partial, out, lse, ra_scores(scale))
+            kernel.forward(q, k, v, step.bands, partial, out, lse, scores)
 
     def backward() -> None:
         prepared = None
         for q, (k, v), step, _, out, lse, dout, dq, (dk, dv), index in work:
             if index == 0:
                 prepared = kernel.prepare(dout, out.to(q.dtype), lse)
-            ends = (scale, 0.0, index > 0, False)
+            ends = (scores, index > 0, False)
             kernel.backward(dout, q, k, v, prepared, step.bands, dq, dk, dv, *ends)
 
     return forward if which == "forward" else backward

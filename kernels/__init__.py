@@ -114,7 +114,9 @@ def select(
         if dtype == torch.float64:
             name = "reference"
         elif device.type == "cuda":
-            able = (n for n in ("gluon", "triton") if not _refusal(n, dtype, device, head_dim, v_dim))
+            able = (
+                n for n in ("gluon", "triton") if not _refusal(n, dtype, device, head_dim, v_dim)
+            )
             name = next(able, "aten")
         else:
             name = "aten"

@@ -184,8 +184,8 @@ def _attend(
         s, _ = _scores(q[:, :, rows], k, scores)
         if mask is not None:
             s += mask[rows]
-        lse[:, :, rows] = torch.logsumexp(scores, -1)
-        out[:, :, rows] = torch.exp(scores - lse[:, :, rows, None]) @ v
+        lse[:, :, rows] = torch.logsumexp(s, -1)
+        out[:, :, rows] = torch.exp(s - lse[:, :, rows, None]) @ v
     return out, lse
 
 
@@ -202,7 +202,9 @@ def _attend_backward(
     """(dq, dk, dv) of one piece, with the global out and lse; equal numbers of heads."""
     if _fused(q, v, scores):
         causal, mask = _restriction(piece, q)
-        return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scores.sm_scale)
+        return _flash_backward(
+            dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scores.sm_scale
+        )
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     mask = _mask(piece, q)
     for rows in _row_tiles(q, k):

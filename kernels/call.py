@@ -86,8 +86,8 @@ def in_base_2(scores: Scores) -> dict[str, Any]:
 
 def side_by_side(streams: Sequence[torch.Tensor], batch: int, heads: int, least: int = 1) -> int:
     """How many of ``batch * heads`` heads run side by side: those whose streams
-    ``[batch, tokens, heads, head_dim]`` fit the L2 cache together, all heads of a group at once; but
-    ``least``."""
+    ``[batch, tokens, heads, head_dim]`` fit the L2 cache together, all heads of a group at once;
+    ``least`` at least."""
     kv_heads = min(heads, streams[0].shape[2])
     size = sum(x.shape[1:].numel() * x.element_size() for x in streams) // kv_heads
     together = max(1, L2_BYTES // max(1, size)) * (heads // kv_heads)

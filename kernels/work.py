@@ -180,7 +180,9 @@ def chain(made: Work, columns: int, n: int) -> Chain:
                 part = visit.copy()
                 part[FIRST] += a * n
                 part[TILES] = e - a
-                part[FULL_FROM], part[FULL_TO] = (min(max(x - a, 0), e - a) for x in visit[FULL_FROM:])
+                part[FULL_FROM], part[FULL_TO] = (
+                    min(max(x - a, 0), e - a) for x in visit[FULL_FROM:]
+                )
                 visits.append(part)
                 before.append(held[a])
                 last[base + a : base + e] = len(visits)

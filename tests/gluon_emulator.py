@@ -247,7 +247,9 @@ class Descriptor:
 
     def part(self, at: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """(the part of the tensor in the block at ``at``, the part of the block)."""
-        ends = [min(a + b, n) for a, b, n in zip(at, self.block_shape, self.tensor.shape, strict=True)]
+        ends = [
+            min(a + b, n) for a, b, n in zip(at, self.block_shape, self.tensor.shape, strict=True)
+        ]
         starts = [max(a, 0) for a in at]
         where = [slice(a, max(e, a)) for a, e in zip(starts, ends, strict=True)]
         inside = [slice(w.start - a, w.stop - a) for w, a in zip(where, at, strict=True)]
@@ -487,7 +489,9 @@ class Emulator:
             names = rooms.setdefault(file, dict(rooms["tile"]))
             source = (ROOM / f"{file}.py").read_text()
             if mutation and mutation[0] == file:
-                assert source.count(mutation[1]) == 1, f"{source.count(mutation[1])} x {mutation[1]}"
+                assert source.count(mutation[1]) == 1, (
+                    f"{source.count(mutation[1])} x {mutation[1]}"
+                )
                 source = source.replace(*mutation[1:])
             tree = ast.fix_missing_locations(_Functional().visit(ast.parse(source)))
             exec(compile(tree, f"{file}.py", "exec"), names)

@@ -489,7 +489,7 @@ def test_softcap_and_sinks_that_do_not_fit():
 def test_unknown_kernel_and_wrong_world():
     q, k, v, _ = inputs(16)
     plan = ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 1))
-    with pytest.raises(ValueError, match="auto, triton, aten, reference"):
+    with pytest.raises(ValueError, match="auto, gluon, triton, aten, reference"):
         ra.ring_attention(q, k, v, plan, kernel="cudnn")
     with pytest.raises(ValueError, match="plan is for 2 ranks"):
         ra.ring_attention(q, k, v, ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 2)))

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ringattn.kernels import launch
+from ringattn.kernels import launch, report, tune
 from ringattn.kernels.launch import Launch
-from ringattn.kernels.triton import report, tune
-from ringattn.kernels.triton.report import Case, Report
+from ringattn.kernels.report import Case, Report
 
 from ringattn.cli import main
 from ringattn.cli.kernels import _facts
@@ -63,7 +62,8 @@ def test_heads_in_halves_and_views_that_no_descriptor_reads():
 def test_prepare_compiles():
     script = """
 import torch
-from ringattn.kernels.triton import calls, report
+from ringattn.kernels import report
+from ringattn.kernels.triton import calls
 for dtype in (torch.bfloat16, torch.float32):
     for dim in (64, 96, 256):
         x = torch.empty(2, 100, 4, dim, dtype=dtype, device="meta")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ringattn.kernels import triton
+from ringattn.kernels import Scores, call, triton
+from ringattn.kernels.launch import Launch
 from ringattn.kernels.triton import calls, fwd
-from ringattn.kernels.triton.launch import Launch
-from ringattn.kernels.triton.work import work
+from ringattn.kernels.work import work
 
 import ringattn as ra
 from ringattn.runs import Run
@@ -31,7 +31,7 @@ def bands_of(mask):
 
 def one_rank(q, k, v, dout, steps, scale=None, softcap=0.0):
     """[out, dq, dk, dv] of one rank that is given the bands in several steps."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     q, k, v, dout = (x.to(DEVICE) for x in (q, k, v, dout))
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, device=DEVICE)
     partial = None
@@ -40,15 +40,17 @@ def one_rank(q, k, v, dout, steps, scale=None, softcap=0.0):
         if last or partial is None:
             # Poisoned: what is not written shows.
             out = torch.full_like(dout, torch.nan, dtype=q.dtype if last else torch.float32)
-        triton.forward(q, k, v, bands, partial, out, lse, scale, softcap)
+        triton.forward(q, k, v, bands, partial, out, lse, scores)
         partial = out
     prepared = triton.prepare(dout, out, lse)
     dtype = q.dtype if len(steps) == 1 else torch.float32
-    grads = [torch.full(x.shape, torch.nan, dtype=dtype, device=DEVICE) for x in (q, k, v)]
+    dq = torch.full(q.shape, torch.nan, device=DEVICE)
+    dk, dv = (torch.full(x.shape, torch.nan, dtype=dtype, device=DEVICE) for x in (k, v))
     for index, bands in enumerate(steps):
-        ends = (scale, softcap, index > 0, index > 0)
-        triton.backward(dout, q, k, v, prepared, bands, *grads, *ends)
-    return [x.cpu() for x in (out, *grads)]
+        ends = (scores, index > 0, index > 0)
+        triton.backward(dout, q, k, v, prepared, bands, dq, dk, dv, *ends)
+    dq = triton.finish(dq, q.dtype, scores)
+    return [x.cpu() for x in (out, dq, dk, dv)]
 
 
 def gap(got, want):
@@ -223,16 +225,16 @@ def test_one_more_rank_rounds_no_more():
 def test_heads_that_do_not_fit_the_cache_together(monkeypatch, heads_in_cache):
     """Sections of one or two K/V heads, the last one smaller: every tile of every head once."""
     n, dim = 40, 16
-    monkeypatch.setattr(calls, "_L2_BYTES", heads_in_cache * n * 2 * dim * 4)
+    monkeypatch.setattr(call, "L2_BYTES", heads_in_cache * n * 2 * dim * 4)
     tensors = inputs(n, 6, 3, dim, batch=3)
     assert checked(ra.masks.causal(n), tensors) <= 1
     bands, out, lse = bands_of(ra.masks.causal(n)), torch.empty(3, n, 6, dim), torch.empty(3, 6, n)
-    call = calls.forward("interpreter", *tensors[:3], bands, None, out, lse, 1.0, 0.0)
-    assert call.arguments["together"] == 2 * max(1, heads_in_cache)
+    made = calls.forward("interpreter", *tensors[:3], bands, None, out, lse, Scores(1.0))
+    assert made.arguments["together"] == 2 * max(1, heads_in_cache)
     # However few keys: never more than there are, so that no product of counts overflows.
-    monkeypatch.setattr(calls, "_L2_BYTES", 2**40)
-    call = calls.forward("interpreter", *tensors[:3], bands, None, out, lse, 1.0, 0.0)
-    assert call.arguments["together"] == 18
+    monkeypatch.setattr(call, "L2_BYTES", 2**40)
+    made = calls.forward("interpreter", *tensors[:3], bands, None, out, lse, Scores(1.0))
+    assert made.arguments["together"] == 18
 
 
 def test_an_empty_batch_is_no_launch():
@@ -287,12 +289,10 @@ def test_any_strides():
 
 def test_descriptors_are_for_aligned_views_only():
     x = torch.zeros(2, 40, 3, 16, dtype=torch.float16)
-    assert calls._aligned(x) and calls._aligned(x[:, 8:]) and calls._aligned(x[:1, :, :1])
-    assert not calls._aligned(x[..., 1:]) and not calls._aligned(
-        x.flatten()[4:-12].view(-1, 1, 1, 16)
-    )
-    assert not calls._aligned(x[..., :12].contiguous())
-    assert not calls._aligned(torch.zeros(1, dtype=torch.float16).expand(x.shape))
+    assert call.aligned(x) and call.aligned(x[:, 8:]) and call.aligned(x[:1, :, :1])
+    assert not call.aligned(x[..., 1:]) and not call.aligned(x.flatten()[4:-12].view(-1, 1, 1, 16))
+    assert not call.aligned(x[..., :12].contiguous())
+    assert not call.aligned(torch.zeros(1, dtype=torch.float16).expand(x.shape))
 
 
 @pytest.mark.parametrize("step", [2**27, 2**27 + 1])
@@ -310,12 +310,13 @@ def test_offsets_past_two_to_the_31_elements(step):
     assert n * step > 2**31
     assert checked(ra.masks.causal(n), [far(x) for x in tensors]) <= 1
     q, k, v, dout = (x.to(DEVICE) for x in tensors)
-    out, grads = far(q), [far(x) for x in (q, k, v)]
+    out, grads = far(q), [far(x) for x in (q.float(), k, v)]
     lse = torch.full((1, 1, n), -torch.inf, device=DEVICE)
-    bands, ends = bands_of(ra.masks.causal(n)), (dim**-0.5, 0.0)
-    triton.forward(q, k, v, bands, None, out, lse, *ends)
+    bands, scores = bands_of(ra.masks.causal(n)), Scores(dim**-0.5)
+    triton.forward(q, k, v, bands, None, out, lse, scores)
     prepared = triton.prepare(dout, out, lse)
-    triton.backward(dout, q, k, v, prepared, bands, *grads, *ends, False, False)
+    triton.backward(dout, q, k, v, prepared, bands, *grads, scores, False, False)
+    grads[0] *= scores.sm_scale
     want = oracle.attention(*tensors[:3], ra.masks.causal(n).to_dense(), tensors[3])
     assert gap([x.cpu() for x in (out, *grads)], want) <= LIMIT[torch.float16]
 
@@ -326,9 +327,9 @@ def test_no_work_is_no_launch():
     far = Bands([Band.make(Run(0, 4), Run(0, 4), -4, 0)])
     state = torch.zeros(1, 32, 1, 16, device=DEVICE)
     lse = torch.full((1, 1, 32), -torch.inf, device=DEVICE)
-    call = calls.forward("interpreter", q, k, v, far, state, state, lse, 1.0, 0.0)
-    assert call.grid == 1  # one tile of 32 rows has work, and only that is launched
-    new = calls.forward("interpreter", q, k, v, far, None, torch.empty_like(q), lse, 1.0, 0.0)
+    made = calls.forward("interpreter", q, k, v, far, state, state, lse, Scores(1.0))
+    assert made.grid == 1  # one tile of 32 rows has work, and only that is launched
+    new = calls.forward("interpreter", q, k, v, far, None, torch.empty_like(q), lse, Scores(1.0))
     assert new.grid == -(-32 // new.arguments["M"])
 
 
@@ -357,9 +358,9 @@ def test_mutant_work_lists(monkeypatch, damage):
 
 def test_mutant_step_before_forgotten(monkeypatch):
     def fresh(*arguments):
-        call = make(*arguments)
-        call.arguments["ADD"] = False
-        return call
+        made = make(*arguments)
+        made.arguments["ADD"] = False
+        return made
 
     make = calls.forward
     monkeypatch.setattr(calls, "forward", fresh)

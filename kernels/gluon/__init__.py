@@ -111,9 +111,7 @@ def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int)
 
 
 @cache
-def _problem(
-    device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int
-) -> str | None:
+def _problem(device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int) -> str | None:
     """What keeps the kernels from being used on a GPU that they are for; said once."""
     if MISSING:
         problem = f"needs a newer Triton, whose Gluon has {', '.join(MISSING)}"

@@ -8,10 +8,12 @@ dv and dk in the registers where they were computed; only dS goes through shared
 Each tile's dq goes through shared memory to a writer, which adds it to the float32 sums by a TMA
 reduction. Additions to one tile of queries are taken in the order of the list: ``sems`` holds the
 number of the visit that has added last, and a writer waits for the one before its own. So the same
-bits come out every time. Visits are walked from their last tile to the first: then, for causal masks
-and for windows, the tile of keys before has passed where this one comes to, and nobody waits. A program waits only for places before its own, and draws its place when
-it starts (``ticket``): whoever is waited for is running. So there is no deadlock, in whatever order
-the GPU starts programs, and however few of them fit.
+bits come out every time. Visits are walked from their last tile to the first: then, for causal
+masks and for windows, the tile of keys before has already passed where this one comes to.
+
+A program waits only for places before its own, and draws its place when it starts (``ticket``):
+whoever is waited for is running. So there is no deadlock, in whatever order the GPU starts programs,
+and however few of them fit.
 
 Five products are those of Dao 2023, "FlashAttention-2"; there dq is summed in any order.
 """
@@ -195,10 +197,14 @@ def _loader(
                 at = origin + (count - 1 - i) * M
                 slot = t % STAGES
                 mbarrier.wait(free.index(slot), t // STAGES & 1 ^ 1)
-                mbarrier.expect(q_ready.index(slot), q_desc.nbytes_per_cta + lse_desc.nbytes_per_cta)
+                mbarrier.expect(
+                    q_ready.index(slot), q_desc.nbytes_per_cta + lse_desc.nbytes_per_cta
+                )
                 tma.async_load(q_desc, [b, at, head, 0], q_ready.index(slot), qs.index(slot))
                 tma.async_load(lse_desc, [row, at], q_ready.index(slot), lses.index(slot))
-                mbarrier.expect(do_ready.index(slot), do_desc.nbytes_per_cta + delta_desc.nbytes_per_cta)
+                mbarrier.expect(
+                    do_ready.index(slot), do_desc.nbytes_per_cta + delta_desc.nbytes_per_cta
+                )
                 tma.async_load(do_desc, [b, at, head, 0], do_ready.index(slot), dos.index(slot))
                 tma.async_load(delta_desc, [row, at], do_ready.index(slot), deltas.index(slot))
                 t += 1

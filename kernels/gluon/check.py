@@ -33,9 +33,7 @@ def missing() -> list[str]:
 
 
 @cache
-def disagreement(
-    device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int
-) -> str | None:
+def disagreement(device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int) -> str | None:
     """Where the kernels differ from Triton's, or how they failed; None: they agree. Two documents,
     of which the second has a window, so that there are tiles with and without a mask; two heads a
     group; a backward where there is a line for one."""
@@ -56,7 +54,9 @@ def disagreement(
     bands = Bands([Band.make(first, first, -301, 0), Band.make(second, second, -200, 0)])
     scores = Scores(head_dim**-0.5)
     arch = triton.architecture(device)
-    forward, backward = (gluon_line(arch, name, head_dim, v_dim) for name in ("forward", "backward"))
+    forward, backward = (
+        gluon_line(arch, name, head_dim, v_dim) for name in ("forward", "backward")
+    )
     try:
         outs = []
         for line in (None, forward):

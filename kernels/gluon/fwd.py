@@ -171,7 +171,14 @@ def _consumer(
             # The first tile of columns: nothing to overlap with.
             visit = visits + VISIT * begin
             left, right = window(visit, row)
-            at = column(0, gl.load(visit + FULL_FROM), gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM)) * N
+            at = (
+                column(
+                    0,
+                    gl.load(visit + FULL_FROM),
+                    gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM),
+                )
+                * N
+            )
             mbarrier.wait(q_ready.index(WG), turn & 1)
             mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
             s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
@@ -262,18 +269,30 @@ def _producer(
                 mbarrier.wait(k_free.index(slot), n // STAGES & 1 ^ 1)
                 mbarrier.expect(k_ready.index(slot), CHUNKS * k_desc.nbytes_per_cta)
                 for c in gl.static_range(CHUNKS):
-                    tma.async_load(k_desc, [b_at, at, h_at, c * W], k_ready.index(slot), ks.index(slot * CHUNKS + c))
+                    tma.async_load(
+                        k_desc,
+                        [b_at, at, h_at, c * W],
+                        k_ready.index(slot),
+                        ks.index(slot * CHUNKS + c),
+                    )
                 if n > 0:
                     into = (n - 1) % STAGES
                     mbarrier.wait(v_free.index(into), (n - 1) // STAGES & 1 ^ 1)
                     mbarrier.expect(v_ready.index(into), v_desc.nbytes_per_cta)
-                    tma.async_load(v_desc, [b_before, before, h_before, 0], v_ready.index(into), vs.index(into))
+                    tma.async_load(
+                        v_desc, [b_before, before, h_before, 0], v_ready.index(into), vs.index(into)
+                    )
                 if (v == begin) & (i == 0):
                     for wg in gl.static_range(2):
                         mbarrier.wait(q_free.index(wg), turn & 1 ^ 1)
                         mbarrier.expect(q_ready.index(wg), CHUNKS * q_desc.nbytes_per_cta)
                         for c in gl.static_range(CHUNKS):
-                            tma.async_load(q_desc, [b, first + wg * M, h, c * W], q_ready.index(wg), qs.index(wg * CHUNKS + c))
+                            tma.async_load(
+                                q_desc,
+                                [b, first + wg * M, h, c * W],
+                                q_ready.index(wg),
+                                qs.index(wg * CHUNKS + c),
+                            )
                     turn += 1
                 n += 1
         drawn += 1

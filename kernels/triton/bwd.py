@@ -71,7 +71,9 @@ def backward_keys(
     left = (rows - first + row_step - 1) // row_step
 
     k_tile, k_tile2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
-    v_tile, v_tile2 = load(v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True)
+    v_tile, v_tile2 = load(
+        v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True
+    )
     dk_acc, dk_acc2 = held(
         dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD
     )
@@ -123,7 +125,9 @@ def _sweep_keys(
         at = tile * N
         token = origin + at * step
         left = count - at
-        q_tile, q_tile2 = load(q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK)
+        q_tile, q_tile2 = load(
+            q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK
+        )
         lse_row, delta_row = _prepared(lse2, delta, token, step, left, N, MASK)
         s = product(k_tile, k_tile2, q_tile, q_tile2, D2, PRECISION)
         ok = True
@@ -211,7 +215,9 @@ def _sweep_queries(
         token = origin + at * step
         left = count - at
         k_tile, k_tile2 = load(k, k2, k_strides, b, h, token, step, left, D, D1, D2, N, TMA, MASK)
-        v_tile, v_tile2 = load(v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK)
+        v_tile, v_tile2 = load(
+            v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK
+        )
         s = product(q_tile, q_tile2, k_tile, k_tile2, D2, PRECISION)
         dp = product(do, do2, v_tile, v_tile2, DV2, PRECISION)
         ok = True

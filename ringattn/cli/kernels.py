@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # machines ask for --json, and may have no rich
     from rich.table import Table
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-PASSES = ("forward", "backward_keys", "backward_queries")
+PASSES = ("forward", "backward", "backward_keys", "backward_queries")
 
 
 def _split(text: str) -> list[str]:
@@ -44,11 +44,15 @@ KEYS = {
     "adds": Key(choice("yes", "no"), None, "on top of a running sum, or not; both unless given"),
     "softcap": Key(choice("yes", "no"), None, "with it, or without; both unless given"),
     "pointers": Key(choice("yes", "no"), None, "where no descriptor reads; both unless given"),
+    "engine": Key(choice("triton", "gluon"), None, "triton, gluon; both unless given"),
     "processes": Key(count, None, "that compile; one per core unless given"),
 }  # fmt: skip
 # The bars: at these head_dims nothing may spill, and half-precision products must all be the
 # architecture's fastest matrix instruction.
 SPILL_FREE = 128
+# Instructions of a warp in one turn of the Gluon loops at head_dim 128, without and with a mask; of
+# FlashAttention-4's count for the same tile, and some more.
+MOST = {"forward": (490, 720), "backward": (430, 640)}
 
 
 def _flags(parser: ArgumentParser) -> None:
@@ -63,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RequestError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     try:
-        from ringattn.kernels.triton import report
+        from ringattn.kernels import report
     except ModuleNotFoundError as error:
         raise RequestError(f"needs the package {error.name}, which is not installed") from None
     cases = [case for case in report.cases() if _chosen(case, values)]
@@ -94,6 +98,7 @@ def _chosen(case: Any, values: dict[str, Any]) -> bool:
         (values["arch"] or [arch for arch in ARCHS if arch.startswith("sm_")], case.arch),
         (values["pass"], case.name),
         (values["head_dim"], _dims(case)),
+        (values["engine"] and [values["engine"]], case.engine),
     )
     exact = (
         (values["bits"], str(8 * case.dtype.itemsize)),
@@ -117,13 +122,22 @@ def _facts(made: Any) -> dict[str, Any]:
         misses.append(f"{made.shared} bytes of shared memory, {made.shared_limit} is the limit")
     if case["dtype"] != "float32" and set(made.matrix) != {made.wanted}:
         misses.append(f"products are {', '.join(made.matrix) or 'none'}, not {made.wanted}")
+    if made.serialized:
+        misses.append("ptxas serializes the products")
+    if case["engine"] == "gluon" and case["head_dim"] == case["v_dim"] == 128 and not case["softcap"]:
+        for what, count, most in zip(
+            ("", "masked "), (sum(made.mix.values()), made.edge), MOST[case["name"]], strict=True
+        ):
+            if not 0 < count <= most:
+                misses.append(f"{count} instructions a {what}turn, {most} is the limit")
     return case | facts | {"misses": misses}
 
 
 def _title(fact: dict[str, Any]) -> tuple[str, ...]:
     d, dv = fact["head_dim"], fact["v_dim"]
     dims = f"{d}" if d == dv else f"{d}/{dv}"
-    how = " ".join(word for word in ("adds", "pointers", "softcap") if fact[word])
+    words = [word for word in ("adds", "pointers", "softcap") if fact[word]]
+    how = " ".join([fact["engine"]] * (fact["engine"] == "gluon") + words)
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[fact["dtype"]]
     return fact["arch"], fact["name"], short, dims, how
 
@@ -162,13 +176,16 @@ def _print(facts: list[dict[str, Any]]) -> None:
             matrix,
             f"{fact['occupancy']:.0%}",
             f"{fact['intensity']:.0f}",
-            "[red]" + "; ".join(fact["misses"]) + "[/red]" if fact["misses"] else "ok",
+            "[red]" + "; ".join(fact["misses"]) + "[/red]"
+            if fact["misses"]
+            else fact["measured"] or "ok",
         )
     console.print(table)
     console.print(
         "spill: bytes of stack. shared: KiB, of the most a program may have. matrix: instructions "
         "in the whole kernel. warps: those of the programs that fit on a multiprocessor, over its "
-        "most. FLOP/B: operations of the inner loop per byte it loads."
+        "most. FLOP/B: operations of the inner loop per byte it loads. Last: ok, or what a GPU has "
+        "confirmed."
     )
 
 
@@ -195,8 +212,8 @@ def _print_mix(facts: list[dict[str, Any]]) -> None:
 def _tune(cases: list[Any]) -> int:
     import torch
 
-    from ringattn.kernels import launch
-    from ringattn.kernels.triton import architecture, tune
+    from ringattn.kernels import launch, tune
+    from ringattn.kernels.triton import architecture
 
     if not torch.cuda.is_available():
         raise RequestError("--tune needs a GPU, and torch sees none here")
@@ -205,6 +222,7 @@ def _tune(cases: list[Any]) -> int:
     for case in cases:
         if case.arch == arch and not case.adds and not case.softcap:
             key = f"{case.name} {8 * case.dtype.itemsize} bit" + " pointers" * case.pointers
+            key += " gluon" * (case.engine == "gluon")
             now = found[arch][key][_dims(case)]
             found[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, print)
             launch.FILE.write_text(launch.render(found))  # what follows may fail

@@ -1,7 +1,7 @@
 """What the compiler makes of the launch table: every kernel compiled without a GPU, and read.
 
-A report is of one :class:`~ringattn.kernels.triton.calls.Call`, built by the code that launches,
-on tensors without memory. Registers, stack and shared memory are ptxas's; the instructions come
+A report is of one :class:`~ringattn.kernels.call.Call`, built by the code that launches, on tensors
+without memory. Registers, stack and shared memory are ptxas's; the instructions come
 from the disassembly of the cubin, with the tools that Triton's wheel carries.
 """
 
@@ -18,11 +18,15 @@ from typing import Any
 
 import torch
 import triton
-from ringattn.kernels.triton import calls
+from ringattn.kernels import Scores
 from ringattn.kernels.call import Call
-from ringattn.kernels.launch import Launch, table
+from ringattn.kernels.gluon.calls import backward as gluon_backward
+from ringattn.kernels.gluon.calls import forward as gluon_forward
+from ringattn.kernels.launch import Launch, gluon_line, table
+from ringattn.kernels.triton import calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.runs import Run
@@ -45,6 +49,9 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
 }
+_OUTSIDE = {"EXIT", "STG", "USETMAXREG"}  # not in an inner loop
+# Warpgroups of a Gluon kernel that compute, over those that its line's warps make.
+WARPGROUPS = {"forward": 2, "backward": 1}
 # Kinds of instructions by the first letters of their names; the first that fits counts.
 _KINDS = {
     "matrix": ("HGMMA", "HMMA", "UTCHMMA", "v_mfma"),
@@ -59,7 +66,8 @@ _KINDS = {
 @dataclass(frozen=True)
 class Case:
     """One kernel to compile. ``adds``: on top of what its outputs hold; ``pointers``: without
-    tensor descriptors though the architecture has them."""
+    tensor descriptors though the architecture has them; ``engine``: triton or gluon, whose backward
+    is one pass."""
 
     arch: str
     name: str
@@ -69,6 +77,12 @@ class Case:
     adds: bool = False
     pointers: bool = False
     softcap: float = 0.0
+    engine: str = "triton"
+
+    @property
+    def line(self) -> Launch | None:
+        """The table's line, for a Gluon kernel."""
+        return gluon_line(self.arch, self.name, self.head_dim, self.v_dim, self.softcap > 0)
 
 
 def cases() -> Iterator[Case]:
@@ -80,12 +94,15 @@ def cases() -> Iterator[Case]:
             if variant == ["softcap"]:
                 continue
             dtype = torch.float32 if bits == "32" else torch.bfloat16
-            for dims in lines:
+            engine = "gluon" if variant == ["gluon"] else "triton"
+            pointers = variant == ["pointers"]
+            for dims, line in lines.items():
                 d, _, dv = dims.partition("/")
                 for adds in (False, True):
-                    case = Case(arch, name, dtype, int(d), int(dv or d), adds, bool(variant))
+                    size = (int(d), int(dv or d))
+                    case = Case(arch, name, dtype, *size, adds, pointers, engine=engine)
                     yield case
-                    if dtype != torch.float32 and not variant:
+                    if dtype != torch.float32 and not pointers and line.softcap:
                         yield replace(case, softcap=30.0)
 
 
@@ -108,24 +125,32 @@ def example(
     q, k, v, g = (torch.randn(1, *s, device=device).to(case.dtype) for s in shapes)
     run = Run(0, tokens - 1, 2) if case.pointers else Run(0, tokens)
     bands = Bands([Band.make(run, run, -tokens, 0)])
-    scale = case.head_dim**-0.5
+    scores = Scores(case.head_dim**-0.5, case.softcap)
     state = torch.float32 if case.adds else case.dtype
     lse = torch.full((1, heads, tokens), -torch.inf, device=device)
     if case.name == "forward":
         out = torch.zeros_like(g, dtype=state)
         partial = out if case.adds else None
-        given = (q, k, v, bands, partial, out, lse, scale, case.softcap)
+        given = (q, k, v, bands, partial, out, lse, scores)
+        if case.engine == "gluon":
+            return gluon_forward(line or case.line, *given), [out, lse]
         return calls.forward(case.arch, *given, line), [out, lse]
-    # Levels of about the right size: the weights of a row add up to one.
-    levels = torch.log2(torch.arange(tokens, device=device) + 1.0).expand(1, heads, -1).contiguous()
-    drops = torch.zeros_like(levels)
-    given = (case.arch, g, q, k, v, levels, drops, bands)
+    # lse of about the right size: the weights of a row add up to one.
+    lse2 = torch.log2(torch.arange(tokens, device=device) + 1.0).expand(1, heads, -1).contiguous()
+    delta = torch.zeros_like(lse2)
+    if case.engine == "gluon":
+        dq, *grads = torch.zeros_like(q, dtype=torch.float32), *(
+            torch.zeros_like(x, dtype=state) for x in (k, v)
+        )
+        given = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, case.adds)
+        return gluon_backward(line or case.line, *given), [dq, *grads]
+    given = (case.arch, g, q, k, v, lse2, delta, bands)
     if case.name == "backward_keys":
         grads = [torch.zeros_like(x, dtype=state) for x in (k, v)]
-        made = calls.backward_keys(*given, *grads, scale, case.softcap, case.adds, line)
+        made = calls.backward_keys(*given, *grads, scores, case.adds, line)
     else:
-        grads = [torch.zeros_like(q, dtype=state)]
-        made = calls.backward_queries(*given, *grads, scale, case.softcap, case.adds, line)
+        grads = [torch.zeros_like(q, dtype=torch.float32)]
+        made = calls.backward_queries(*given, *grads, scores, case.adds, line)
     return made, grads
 
 
@@ -149,7 +174,8 @@ def compiled(call: Call, target: GPUTarget) -> Any:
             signature[name] = _type(value)
             if _is_even(value):
                 hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(call.kernel, signature, constants, hints)
+    kind = GluonASTSource if call.kernel.is_gluon() else ASTSource
+    source = kind(call.kernel, signature, constants, hints)
     return triton.compile(source, target, dict(call.options))
 
 
@@ -165,6 +191,8 @@ def _is_even(value: Any) -> bool:
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}"
+    if hasattr(value, "__mangle__"):  # Gluon's, with the layout in it
+        return value.__mangle__()
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, float):
@@ -176,7 +204,9 @@ def _type(value: Any) -> str:
 class Report:
     """Of one kernel. ``matrix``: instructions by kind in the whole kernel; ``mix``: instructions
     by kind of the loop over unmasked tiles, per warp and turn, and ``needed`` what the algorithm
-    takes at least; ``intensity``: operations per byte that this loop loads."""
+    takes at least; ``edge``: instructions of the loop over masked tiles, where the kernel has two;
+    ``intensity``: operations per byte that this loop loads; ``serialized``: whether ptxas says that
+    it waits after every product (C75xx)."""
 
     case: Case
     m: int
@@ -191,7 +221,10 @@ class Report:
     wanted: str
     mix: dict[str, int]
     needed: dict[str, float]
+    edge: int
     intensity: float
+    serialized: bool = False
+    measured: str = ""  # what a GPU has made of the line
 
 
 def report(case: Case, line: Launch | None = None) -> Report:
@@ -200,29 +233,34 @@ def report(case: Case, line: Launch | None = None) -> Report:
     target, limit, total, wanted = TARGETS[case.arch]
     made, _ = example(case, line)
     kernel = compiled(made, target)
-    a, shared = made.arguments, kernel.metadata.shared
-    warps = kernel.metadata.num_warps
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     registers, spill, code = _read(kernel) if target.backend == "cuda" else _read_amd(kernel)
     most = _WARPS if target.backend == "cuda" else _WAVES
     programs = _programs(registers, shared, warps, total, most)
-    everything = Counter(_name(line) for _, line in code)
+    everything = Counter(_name(text) for _, text in code)
     kinds = {name: n for name, n in everything.items() if _kind(name) == "matrix"}
-    mix, lanes = Counter(_kind(_name(line)) for line in _inner(code)), 32 * warps
-    each = {
-        "forward": (2 * a["M"] * a["N"] * (a["D"] + a["DV"]), 3.0, 0.5),
-        "backward_keys": (4 * a["M"] * a["N"] * (a["D"] + a["DV"]), 3.0, 1.0),
-        "backward_queries": (2 * a["M"] * a["N"] * (2 * a["D"] + a["DV"]), 3.0, 0.5),
-    }
-    operations, floats, converts = each[case.name]
-    scores = a["M"] * a["N"] / lanes
+    full, edge = _inner(code)
+    line = line or case.line if case.engine == "gluon" else line
+    m, n = (line.m, line.n) if line else (made.arguments["M"], made.arguments["N"])
+    lanes = 32 * (line.warps * WARPGROUPS[case.name] if case.engine == "gluon" else warps)
+    dims, pairs = case.head_dim + case.v_dim, m * n
+    # (operations of a tile, floats and conversions per pair)
+    operations, floats, converts = {
+        "forward": (2 * pairs * dims, 3.0, 0.5),
+        "backward": (2 * pairs * (dims + case.v_dim + 2 * case.head_dim), 3.0, 1.0),
+        "backward_keys": (4 * pairs * dims, 3.0, 1.0),
+        "backward_queries": (2 * pairs * (dims + case.head_dim), 3.0, 0.5),
+    }[case.name]
+    scores = pairs / lanes
     needed = {"exp2": scores, "float": floats * scores, "convert": converts * scores}
     if case.name == "forward":  # the accumulator is scaled anew each turn
-        needed["float"] += a["M"] * a["DV"] / lanes
+        needed["float"] += m * case.v_dim / lanes
+    streamed = m if case.name == "backward" else n
     size = torch.empty(0, dtype=case.dtype).element_size()
     return Report(
         case=case,
-        m=a["M"],
-        n=a["N"],
+        m=m,
+        n=n,
         registers=registers,
         spill=spill,
         shared=shared,
@@ -231,9 +269,12 @@ def report(case: Case, line: Launch | None = None) -> Report:
         occupancy=programs * warps / most,
         matrix=kinds,
         wanted=wanted,
-        mix=dict(mix),
+        mix=dict(Counter(_kind(_name(text)) for text in full)),
         needed=needed,
-        intensity=operations / (a["N"] * (a["D"] + a["DV"]) * size),
+        edge=edge,
+        intensity=operations / (streamed * dims * size),
+        serialized=case.engine == "gluon" and _serialized(kernel, case.arch),
+        measured=line.measured if line else "",
     )
 
 
@@ -289,16 +330,39 @@ def _kind(name: str) -> str:
     return "other"
 
 
-def _inner(code: Code) -> list[str]:
-    """The loop over unmasked tiles: of the innermost loops with matrix instructions, the shortest.
+def _inner(code: Code) -> tuple[list[str], int]:
+    """(the loop over unmasked tiles, instructions of the one over masked tiles).
 
-    A loop is what lies between a branch backwards and its target.
+    Loops are the innermost ones with matrix instructions; a loop is what lies between a branch
+    backwards and its target. A kernel has as many of one kind as of the other, the masked ones the
+    longer, and of each the longest counts.
     """
     loops = []
     for address, line in code:
         back = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
         if back and (start := int(back[1], 16)) < address:
             body = [text for at, text in code if start <= at <= address]
-            if any(_kind(_name(text)) == "matrix" for text in body):
-                loops.append(body)
-    return min(loops, key=len, default=[])
+            names = {_name(text) for text in body}
+            # A wait that spins out of line jumps back over everything: no loop.
+            if any(_kind(name) == "matrix" for name in names) and not names & _OUTSIDE:
+                loops.append((start, address, body))
+    inner = [
+        body
+        for start, end, body in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in loops)
+    ]
+    inner.sort(key=len)
+    half = max(1, len(inner) // 2)
+    return (inner[:half] or [[]])[-1], len(inner[-1]) if len(inner) > 1 else 0
+
+
+def _serialized(kernel: Any, arch: str) -> bool:
+    """Whether ptxas, asked with Triton's options, says that it waits after every product."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    options = ["-v", "--regAllocOptLevel=2", f"--gpu-name={arch}a", "-o", "/dev/null"]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [tools / "ptxas-blackwell", *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return bool(re.search(r"C75\d\d", done.stdout + done.stderr))

@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 from ringattn.kernels.launch import Launch
-from ringattn.kernels.triton.report import Case, Report, example, report
+from ringattn.kernels.report import Case, Report, example, report
 
 Measure = Callable[[Case, Launch], tuple[float, list[torch.Tensor]]]
 GAIN = 1.02  # a line must be faster than the table's by this much to take its place
@@ -22,6 +22,13 @@ GAIN = 1.02  # a line must be faster than the table's by this much to take its p
 
 def candidates(case: Case, now: Launch) -> Iterator[Launch]:
     """Lines worth a try for a case whose line is ``now``."""
+    if case.engine == "gluon":
+        writers = (1, 2) if case.name == "backward" else (1,)
+        for stages, number in product((2, 3, 4), writers):
+            line = replace(now, stages=stages, writers=number)
+            if line != now:
+                yield line
+        return
     # Three TF32 products for one of float32 take the registers of large tiles.
     sizes = ((16, 32, 64),) * 2 if case.dtype == torch.float32 else ((64, 128), (32, 64, 128))
     for m, n, warps, stages in product(*sizes, (4, 8), (1, 2, 3, 4)):
@@ -38,7 +45,8 @@ def candidates(case: Case, now: Launch) -> Iterator[Launch]:
 def fits(made: Report) -> bool:
     """Whether a compiled line may go into the table at all."""
     whole = set(made.matrix) == {made.wanted} or made.case.dtype == torch.float32
-    return made.spill == 0 and made.shared <= made.shared_limit and whole
+    sound = made.spill == 0 and made.shared <= made.shared_limit and not made.serialized
+    return sound and whole
 
 
 def tune(case: Case, now: Launch, measure: Measure, say: Callable[[str], None]) -> Launch:
