@@ -139,8 +139,9 @@ def example(
     lse2 = torch.log2(torch.arange(tokens, device=device) + 1.0).expand(1, heads, -1).contiguous()
     delta = torch.zeros_like(lse2)
     if case.engine == "gluon":
-        dq, *grads = torch.zeros_like(q, dtype=torch.float32), *(
-            torch.zeros_like(x, dtype=state) for x in (k, v)
+        dq, *grads = (
+            torch.zeros_like(q, dtype=torch.float32),
+            *(torch.zeros_like(x, dtype=state) for x in (k, v)),
         )
         given = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, case.adds)
         return gluon_backward(line or case.line, *given), [dq, *grads]

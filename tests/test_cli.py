@@ -83,9 +83,9 @@ def test_verify_passes_and_draws(capsys, tmp_path, dtype):
 def test_verify_sees_a_wrong_gradient_under_a_right_output(capsys, monkeypatch):
     backward = aten.backward
 
-    def per_block(dout, q, k, v, prepared, bands, *rest):
+    def per_block(prepared, **given):
         out, lse = prepared
-        backward(dout, q, k, v, (out, lse + 0.02 * (k.shape[1] < 96)), bands, *rest)
+        backward(prepared=(out, lse + 0.02 * (given["k"].shape[1] < 96)), **given)
 
     monkeypatch.setattr(aten, "backward", per_block)
     status, shown = out(capsys, "verify", *SMALL, "ranks=2")

@@ -35,7 +35,9 @@ def kernels(*arguments):
 def test_nothing_spills_and_every_product_is_the_fastest_there_is():
     """Three architectures, fresh and adding: wgmma on sm_90, tcgen05 on sm_100, in all passes.
     CI runs the command on the whole table besides."""
-    status, facts = kernels("bits=16", "head_dim=64,128", "pointers=no", "softcap=no")
+    status, facts = kernels(
+        "bits=16", "head_dim=64,128", "pointers=no", "softcap=no", "engine=triton"
+    )
     assert [fact for fact in facts if fact["misses"]] == [] and status == 0
     seen = {(f["arch"], f["name"], f["head_dim"], f["adds"]) for f in facts}
     assert len(seen) == len(facts) == 3 * 3 * 2 * 2
@@ -54,9 +56,21 @@ def test_nothing_spills_and_every_product_is_the_fastest_there_is():
 
 def test_heads_in_halves_and_views_that_no_descriptor_reads():
     """Heads in two halves, and masks that step: all products still wgmma."""
-    status, facts = kernels("arch=sm_90", "bits=16", "head_dim=96,192/128", "adds=no", "softcap=no")
+    status, facts = kernels(
+        "arch=sm_90", "bits=16", "head_dim=96,192/128", "adds=no", "softcap=no", "engine=triton"
+    )
     assert status == 0 and {f["pointers"] for f in facts} == {True, False}
     assert {f["name"] for f in facts} == PASSES
+
+
+def test_the_gluon_kernels_take_as_few_instructions_as_the_best():
+    """No spill in a loop, five products in the backward, none serialized; counts as in the bars."""
+    status, facts = kernels("engine=gluon", "head_dim=128", "softcap=no")
+    assert status == 0 and [fact["misses"] for fact in facts] == [[]] * 4
+    for fact in facts:
+        assert fact["mix"].get("spill", 0) == 0 and not fact["serialized"]
+        # 64 x 128 pairs of a warpgroup: 8 + 8 products; 128 x 64 of two: 8 + 8 + 4 + 4 + 8.
+        assert fact["mix"]["matrix"] == {"forward": 16, "backward": 32}[fact["name"]]
 
 
 def test_prepare_compiles():
@@ -78,8 +92,11 @@ for dtype in (torch.bfloat16, torch.float32):
 
 GOOD = Report(
     Case("sm_90", "forward", torch.bfloat16, 128, 128), 128, 64, 250, 0, 10**5, 2 * 10**5, 1, 0.1,
-    {"HGMMA": 32}, "HGMMA", {"matrix": 16}, {}, 128.0,
+    {"HGMMA": 32}, "HGMMA", {"matrix": 16}, {}, 700, 128.0,
 )  # fmt: skip
+
+
+GLUON = replace(GOOD.case, engine="gluon")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +109,12 @@ GOOD = Report(
         ({"matrix": {"HGMMA": 16, "HMMA": 128}}, "products are HGMMA, HMMA, not HGMMA"),
         # A kernel that the compiler has dropped altogether, as Triton 3.9 can.
         ({"matrix": {}}, "products are none"),
+        ({"case": GLUON, "mix": {"matrix": 16, "other": 470}}, None),
+        ({"case": GLUON, "mix": {"matrix": 16, "other": 480}}, "496 instructions a turn"),
+        ({"case": GLUON, "edge": 721}, "721 instructions a masked turn"),
+        ({"case": GLUON, "spill": 24}, "spills 24 bytes"),
+        ({"case": GLUON, "spill": 8, "mix": {"spill": 1}}, "spills 8 bytes"),
+        ({"case": GLUON, "serialized": True}, "ptxas serializes"),
     ],
 )
 def test_what_misses_a_bar(change, miss):
@@ -163,7 +186,10 @@ def test_a_case_is_launched_with_the_lines_of_its_own_table():
     cases = list(report.cases())
     for case in cases[:: len(cases) // 40]:
         call, outputs = report.example(case, tokens=256)
+        assert call.arguments["ADD"] == case.adds and outputs
+        if case.engine == "gluon":
+            assert call.options["num_warps"] == case.line.warps
+            continue
         how = (case.dtype.itemsize, case.head_dim, case.v_dim, not case.pointers, case.softcap > 0)
         line = launch.launch(case.arch, case.name, *how)
         assert (call.arguments["M"], call.arguments["N"]) == (line.m, line.n)
-        assert call.arguments["ADD"] == case.adds and outputs

@@ -48,7 +48,8 @@ def _sweep(
     STAGES: gl.constexpr, WRITERS: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
-    """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program."""
+    """Tiles ``begin .. end`` of a visit, from its end on; tile i is the ``n + i``-th of this
+    program."""
     ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
     q_ready, do_ready, free, dq_ready, dq_free = bars
     k = matrix(ks)
@@ -108,10 +109,11 @@ def _sweep(
 
 
 @gluon.jit
-def _write(x, strides, b, h, first, rows, y, D: gl.constexpr, ADD: gl.constexpr):
-    """y [N, SIZE] to x, of which [rows, D] exist, or with ADD onto it; offsets are 64 bit."""
+def _write(x, strides, b, h, m, rows, y, D: gl.constexpr, ADD: gl.constexpr):
+    """y [N, SIZE] to the rows m of x, of which [rows, D] exist, or with ADD onto it; offsets are
+    64 bit."""
     L: gl.constexpr = y.type.layout
-    m = first + gl.arange(0, y.shape[0], gl.SliceLayout(1, L))
+    m = gl.convert_layout(m, gl.SliceLayout(1, L))
     d = gl.arange(0, y.shape[1], gl.SliceLayout(0, L))[None, :]
     base = x + gl.cast(b, gl.int64) * strides[0] + gl.cast(h, gl.int64) * strides[2]
     at = base + (m.to(gl.int64) * strides[1])[:, None] + d
@@ -142,33 +144,33 @@ def _compute(
     queries = gl.arange(0, M, gl.SliceLayout(0, S))
     dk = gl.zeros([N, bufs[0].shape[3]], gl.float32, K)
     dv = gl.zeros([N, bufs[1].shape[3]], gl.float32, V)
-    if begin < end:
-        mbarrier.wait(k_ready, 0)
-    n = 0
-    for turn in range(group * (end - begin)):  # all visits of one head, then of the next
-        visit = visits + VISIT * (begin + turn % (end - begin))
-        for part in range(2):  # masked tiles at the end; then those without a mask, and the rest
-            upper = gl.load(visit + TILES) - gl.load(visit + FULL_TO)
-            lower = gl.load(visit + TILES) - gl.load(visit + FULL_FROM)
-            if part == 0:
-                lower = upper
-            dk, dv = _sweep(
-                upper, lower, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
-                STAGES, WRITERS, False, CAPPED, S,
-            )  # fmt: skip
-            begin_masked = gl.where(part == 0, 0, lower)
-            end_masked = gl.where(part == 0, upper, gl.load(visit + TILES))
-            dk, dv = _sweep(
-                begin_masked, end_masked, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
-                STAGES, WRITERS, True, CAPPED, S,
-            )  # fmt: skip
-        n += gl.load(visit + TILES)
-    # Found again, from a zero that the compiler cannot see through: else it keeps all of this in
-    # registers from the start on, and spills.
+    mbarrier.wait(k_ready, 0)
+    n = 0  # tiles of queries so far
+    # All visits of one head, then of the next. Of each first the masked tiles at its end, then
+    # those without a mask and the masked ones before them.
+    for _member in range(group):
+        for number in range(begin, end):
+            visit = visits + VISIT * number
+            for late in range(2):
+                upper = gl.load(visit + TILES) - gl.load(visit + FULL_TO)
+                lower = upper + late * (gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM))
+                dk, dv = _sweep(
+                    upper, lower, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                    STAGES, WRITERS, False, CAPPED, S,
+                )  # fmt: skip
+                # Loaded again, so that the loop above need not keep them.
+                after = late * (gl.load(visit + TILES) - gl.load(visit + FULL_FROM))
+                until = gl.load(visit + TILES) - (1 - late) * gl.load(visit + FULL_TO)
+                dk, dv = _sweep(
+                    after, until, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                    STAGES, WRITERS, True, CAPPED, S,
+                )  # fmt: skip
+            n += gl.load(visit + TILES)
+    # Found again, from a zero that the compiler cannot see through: else it keeps both in registers
+    # from the start on, and spills.
     tile, b, h = place(index + gl.load(tiles + 1), heads, batch_heads, together, tile_count)
-    first = gl.load(tiles + 3 * tile)
-    _write(dv_out, dv_strides, b, h, first, rows, dv, DV, ADD)
-    _write(dk_out, dk_strides, b, h, first, rows, dk * sm_scale, D, ADD)
+    _write(dv_out, dv_strides, b, h, keys, rows, dv, DV, ADD)
+    _write(dk_out, dk_strides, b, h, keys, rows, dk * sm_scale, D, ADD)
 
 
 @gluon.jit
@@ -181,10 +183,9 @@ def _loader(
     ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
     q_ready, do_ready, free, dq_ready, dq_free = bars
     M: gl.constexpr = qs.shape[2]
-    if begin < end:
-        mbarrier.expect(k_ready, k_desc.nbytes_per_cta + v_desc.nbytes_per_cta)
-        tma.async_load(k_desc, [b, first, h, 0], k_ready, ks)
-        tma.async_load(v_desc, [b, first, h, 0], k_ready, vs)
+    mbarrier.expect(k_ready, k_desc.nbytes_per_cta + v_desc.nbytes_per_cta)
+    tma.async_load(k_desc, [b, first, h, 0], k_ready, ks)
+    tma.async_load(v_desc, [b, first, h, 0], k_ready, vs)
     t = 0
     for g in range(group):
         head = h * group + g

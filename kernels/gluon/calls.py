@@ -43,8 +43,9 @@ def forward(
     """One launch over all bands, on as many programs as there are multiprocessors."""
     batch, rows, heads, _ = q.shape
     before = out if partial is None else partial
-    # A new tensor wants all of its rows, one that is added to only those with work.
-    listed = _listed(bands, rows, line, partial is not out, q.device)
+    listed = _listed(bands, rows, line, q.device)
+    if partial is not out and not listed.everything:  # the rows of tiles without work
+        out.zero_() if partial is None else out.copy_(partial)
     width, count = CHUNKS[_held(q.shape[3])]
     arguments = {
         "q_desc": _tiles(q, line.m // WARPGROUPS, width),
@@ -91,7 +92,10 @@ def backward(
 ) -> Call:
     """dq without sm_scale, on top of what it holds; dk and dv with ``add``."""
     (batch, queries, heads, dim), (_, rows, kv_heads, v_dim) = q.shape, v.shape
-    listed = _chained(bands, rows, queries, line, not add, q.device)
+    listed = _chained(bands, rows, queries, line, q.device)
+    if not add and not listed.everything:  # the rows of tiles without work
+        dk.zero_()
+        dv.zero_()
     size, v_size, blocks = _whole(dim), _whole(v_dim), -(-queries // line.m)
     # The ticket, 16 bytes of room for it, and the semaphores of all tiles of queries.
     counters = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=q.device)
@@ -154,43 +158,40 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A work list on the device; ``before`` is that of a chain, and empty for other work."""
+    """A work list on the device, of tiles with work only; ``before`` is that of a chain, and empty
+    for other work. ``everything``: every row is in one of the tiles."""
 
     tiles: torch.Tensor
     visits: torch.Tensor
     before: torch.Tensor
+    everything: bool
 
     @classmethod
-    def of(cls, made: Work | Chain, device: torch.device) -> _Listed:
+    def of(cls, made: Work | Chain, rows: int, m: int, device: torch.device) -> _Listed:
         before = made.before if isinstance(made, Chain) else made.visits[:0, 0]
         tables = (made.tiles, made.visits, before)
-        return cls(*(torch.from_numpy(x).to(device) for x in tables))
+        everything = len(made.tiles) == -(-rows // m)
+        return cls(*(torch.from_numpy(x).to(device) for x in tables), everything)
 
 
-def _listed(
-    bands: Sequence[Band], rows: int, line: Launch, everything: bool, device: torch.device
-) -> _Listed:
+def _listed(bands: Sequence[Band], rows: int, line: Launch, device: torch.device) -> _Listed:
     def make() -> _Listed:
-        return _Listed.of(work(bands, rows, line.m, line.n, False, everything), device)
+        made = work(bands, rows, line.m, line.n, False, False)
+        return _Listed.of(made, rows, line.m, device)
 
-    return derived(bands, ("work", rows, line.m, line.n, False, everything, device), make)
+    return derived(bands, ("work", rows, line.m, line.n, False, False, device), make)
 
 
 def _chained(
-    bands: Sequence[Band],
-    rows: int,
-    queries: int,
-    line: Launch,
-    everything: bool,
-    device: torch.device,
+    bands: Sequence[Band], rows: int, queries: int, line: Launch, device: torch.device
 ) -> _Listed:
     """Tiles of keys, and the order in which they add to tiles of queries."""
 
     def make() -> _Listed:
-        made = work(bands, rows, line.n, line.m, True, everything, aligned=True)
-        return _Listed.of(chain(made, queries, line.m), device)
+        made = work(bands, rows, line.n, line.m, True, False, aligned=True)
+        return _Listed.of(chain(made, queries, line.m), rows, line.n, device)
 
-    return derived(bands, ("chain", rows, queries, line.m, line.n, everything, device), make)
+    return derived(bands, ("chain", rows, queries, line.m, line.n, device), make)
 
 
 def _tiles(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:

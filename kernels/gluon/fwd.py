@@ -64,7 +64,7 @@ def _sweep(
     """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program; ``p``
     is that of the tile before. K of the first one has been waited for."""
     qs, ks, vs, spots = bufs
-    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready = bars
     M: gl.constexpr = qs.shape[2]
     N: gl.constexpr = ks.shape[2]
     zero = gl.zeros([M, N], gl.float32, m.type.layout.parent)
@@ -106,11 +106,12 @@ def _state(x, strides, b, h, first, rows, M: gl.constexpr, D: gl.constexpr, SIZE
 
 
 @gluon.jit
-def _draw(ticket, drawn, spots, spot_ready, spot_free):
-    """The next place in the order of work, drawn for all partitions of this program."""
+def _draw(ticket, drawn, spots, spot_ready):
+    """The next place in the order of work, drawn for all partitions of this program. Both consumers
+    have read the place two before: they have released Q of that tile, or the tile before this one
+    would not have its Q."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     slot = drawn % 2
-    mbarrier.wait(spot_free.index(slot), drawn // 2 & 1 ^ 1)
     index = gl.atomic_add(ticket, 1, sem="relaxed")
     spots.index(slot).store(gl.full([32], index, gl.int32, L))
     mbarrier.arrive(spot_ready.index(slot), count=1)
@@ -118,14 +119,12 @@ def _draw(ticket, drawn, spots, spot_ready, spot_free):
 
 
 @gluon.jit
-def _drawn(drawn, spots, spot_ready, spot_free):
+def _drawn(drawn, spots, spot_ready):
     """What the producer has drawn."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot = drawn % 2
     mbarrier.wait(spot_ready.index(slot), drawn // 2 & 1)
-    index = gl.max(spots.index(slot).load(L), 0)
-    mbarrier.arrive(spot_free.index(slot), count=1)
-    return index
+    return gl.max(spots.index(slot).load(L), 0)
 
 
 @gluon.jit
@@ -138,7 +137,7 @@ def _consumer(
     tiles, visits, ticket = lists
     rows, heads, group, batch_heads, together, tile_count = sizes
     qs, ks, vs, spots = bufs
-    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready = bars
     M: gl.constexpr = qs.shape[2]
     N: gl.constexpr = ks.shape[2]
     SIZE: gl.constexpr = vs.shape[4]
@@ -151,7 +150,7 @@ def _consumer(
     n = 0  # tiles of columns so far, over all tiles of queries
     turn = 0  # tiles of queries with work so far
     drawn = 0  # tiles of queries so far
-    index = _drawn(drawn, spots, spot_ready, spot_free)
+    index = _drawn(drawn, spots, spot_ready)
     while index < batch_heads * tile_count:
         tile, b, h = place(index, heads, batch_heads, together, tile_count)
         first = gl.load(tiles + 3 * tile) + WG * M
@@ -167,69 +166,67 @@ def _consumer(
         else:
             acc = gl.zeros([M, SIZE], gl.float32, O)
 
-        if begin < end:
-            # The first tile of columns: nothing to overlap with.
-            visit = visits + VISIT * begin
+        # The first tile of columns: nothing to overlap with.
+        visit = visits + VISIT * begin
+        left, right = window(visit, row)
+        at = (
+            column(
+                0,
+                gl.load(visit + FULL_FROM),
+                gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM),
+            )
+            * N
+        )
+        mbarrier.wait(q_ready.index(WG), turn & 1)
+        mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
+        s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_free.index(n % STAGES), count=1)
+        p_new, m, l, alpha = _softmax(
+            s, m, l, scale, cap, left - at, right - at, columns, True, CAPPED
+        )
+        p = gl.convert_layout(p_new.to(qs.dtype), P)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+        after = n + 1
+        mbarrier.wait(k_ready.index(after % STAGES), after // STAGES & 1)
+
+        done = 1
+        for v in range(begin, end):
+            visit = visits + VISIT * v
+            count = gl.load(visit + TILES)
+            full_from = gl.load(visit + FULL_FROM)
+            full = gl.load(visit + FULL_TO) - full_from
+            p, acc, m, l = _sweep(
+                done, full, n, full_from, full, row, row, bufs, bars, p, acc, m, l, scale, cap, columns,
+                WG, CHUNKS, STAGES, False, CAPPED,
+            )  # fmt: skip
             left, right = window(visit, row)
-            at = (
-                column(
-                    0,
-                    gl.load(visit + FULL_FROM),
-                    gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM),
-                )
-                * N
-            )
-            mbarrier.wait(q_ready.index(WG), turn & 1)
-            mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
-            s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_free.index(n % STAGES), count=1)
-            p_new, m, l, alpha = _softmax(
-                s, m, l, scale, cap, left - at, right - at, columns, True, CAPPED
-            )
-            p = gl.convert_layout(p_new.to(qs.dtype), P)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
-            after = n + 1
-            mbarrier.wait(k_ready.index(after % STAGES), after // STAGES & 1)
+            p, acc, m, l = _sweep(
+                gl.maximum(done, full), count, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
+                WG, CHUNKS, STAGES, True, CAPPED,
+            )  # fmt: skip
+            n += count
+            done = 0
 
-            done = 1
-            for v in range(begin, end):
-                visit = visits + VISIT * v
-                count = gl.load(visit + TILES)
-                full_from = gl.load(visit + FULL_FROM)
-                full = gl.load(visit + FULL_TO) - full_from
-                p, acc, m, l = _sweep(
-                    done, full, n, full_from, full, row, row, bufs, bars, p, acc, m, l, scale, cap, columns,
-                    WG, CHUNKS, STAGES, False, CAPPED,
-                )  # fmt: skip
-                left, right = window(visit, row)
-                p, acc, m, l = _sweep(
-                    gl.maximum(done, full), count, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
-                    WG, CHUNKS, STAGES, True, CAPPED,
-                )  # fmt: skip
-                n += count
-                done = 0
-
-            mbarrier.arrive(q_free.index(WG), count=1)
-            turn += 1
-            last = n - 1
-            mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
-            acc = warpgroup_mma(p, matrix(vs.index(last % STAGES)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_free.index(last % STAGES), count=1)
+        mbarrier.arrive(q_free.index(WG), count=1)
+        turn += 1
+        last = n - 1
+        mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+        acc = warpgroup_mma(p, matrix(vs.index(last % STAGES)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_free.index(last % STAGES), count=1)
 
         # Read again, and opaque to the compiler: else it keeps the addresses of the state in
         # registers all along, and spills.
         first = gl.load(tiles + 3 * tile) + WG * M
         row = first + gl.arange(0, M, gl.SliceLayout(1, S))
         l = gl.where(l == 0.0, 1.0, l)  # a row without any key: 0, and -inf
-        if begin < end:  # without a visit the log-sum-exp stays, to the bit
-            gl.store(levels + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
+        gl.store(levels + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
         share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))
         final, exist = _state(out, out_strides, b, h, first, rows, M, DV, SIZE, O)
         gl.store(final, (acc * share[:, None]).to(out.dtype.element_ty), mask=exist)
         drawn += 1
-        index = _drawn(drawn, spots, spot_ready, spot_free)
+        index = _drawn(drawn, spots, spot_ready)
 
 
 @gluon.jit
@@ -242,7 +239,7 @@ def _producer(
     tiles, visits, ticket = lists
     qs, ks, vs, spots = bufs
     rows, heads, group, batch_heads, together, tile_count = sizes
-    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free = bars
+    k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready = bars
     M: gl.constexpr = qs.shape[2]
     N: gl.constexpr = ks.shape[2]
     W: gl.constexpr = ks.shape[4]
@@ -250,7 +247,7 @@ def _producer(
     turn = 0
     at, b_at, h_at = 0, 0, 0
     drawn = 0
-    index = _draw(ticket, drawn, spots, spot_ready, spot_free)
+    index = _draw(ticket, drawn, spots, spot_ready)
     while index < batch_heads * tile_count:
         tile, b, h = place(index, heads, batch_heads, together, tile_count)
         first = gl.load(tiles + 3 * tile)
@@ -296,7 +293,7 @@ def _producer(
                     turn += 1
                 n += 1
         drawn += 1
-        index = _draw(ticket, drawn, spots, spot_ready, spot_free)
+        index = _draw(ticket, drawn, spots, spot_ready)
     if n > 0:  # the consumers wait for one K tile past the end
         mbarrier.wait(k_free.index(n % STAGES), n // STAGES & 1 ^ 1)
         mbarrier.arrive(k_ready.index(n % STAGES), count=1)
@@ -317,7 +314,8 @@ def forward(
     SIZE at least head_dim and v's. ``partial`` and ``out`` by strides of their first three axes;
     ``lse`` [batch, heads, rows] in place. ``scale`` turns products into scores in base 2; with
     CAPPED, into multiples of the cap, and ``cap`` is in base 2. ADD: there is a partial.
-    ``ticket`` int32 is zero. A persistent grid of any size."""
+    ``ticket`` int32 is zero. Every tile has work; a
+    persistent grid of any size."""
     M: gl.constexpr = q_desc.block_shape[1]
     N: gl.constexpr = k_desc.block_shape[1]
     W: gl.constexpr = k_desc.block_shape[3]
@@ -327,7 +325,6 @@ def forward(
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, SIZE], v_desc.layout)
     spots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     spot_ready = mbarrier.allocate_mbarrier(batch=2)
-    spot_free = mbarrier.allocate_mbarrier(batch=2)
     q_ready = mbarrier.allocate_mbarrier(batch=2)
     q_free = mbarrier.allocate_mbarrier(batch=2)
     k_ready = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -338,13 +335,12 @@ def forward(
         mbarrier.init(q_ready.index(wg), count=1)
         mbarrier.init(q_free.index(wg), count=1)
         mbarrier.init(spot_ready.index(wg), count=1)
-        mbarrier.init(spot_free.index(wg), count=2)  # both consumers
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)  # both consumers
         mbarrier.init(v_free.index(i), count=2)
-    bars = (k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready, spot_free)
+    bars = (k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready)
     sizes = (rows, heads, group, batch_heads, together, tile_count)
     state = (partial, out, lse, partial_strides, out_strides)
     lists = (tiles, visits, ticket)

@@ -116,7 +116,9 @@ def _facts(made: Any) -> dict[str, Any]:
     case = facts.pop("case")
     case["dtype"] = str(case["dtype"]).removeprefix("torch.")
     misses = []
-    if made.spill and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
+    # Gluon's backward keeps up to 16 bytes of its last addresses on the stack while its loops run.
+    aside = 16 if case["engine"] == "gluon" and not made.mix.get("spill") else 0
+    if made.spill > aside and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
         misses.append(f"spills {made.spill} bytes")
     if made.shared > made.shared_limit:
         misses.append(f"{made.shared} bytes of shared memory, {made.shared_limit} is the limit")
@@ -124,7 +126,11 @@ def _facts(made: Any) -> dict[str, Any]:
         misses.append(f"products are {', '.join(made.matrix) or 'none'}, not {made.wanted}")
     if made.serialized:
         misses.append("ptxas serializes the products")
-    if case["engine"] == "gluon" and case["head_dim"] == case["v_dim"] == 128 and not case["softcap"]:
+    if (
+        case["engine"] == "gluon"
+        and case["head_dim"] == case["v_dim"] == 128
+        and not case["softcap"]
+    ):
         for what, count, most in zip(
             ("", "masked "), (sum(made.mix.values()), made.edge), MOST[case["name"]], strict=True
         ):
