@@ -119,12 +119,17 @@ def _draw(ticket, drawn, spots, spot_ready):
 
 
 @gluon.jit
-def _drawn(drawn, spots, spot_ready):
+def _read(drawn, spots):
     """What the producer has drawn."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = drawn % 2
-    mbarrier.wait(spot_ready.index(slot), drawn // 2 & 1)
-    return gl.max(spots.index(slot).load(L), 0)
+    return gl.max(spots.index(drawn % 2).load(L), 0)
+
+
+@gluon.jit
+def _drawn(drawn, spots, spot_ready):
+    """What the producer draws, once it has."""
+    mbarrier.wait(spot_ready.index(drawn % 2), drawn // 2 & 1)
+    return _read(drawn, spots)
 
 
 @gluon.jit
@@ -216,10 +221,12 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(last % STAGES), count=1)
 
-        # Read again, and opaque to the compiler: else it keeps the addresses of the state in
-        # registers all along, and spills.
+        # Found again, from memory: else the compiler keeps all of this in registers from the start
+        # on, and spills.
+        tile, b, h = place(_read(drawn, spots), heads, batch_heads, together, tile_count)
         first = gl.load(tiles + 3 * tile) + WG * M
         row = first + gl.arange(0, M, gl.SliceLayout(1, S))
+        levels = lse + (gl.cast(b, gl.int64) * heads + h) * rows
         l = gl.where(l == 0.0, 1.0, l)  # a row without any key: 0, and -inf
         gl.store(levels + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
         share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))

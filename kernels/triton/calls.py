@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.slices import Band
 
-_PREPARE_ROWS = 32
+_PREPARE_ELEMENTS = 4096  # of a program of prepare, so that nothing spills
 
 
 def halves(size: int) -> tuple[int, int]:
@@ -70,6 +70,8 @@ def prepare(
     """lse2 and delta ``[batch, heads, tokens]`` of all queries, rows of one pitch; see the
     kernel."""
     batch, tokens, heads, dim = out.shape
+    size = max(16, 1 << (dim - 1).bit_length())
+    rows = max(16, min(32, _PREPARE_ELEMENTS // size))
     arguments = {
         "dout": dout,
         "out": out,
@@ -82,10 +84,10 @@ def prepare(
         "pitch": lse2.stride(1),
         "heads": heads,
         "D": dim,
-        "SIZE": max(16, 1 << (dim - 1).bit_length()),
-        "M": _PREPARE_ROWS,
+        "SIZE": size,
+        "M": rows,
     }
-    grid = batch * heads * -(-tokens // _PREPARE_ROWS)
+    grid = batch * heads * -(-tokens // rows)
     return Call(
         bwd.prepare, grid, arguments, {"num_warps": 4, "enable_fp_fusion": True}, out.device
     )
