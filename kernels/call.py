@@ -28,13 +28,15 @@ _ONE_AT_A_TIME = Lock()
 
 @dataclass(frozen=True)
 class Call:
-    """``options``: num_warps and the like. ``grid``: programs."""
+    """``options``: num_warps and the like. ``grid``: programs. ``counters``: what a launch wants to
+    find at zero, and counts with."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     options: dict[str, Any]
     device: torch.device
+    counters: torch.Tensor | None = None
 
     def run(self) -> None:
         if not self.grid:
@@ -42,6 +44,8 @@ class Call:
         # Triton launches on the current device, which need not be that of the tensors.
         on = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with _ONE_AT_A_TIME, on:
+            if self.counters is not None:
+                self.counters.zero_()
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 

@@ -152,43 +152,46 @@ def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Chain:
     """Work whose visits add to columns one after the other, in a fixed order.
 
-    ``before`` int32 [visits]: the number (from 1 on) of the visit that adds to the same columns
-    just before this one, 0 for none; it is of an earlier tile, or stands earlier in the same one.
-    Visits are numbered as they stand in ``visits``, in the order of ``tiles``.
+    ``turns`` int32 [visits, 2]: the number of the visit that adds to the same columns just before
+    this one, 0 for none, and this visit's own number, from 1 on. The one before is of an earlier
+    tile, or stands earlier in the same one. Visits stand in the order of ``tiles``; what was cut
+    from one visit shares its number, the last columns first.
     """
 
     tiles: np.ndarray
     visits: np.ndarray
-    before: np.ndarray
+    turns: np.ndarray
 
 
 def chain(made: Work, columns: int, n: int) -> Chain:
     """Orders the sums into tiles of ``n`` columns: of each, by the place of the visit in the list.
 
     The visits must be aligned. One is cut where the visit before it changes, so that every part
-    follows a single one; at most about two cuts for each visit, as each cut uses up an end.
+    follows a single one: into as many parts as an end of an earlier visit lies in it and is the
+    latest there, two or three in all common masks.
     """
-    last = np.zeros(-(-columns // n), np.int32)  # of every tile of columns
-    tiles, visits, before = [], [], []
+    last = np.zeros(-(-columns // n), np.int32)  # number of the last visit to a tile of columns
+    tiles, visits, turns = [], [], []
+    own = 0
     for first, begin, end in made.tiles.tolist():
         start = len(visits)
         for visit in made.visits[begin:end]:
+            own += 1
             base = int(visit[COLUMN_START] + visit[FIRST]) // n
-            held = last[base : base + int(visit[TILES])].copy()
+            held = last[base : base + int(visit[TILES])]
             cuts = [0, *(np.flatnonzero(held[1:] != held[:-1]) + 1).tolist(), len(held)]
-            for a, e in pairwise(cuts):
+            for a, e in reversed(list(pairwise(cuts))):
                 part = visit.copy()
                 part[FIRST] += a * n
                 part[TILES] = e - a
-                part[FULL_FROM], part[FULL_TO] = (
-                    min(max(x - a, 0), e - a) for x in visit[FULL_FROM:]
-                )
+                for field in (FULL_FROM, FULL_TO):
+                    part[field] = min(max(visit[field] - a, 0), e - a)
                 visits.append(part)
-                before.append(held[a])
-                last[base + a : base + e] = len(visits)
+                turns.append((held[a], own))
+            held[:] = own
         tiles.append((first, start, len(visits)))
     return Chain(
         np.array(tiles, np.int32).reshape(-1, 3),
         np.array(visits, np.int32).reshape(-1, VISIT),
-        np.array(before, np.int32),
+        np.array(turns, np.int32).reshape(-1, 2),
     )

@@ -33,6 +33,8 @@ def emulated(monkeypatch):
     run = call.Call.run
 
     def either(self):
+        if self.counters is not None:
+            self.counters.zero_()
         if self.kernel not in (calls.fwd.forward, calls.bwd.backward):
             return run(self)
         draw = state["random"]
@@ -100,11 +102,29 @@ def test_chains_take_every_tile_of_queries_in_turn(mask, size, everything):
             assert start % m == 0 and start >= 0
             assert 0 <= visit[FULL_FROM] <= visit[FULL_TO] <= visit[TILES]
             for tile in range(start // m, start // m + visit[TILES]):
-                assert chained.before[number] == last.get(tile, 0)
-                last[tile] = number + 1
-    assert len(places) == len(chained.visits) <= 3 * len(made.visits)
+                awaited, own = chained.turns[number].tolist()
+                assert awaited == last.get(tile, 0) < own
+                last[tile] = own
+    assert len(places) == len(chained.visits)
     count, _ = covered(bands, mask.n_k, mask.n_q, n, m, True, everything)
     assert (count == mask.to_dense().T).all()
+
+
+def test_few_cuts_and_nobody_waits_long():
+    """Windows and causal masks: every tile of keys comes to a tile of queries after the one before
+    has, if all start at once and walk at one pace."""
+    for mask in (ra.masks.causal(2048), ra.masks.sliding_window(2048, 512), ra.masks.full(2048)):
+        made = work(bands_of(mask), 2048, 128, 64, True, False, aligned=True)
+        chained, came = chain(made, 2048, 64), {}
+        assert len(chained.visits) <= 2 * len(made.visits)
+        for place, (_, begin, end) in enumerate(chained.tiles):
+            time = 0
+            for visit in chained.visits[begin:end]:
+                start = int(visit[3] + visit[FIRST]) // 64
+                for tile in reversed(range(start, start + visit[TILES])):
+                    assert came.get(tile, (-1, -1)) <= (time, place)
+                    came[tile] = (time, place)
+                    time += 1
 
 
 # --- the kernels ---
@@ -370,8 +390,8 @@ FAULTS = {
     "the semaphore moves on before the sums are in memory": (
         "bwd",
         "                tma.store_wait(0, read_only=False)  # the sums are in memory\n"
-        '                gl.atomic_xchg(own + at // M, number + 1, sem="release")\n',
-        '                gl.atomic_xchg(own + at // M, number + 1, sem="release")\n'
+        '                gl.atomic_xchg(own + at // M, number_own, sem="release")\n',
+        '                gl.atomic_xchg(own + at // M, number_own, sem="release")\n'
         "                tma.store_wait(0, read_only=False)\n",
     ),
     "places taken by the number of the program": (

@@ -132,7 +132,7 @@ def _compute(
     ADD: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     dk_out, dv_out, dk_strides, dv_strides = grads
-    tiles, visits, before = lists
+    tiles, visits, turns = lists
     index, first, begin, end, b, h = spot
     rows, heads, group, batch_heads, together, tile_count = sizes
     N: gl.constexpr = bufs[0].shape[1]
@@ -178,7 +178,7 @@ def _loader(
     descs, lists, spot, heads, group, bufs, k_ready, bars, STAGES: gl.constexpr
 ):  # fmt: skip
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc = descs
-    tiles, visits, before = lists
+    tiles, visits, turns = lists
     index, first, begin, end, b, h = spot
     ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
     q_ready, do_ready, free, dq_ready, dq_free = bars
@@ -217,7 +217,7 @@ def _writer(
     WHICH: gl.constexpr, WRITERS: gl.constexpr,
 ):  # fmt: skip
     """Adds every WRITERS-th tile of dq: while one is on its way, the next can already follow."""
-    tiles, visits, before = lists
+    tiles, visits, turns = lists
     index, first, begin, end, b, h = spot
     ks, vs, qs, dos, lses, deltas, dss, dqs = bufs
     q_ready, do_ready, free, dq_ready, dq_free = bars
@@ -230,7 +230,8 @@ def _writer(
             visit = visits + VISIT * number
             origin = gl.load(visit + COLUMN_START) + gl.load(visit + FIRST)
             count = gl.load(visit + TILES)
-            awaited = gl.load(before + number)
+            awaited = gl.load(turns + 2 * number)
+            number_own = gl.load(turns + 2 * number + 1)
             for i in range((WHICH + WRITERS - n % WRITERS) % WRITERS, count, WRITERS):
                 at = origin + (count - 1 - i) * M
                 gl.atomic_poll(own + at // M, awaited, sem="acquire")
@@ -239,14 +240,14 @@ def _writer(
                 tma.store_wait(0)  # the buffer has been read
                 mbarrier.arrive(dq_free, count=1)
                 tma.store_wait(0, read_only=False)  # the sums are in memory
-                gl.atomic_xchg(own + at // M, number + 1, sem="release")
+                gl.atomic_xchg(own + at // M, number_own, sem="release")
             n += count
 
 
 @gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count", "blocks"])  # fmt: skip
 def backward(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dk, dv, sems, ticket,
-    tiles, visits, before, dk_strides, dv_strides,
+    tiles, visits, turns, dk_strides, dv_strides,
     rows, heads, group, batch_heads, together, tile_count, blocks, scale, cap, sm_scale,
     D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WRITERS: gl.constexpr,
     ADD: gl.constexpr, CAPPED: gl.constexpr,
@@ -291,7 +292,7 @@ def backward(
     bars = (q_ready, do_ready, free, dq_ready, dq_free)
     descs = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc)
     grads = (dk, dv, dk_strides, dv_strides)
-    lists = (tiles, visits, before)
+    lists = (tiles, visits, turns)
     sizes = (rows, heads, group, batch_heads, together, tile_count)
     if WRITERS == 1:
         gl.warp_specialize(

@@ -47,6 +47,7 @@ def forward(
     if partial is not out and not listed.everything:  # the rows of tiles without work
         out.zero_() if partial is None else out.copy_(partial)
     width, count = CHUNKS[_held(q.shape[3])]
+    counters = q.new_empty(1, dtype=torch.int32)
     arguments = {
         "q_desc": _tiles(q, line.m // WARPGROUPS, width),
         "k_desc": _tiles(k, line.n, width),
@@ -56,7 +57,7 @@ def forward(
         "lse": lse,
         "tiles": listed.tiles,
         "visits": listed.visits,
-        "ticket": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "ticket": counters,
         "partial_strides": before.stride()[:3],
         "out_strides": out.stride()[:3],
         "rows": rows,
@@ -72,7 +73,7 @@ def forward(
         **in_base_2(scores),
     }
     grid = min(len(listed.tiles) * batch * heads, _multiprocessors(q.device))
-    return Call(fwd.forward, grid, arguments, _options(line), q.device)
+    return Call(fwd.forward, grid, arguments, _options(line), q.device, counters)
 
 
 def backward(
@@ -97,8 +98,8 @@ def backward(
         dk.zero_()
         dv.zero_()
     size, v_size, blocks = _whole(dim), _whole(v_dim), -(-queries // line.m)
-    # The ticket, 16 bytes of room for it, and the semaphores of all tiles of queries.
-    counters = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=q.device)
+    # The ticket, with 16 bytes of room, and the semaphores of all tiles of queries.
+    counters = q.new_empty(4 + batch * heads * blocks, dtype=torch.int32)
     arguments = {
         "q_desc": _tiles(q, line.m, size),
         "do_desc": _tiles(dout, line.m, v_size),
@@ -113,7 +114,7 @@ def backward(
         "ticket": counters,
         "tiles": listed.tiles,
         "visits": listed.visits,
-        "before": listed.before,
+        "turns": listed.turns,
         "dk_strides": dk.stride()[:3],
         "dv_strides": dv.stride()[:3],
         "rows": rows,
@@ -132,7 +133,7 @@ def backward(
         **in_base_2(scores),
     }
     grid = len(listed.tiles) * batch * kv_heads
-    return Call(bwd.backward, grid, arguments, _options(line), q.device)
+    return Call(bwd.backward, grid, arguments, _options(line), q.device, counters)
 
 
 def _held(size: int) -> int:
@@ -158,18 +159,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A work list on the device, of tiles with work only; ``before`` is that of a chain, and empty
+    """A work list on the device, of tiles with work only; ``turns`` are those of a chain, and empty
     for other work. ``everything``: every row is in one of the tiles."""
 
     tiles: torch.Tensor
     visits: torch.Tensor
-    before: torch.Tensor
+    turns: torch.Tensor
     everything: bool
 
     @classmethod
     def of(cls, made: Work | Chain, rows: int, m: int, device: torch.device) -> _Listed:
-        before = made.before if isinstance(made, Chain) else made.visits[:0, 0]
-        tables = (made.tiles, made.visits, before)
+        turns = made.turns if isinstance(made, Chain) else made.visits[:0, :2]
+        tables = (made.tiles, made.visits, turns)
         everything = len(made.tiles) == -(-rows // m)
         return cls(*(torch.from_numpy(x).to(device) for x in tables), everything)
 

@@ -107,11 +107,11 @@ def _state(x, strides, b, h, first, rows, M: gl.constexpr, D: gl.constexpr, SIZE
 
 @gluon.jit
 def _draw(ticket, drawn, spots, spot_ready):
-    """The next place in the order of work, drawn for all partitions of this program. Both consumers
-    have read the place two before: they have released Q of that tile, or the tile before this one
-    would not have its Q."""
+    """The next place in the order of work, drawn for all partitions of this program, into one of
+    four spots. Both consumers have done with the place four before: they have released Q of the
+    tile two before, or the tile before this one would not have its Q."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = drawn % 2
+    slot = drawn % 4
     index = gl.atomic_add(ticket, 1, sem="relaxed")
     spots.index(slot).store(gl.full([32], index, gl.int32, L))
     mbarrier.arrive(spot_ready.index(slot), count=1)
@@ -122,13 +122,13 @@ def _draw(ticket, drawn, spots, spot_ready):
 def _read(drawn, spots):
     """What the producer has drawn."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(spots.index(drawn % 2).load(L), 0)
+    return gl.max(spots.index(drawn % 4).load(L), 0)
 
 
 @gluon.jit
 def _drawn(drawn, spots, spot_ready):
     """What the producer draws, once it has."""
-    mbarrier.wait(spot_ready.index(drawn % 2), drawn // 2 & 1)
+    mbarrier.wait(spot_ready.index(drawn % 4), drawn // 4 & 1)
     return _read(drawn, spots)
 
 
@@ -330,8 +330,8 @@ def forward(
     qs = gl.allocate_shared_memory(q_desc.dtype, [2 * CHUNKS, 1, M, 1, W], q_desc.layout)
     ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES * CHUNKS, 1, N, 1, W], k_desc.layout)
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, N, 1, SIZE], v_desc.layout)
-    spots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    spot_ready = mbarrier.allocate_mbarrier(batch=2)
+    spots = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    spot_ready = mbarrier.allocate_mbarrier(batch=4)
     q_ready = mbarrier.allocate_mbarrier(batch=2)
     q_free = mbarrier.allocate_mbarrier(batch=2)
     k_ready = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -341,7 +341,8 @@ def forward(
     for wg in gl.static_range(2):
         mbarrier.init(q_ready.index(wg), count=1)
         mbarrier.init(q_free.index(wg), count=1)
-        mbarrier.init(spot_ready.index(wg), count=1)
+    for i in gl.static_range(4):
+        mbarrier.init(spot_ready.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
