@@ -1,0 +1,72 @@
+"""What gpu_suite.py found, as a page for people."""
+
+from __future__ import annotations
+
+WHO = ("gluon", "triton", "flash", "cudnn", "flex")
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown(found: dict) -> str:
+    """The result for people."""
+    top = found.get("peak_tflops", float("nan"))
+    text = (
+        f"# {found['device']}, {found['date']}\n\ntorch {found['torch']}, Triton "
+        f"{found['triton']}, CUDA {found['cuda']}, commit {found['commit'] or 'unknown'}. Made by "
+        "`benchmarks/gpu_suite.py`, which states the conventions. Matrix peak in this run: "
+        f"{top:.0f} TFLOP/s.\n"
+    )
+    if found["rehearsal"]:
+        text += "\nA rehearsal on a CPU: no number here means anything.\n"
+    cases = found.get("correctness", [])
+    wrong = [row for row in cases if not row["right"]]
+    text += f"\n## Correctness\n\n{len(cases)} cases, {len(wrong)} wrong"
+    text += "".join(f"; {row['kernel']}: {row['mask']} {row['head_dim']}" for row in wrong)
+    same = ", ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in found.get("repeated", {}).items())
+    text += f". 20 times the same bits: {same}. Largest error (RMS over RMS of float64):\n\n"
+    kinds = sorted({(row["kernel"], row["dtype"]) for row in cases})
+    names = ("out", "dq", "dk", "dv")
+    rows = []
+    for kind in kinds:
+        own = [row["errors"] for row in cases if (row["kernel"], row["dtype"]) == kind]
+        rows.append([*kind, *(f"{max(errors[x] for errors in own):.1e}" for x in names)])
+    text += table(["kernel", "dtype", *names], rows)
+    text += "\n## Speed\n\nTFLOP/s, median (smallest-largest).\n\n"
+    rows = []
+    for row in found.get("speed", []):
+        cells = [
+            f"{rate[0]:.0f} ({rate[1]:.0f}-{rate[2]:.0f})" if rate else ""
+            for rate in (row["tflops"].get(name) for name in WHO)
+        ]
+        first = [row["pass"], row["mask"], str(row["tokens"]), row["heads"], row["head_dim"]]
+        rows.append([*first, *cells])
+    text += table(["pass", "mask", "tokens", "heads", "head_dim", *WHO], rows)
+    text += "\n## Rings\n\nAll kernels of all ranks, over one call on the whole sequence.\n\n"
+    text += table(
+        ["kernel", "mask", "ranks", "tokens", "forward", "backward"],
+        [
+            [r["kernel"], r["mask"], *(str(r[x]) for x in ("ranks", "tokens"))]
+            + [f"{r[x]:.3f}" for x in ("forward", "backward")]
+            for r in found.get("rings", [])
+        ],
+    )
+    text += "\n## Host\n\nMicroseconds until a call is enqueued.\n\n"
+    text += table(["call", "us"], [[k, f"{v:.0f}"] for k, v in found.get("host", {}).items()])
+    if "sanitizer" in found:
+        text += "\n## compute-sanitizer\n\n" + "; ".join(found["sanitizer"]) + "\n"
+    if "ncu" in found:
+        text += "\n## Nsight Compute\n\n```\n" + "\n".join(found["ncu"]) + "\n```\n"
+    text += "\n## Real ranks on this one GPU\n\n"
+    text += table(
+        ["ranks", "schedule", "backend", "verdict"],
+        [
+            [str(r["ranks"]), r["schedule"], r["backend"], "passed" if r["passed"] else "FAILED"]
+            for r in found.get("ranks", [])
+        ],
+    )
+    if found["not_run"]:
+        text += "\nNot run: " + "; ".join(dict.fromkeys(found["not_run"])) + ".\n"
+    return text
