@@ -143,7 +143,7 @@ def example(
             torch.zeros_like(q, dtype=torch.float32),
             *(torch.zeros_like(x, dtype=state) for x in (k, v)),
         )
-        given = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, case.adds)
+        given = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, True, case.adds)
         return gluon_backward(line or case.line, *given), [dq, *grads]
     given = (case.arch, g, q, k, v, lse2, delta, bands)
     if case.name == "backward_keys":

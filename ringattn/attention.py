@@ -1,19 +1,13 @@
-"""The executor: walks a plan, overlapping the exchange of step i + 1 with the kernel of step i.
+"""``ring_attention``, and the operator that it is to autograd and to torch.compile:
+``ringattn::attention``, of which they see the shapes and never the exchanges.
 
-It knows no schedule. The backward walks the same steps with the global log-sum-exp; K/V gradients
-travel in float32, one step behind the blocks, and are summed in a fixed order. Where heads are
-split over a group of ranks, an all-to-all before and after does so.
-
-To autograd and to torch.compile it is one operator, ``ringattn::attention``: they see its shapes
-and never its exchanges.
+Where heads are split over a group of ranks, an all-to-all before and after the executor does so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -22,14 +16,11 @@ from einops import rearrange
 
 from ringattn import kernels
 from ringattn.comm import Comm, connect, name_of
-from ringattn.exchange import Inbox, add, gather_heads, scatter_heads, take
+from ringattn.exchange import gather_heads, scatter_heads
+from ringattn.executor import Job, backward, forward
 from ringattn.heads import HeadSplit, check_degree
-from ringattn.kernels import Kernel, Scores
+from ringattn.kernels import Scores
 from ringattn.plan import Plan, numbered
-from ringattn.schedules import RankPlan, Step
-from ringattn.slices import Bands
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # (k, v) or (dk, dv): [batch, tokens, kv_heads, head_dim]
 
 
 def ring_attention(
@@ -71,33 +62,10 @@ def ring_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     cap = 0.0 if softcap is None else softcap
     ends = (name_of(group), kernel, scale, cap, plan.ulysses)
-    out, lse, _ = torch.ops.ringattn.attention(q, k, v, sinks, return_lse, plan.number, *ends)
+    out, lse, _ = torch.ops.ringattn.attention.default(
+        q, k, v, sinks, return_lse, plan.number, *ends
+    )
     return (out, lse.detach()) if return_lse else out
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One call: what to do on this rank, and with what."""
-
-    plan: RankPlan
-    split: HeadSplit | None
-    comm: Comm
-    kernel: Kernel
-    scores: Scores
-
-    @classmethod
-    def make(
-        cls,
-        plan: Plan,
-        comm: Comm,
-        kernel: str,
-        x: torch.Tensor,
-        dims: tuple[int, int],
-        scores: Scores,
-    ) -> _Run:
-        """x has the dtype and the device; ``dims``: head_dim of q and of v."""
-        chosen = kernels.select(kernel, x.dtype, x.device, *dims)
-        return cls(plan.rank(comm.rank), plan.heads(comm.rank), comm, chosen, scores)
 
 
 _library = torch.library.Library("ringattn", "FRAGMENT")
@@ -116,7 +84,10 @@ def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(operator)
     def inside(x: torch.Tensor, *arguments: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):  # entering a context is not for free
+            return operator(x, *arguments)
+        with torch.autocast(kind, enabled=False):
             return operator(x, *arguments)
 
     return inside
@@ -130,13 +101,13 @@ def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, 
     then exchanged for return_lse only, and empty otherwise."""
     plan, comm = numbered(plan), connect(group)
     _check(q, k, v, plan, comm, scale, softcap, sinks)
-    run = _Run.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
-    split, heads, kv_heads = run.split, q.shape[2], k.shape[2]
+    job = Job.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
+    split, heads, kv_heads = job.split, q.shape[2], k.shape[2]
     if not split:
-        return *_forward(q, k, v, sinks, run), []
+        return *forward(q, k, v, sinks, job), []
     on_q, on_k = _sides(split, heads, kv_heads)
     q, k, v = scatter_heads([(q, *on_q), (k, *on_k), (v, *on_k)], split, comm, "heads of q, k, v")
-    out, lse = _forward(q, k, v, _own(sinks, split), run)
+    out, lse = forward(q, k, v, _own(sinks, split), job)
     (own,) = gather_heads([(out, *on_q, heads)], split, comm, "heads of out")
     kept = [x.flatten() for x in (q, k, v, out, lse)]
     if not return_lse:
@@ -163,15 +134,15 @@ def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, sof
     """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
     plan, comm = numbered(plan), connect(group)
     scores = Scores(scale, softcap)
-    run = _Run.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scores)
-    split, heads, kv_heads, dtype = run.split, dout.shape[2], keys[1], dout.dtype
+    job = Job.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scores)
+    split, heads, kv_heads, dtype = job.split, dout.shape[2], keys[1], dout.dtype
     if split:
         on_q, on_k = _sides(split, heads, kv_heads)
         (dout,) = scatter_heads([(dout, *on_q)], split, comm, "heads of the gradient")
         kept = _shaped(kept, dout, len(on_k[1][split.member]), keys[2])
     q, k, v, out, lse = kept
     dsinks = [] if sinks is None else [_sinks_grad(dout, out, lse, sinks, split)]
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, run)
+    dq, dk, dv = backward(dout, q, k, v, out, lse, job)
     if not split:
         return [dq, dk.to(dtype), dv.to(dtype), *dsinks]
     if not split.replicates(heads, kv_heads):
@@ -191,35 +162,73 @@ def _(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
     return [dout.new_empty(shape) for shape in shapes] + dsinks
 
 
-def _setup(ctx, inputs, output):
-    q, k, v, sinks, _, *ctx.ends = inputs
-    out, lse, kept = output
-    ctx.keys, ctx.sinks = list(k.shape[1:]), sinks is not None
-    ctx.save_for_backward(*(kept or (q, k, v, out, lse)), *([sinks] if ctx.sinks else []))
-    ctx.set_materialize_grads(False)
-    number, group = ctx.ends[:2]
-    # Held until the backward; a compiled graph holds neither and relies on the caller.
-    ctx.alive = (numbered(number), connect(group)) if isinstance(number, int) else None
+# Autograd is registered by hand: torch.library.register_autograd takes lists of tensors apart in
+# Python, 60 us a call.
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, kept = torch.ops.ringattn.attention.default.redispatch(keys, *inputs)
+        q, k, v, sinks, _, *ctx.ends = inputs
+        ctx.keys, ctx.sinks = list(k.shape[1:]), sinks is not None
+        ctx.save_for_backward(*(kept or (q, k, v, out, lse)), *([sinks] if ctx.sinks else []))
+        ctx.set_materialize_grads(False)
+        number, group = ctx.ends[:2]
+        # Held until the backward; a compiled graph holds neither and relies on the caller.
+        ctx.alive = (numbered(number), connect(group)) if isinstance(number, int) else None
+        return out, lse, *kept
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        none = (None,) * (1 + len(ctx.ends))
+        if dout is None:
+            return None, None, None, None, None, *none
+        kept = list(ctx.saved_tensors)
+        sinks = kept.pop() if ctx.sinks else None
+        operator = torch.ops.ringattn.attention_backward.default
+        grads = operator(dout, kept, sinks, ctx.keys, *ctx.ends)
+        return None, *grads, *([] if ctx.sinks else [None]), *none
 
 
-def _differentiate(ctx, dout, *_):
-    none = (None,) * (1 + len(ctx.ends))
-    if dout is None:
-        return None, None, None, None, *none
-    kept = list(ctx.saved_tensors)
-    sinks = kept.pop() if ctx.sinks else None
-    grads = torch.ops.ringattn.attention_backward(dout, kept, sinks, ctx.keys, *ctx.ends)
-    return *grads, *([] if ctx.sinks else [None]), *none
+class _Once(torch.autograd.Function):
+    """The first derivative, which has none itself."""
+
+    @staticmethod
+    def forward(ctx, keys, count, dout, *inputs):
+        operator = torch.ops.ringattn.attention_backward.default
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(operator.redispatch(keys, dout, inputs[:count], *inputs[count:]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("ring_attention has no second derivative")
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("ring_attention has no second derivative")
+def _wanted(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-torch.library.register_autograd(
-    "ringattn::attention", _differentiate, setup_context=_setup, lib=_library
-)
-torch.library.register_autograd("ringattn::attention_backward", _refuse, lib=_library)
+def _differentiably(keys, *inputs):
+    below = keys & torch._C._after_autograd_keyset
+    if _wanted(*inputs[:4]):
+        out, lse, *kept = _Differentiable.apply(below, *inputs)
+        return out, lse, kept
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.ringattn.attention.default.redispatch(below, *inputs)
+
+
+def _once(keys, dout, kept, sinks, *ends):
+    below = keys & torch._C._after_autograd_keyset
+    if _wanted(dout, *kept, sinks):
+        return list(_Once.apply(below, len(kept), dout, *kept, sinks, *ends))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.ringattn.attention_backward.default.redispatch(
+            below, dout, kept, sinks, *ends
+        )
+
+
+_library.impl("attention", _differentiably, "Autograd", with_keyset=True)
+_library.impl("attention_backward", _once, "Autograd", with_keyset=True)
 
 
 def _own(sinks: torch.Tensor | None, split: HeadSplit | None) -> torch.Tensor | None:
@@ -269,186 +278,6 @@ def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple, tuple]:
         (split.q_rows, [split.q_heads(m, heads) for m in members]),
         (split.k_rows, [split.kv_heads(m, heads, kv_heads) for m in members]),
     )
-
-
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, run: _Run
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out in the dtype of q, lse) of the queries that this rank works on."""
-    dtype = kernels.state_dtype(q.dtype)
-    shape = (*q.shape[:3], v.shape[-1])
-    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
-    if sinks is not None:
-        lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
-    last = max((i for i, step in enumerate(run.plan.steps) if step.bands), default=None)
-    out = None
-    for index, step, held in _walk((k, v), run):
-        if step.bands:
-            # The last step writes what is returned, the others the running state.
-            before, wanted = out, q.dtype if index == last else dtype
-            if before is None or before.dtype != wanted:
-                out = q.new_empty(shape, dtype=wanted)
-            with _named(f"forward, step {index}: block {step.block}"):
-                run.kernel.forward(
-                    q=q,
-                    k=held[0],
-                    v=held[1],
-                    bands=step.bands,
-                    partial=before,
-                    out=out,
-                    lse=lse,
-                    scores=run.scores,
-                )
-            del before
-        del held  # or it would live on beside the next two
-    return q.new_zeros(shape) if out is None else out, lse
-
-
-class _Grads:
-    """The gradients of the K/V blocks that this rank has a part in, float32 unless nothing is ever
-    added to them; written when first touched, so that no kernel reads zeros."""
-
-    def __init__(self, like: Pair, blocks: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.like, self.blocks, self.dtype = like, blocks, dtype
-        self.pairs: dict[int, Pair] = {}
-        self.begun: set[int] = set()
-
-    def pair(self, block: int) -> Pair:
-        """To be written if the block is not yet in ``begun``, and added to if it is."""
-        if block not in self.pairs:
-            self.pairs[block] = _empty(self.like, self.blocks[block], self.dtype)
-        return self.pairs[block]
-
-    def sums(self, block: int) -> Pair:
-        """To be read or added to: 0 where nothing has been written."""
-        pair = self.pair(block)
-        if block not in self.begun:
-            self.begun.add(block)
-            for x in pair:
-                x.zero_()
-        return pair
-
-
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    run: _Run,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq in the dtype of q; dk, dv in that of lse, or of q where a single step computes all."""
-    steps, kernel = run.plan.steps, run.kernel
-    alone = len(steps) == 1 and not steps[0].grad_sends and not steps[0].grad_recvs
-    # Shares of split heads may have to be summed yet.
-    dtype = q.dtype if alone and not run.split else lse.dtype
-    dq = torch.empty_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
-    grads = _Grads((k, v), run.plan.blocks, dtype)
-    prepared = kernel.prepare(dout, out, lse)
-    begun = False
-
-    def compute(held: Pair, block: int, bands: Bands) -> None:
-        nonlocal begun
-        dk, dv = grads.pair(block)
-        kernel.backward(
-            dout=dout,
-            q=q,
-            k=held[0],
-            v=held[1],
-            prepared=prepared,
-            bands=bands,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            scores=run.scores,
-            add_q=begun,
-            add_k=block in grads.begun,
-        )
-        grads.begun.add(block)
-        begun = True
-
-    # Half of the work on the own block is kept for the end, to hide the last gradients' way home.
-    early, late = steps[0].bands.halves if len(steps) > 1 else (steps[0].bands, ())
-
-    def begin(step: Step, index: int) -> Callable[[], None]:
-        """Starts the gradients on their way; what is returned waits and adds those that came."""
-        sends = [(take(x, m.rows), m.peer) for m in step.grad_sends for x in grads.sums(m.block)]
-        arriving = [(m, _empty((k, v), m.tokens, lse.dtype)) for m in step.grad_recvs]
-        recvs = [(x, move.peer) for move, pair in arriving for x in pair]
-        pending = run.comm.start(sends, recvs, f"K/V gradients, step {index}")
-
-        def finish() -> None:
-            pending.wait()
-            for move, pair in arriving:
-                for total, part in zip(grads.sums(move.block), pair, strict=True):
-                    add(total, move.rows, part)
-
-        return finish
-
-    finish = None
-    for index, step, held in _walk((k, v), run):
-        if bands := step.bands if index else early:
-            with _named(f"backward, step {index}: block {step.block}"):
-                compute(held, step.block, bands)
-        del held
-        if finish:
-            with _named(f"wait for K/V gradients, step {index - 1}"):
-                finish()
-            del finish  # with its buffers, before the next ones are made
-        finish = begin(step, index)
-        for block in run.plan.grads_done(index):
-            grads.pairs.pop(block, None)
-    if late:
-        with _named("backward, rest of step 0"):
-            compute((k, v), 0, late)
-    with _named("wait for the last K/V gradients"):
-        finish()
-    dq = kernel.finish(dq, q.dtype, run.scores) if begun else torch.zeros_like(q)
-    return dq, *grads.sums(0)
-
-
-def _walk(own: Pair, run: _Run) -> Iterator[tuple[int, Step, Pair]]:
-    """Each step, numbered, with the block it computes on; its moves are on their way meanwhile."""
-    blocks = {0: own}
-
-    def begin(step: Step, index: int) -> Callable[[], None]:
-        """Starts the moves of a step; what is returned waits for them."""
-        sends = [(take(x, m.rows), m.peer) for m in step.sends for x in blocks[m.block]]
-        inbox = Inbox()
-        for move in step.recvs:
-            if move.block not in blocks:
-                blocks[move.block] = _empty(own, run.plan.blocks[move.block], own[0].dtype)
-            for x in blocks[move.block]:
-                inbox.into(move.peer, x, move.rows)
-        pending = run.comm.start(sends, inbox.messages, f"K/V, step {index}")
-
-        def finish() -> None:
-            pending.wait()
-            inbox.unpack()
-
-        return finish
-
-    for index, step in enumerate(run.plan.steps):
-        finish = begin(step, index)
-        yield index, step, blocks.get(step.block, own)
-        with _named(f"wait for K/V, step {index}"):
-            finish()
-        del finish  # with its buffers, before the next ones are made
-        for block in run.plan.blocks_done(index):
-            blocks.pop(block, None)
-
-
-def _named(label: str) -> AbstractContextManager:
-    """A name in the profiler's trace; nothing where none is being written."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(label)
-    return nullcontext()
-
-
-def _empty(like: Pair, tokens: int, dtype: torch.dtype) -> Pair:
-    k, v = (x.new_empty(x.shape[0], tokens, *x.shape[2:], dtype=dtype) for x in like)
-    return k, v
 
 
 def _check(

@@ -48,16 +48,31 @@ def name_of(group: Any) -> str:
     if isinstance(group, dist.ProcessGroup):
         return group.group_name
     name = f"carrier {id(group)}"
-    _CARRIERS[name] = group
+    if _CARRIERS.get(name) is not group:
+        _CARRIERS[name] = _carrier(group)
     return name
 
 
 def connect(group: Any) -> Comm:
     """The carrier for ``group``: a process group (None or "": the default one), the name of one, or
     a carrier itself."""
-    if isinstance(group, str) and group:
-        group = _CARRIERS.get(group) or dist.distributed_c10d._resolve_process_group(group)
-    return group if isinstance(group, Comm) else ProcessRank(group or None)
+    if isinstance(group, str):
+        known = _CARRIERS.get(group)
+        if known is not None:
+            return known
+        group = dist.distributed_c10d._resolve_process_group(group) if group else None
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return ProcessRank(group)
+    return _carrier(group)
+
+
+def _carrier(group: Any) -> Comm:
+    if not isinstance(group, Comm):
+        raise ValueError(
+            f"group must be a process group or a carrier of ringattn.comm, got {group!r}; of a "
+            "device mesh take mesh.get_group(name)"
+        )
+    return group
 
 
 class ProcessRank:

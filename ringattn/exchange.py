@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -19,25 +19,32 @@ Rows = Sequence[Run]
 
 def take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
     """The rows as one dense buffer; a view where x holds them so already."""
-    parts = [x[:, run.start : run.stop : run.step] for run in rows]
+    parts = [_at(x, run) for run in rows]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def put(x: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
     """Writes ``part`` into the rows."""
     for run, own in _places(rows):
-        x[:, run.start : run.stop : run.step] = part[:, own]
+        _at(x, run).copy_(_at(part, own))
 
 
 def add(x: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
     """Adds ``part`` to the rows."""
     for run, own in _places(rows):
-        x[:, run.start : run.stop : run.step].add_(part[:, own])
+        _at(x, run).add_(_at(part, own))
 
 
-def _places(rows: Rows) -> list[tuple[Run, slice]]:
-    ends = list(accumulate(map(len, rows), initial=0))
-    return [(run, slice(*ends[i : i + 2])) for i, run in enumerate(rows)]
+def _at(x: torch.Tensor, run: Run) -> torch.Tensor:
+    """A view; x itself where it has no other rows."""
+    if run.step > 1:
+        return x[:, run.start : run.stop : run.step]
+    return x if len(run) == x.shape[1] else x.narrow(1, run.start, len(run))
+
+
+def _places(rows: Rows) -> list[tuple[Run, Run]]:
+    ends = accumulate(map(len, rows), initial=0)
+    return [(run, Run(*end)) for run, end in zip(rows, pairwise(ends), strict=True)]
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Inbox:
     def into(self, peer: int, x: torch.Tensor, rows: Rows) -> None:
         """Rows of ``x`` that ``peer`` fills: in place where they are dense."""
         if len(rows) == 1 and rows[0].step == 1:
-            view = x[:, rows[0].start : rows[0].stop]
+            view = _at(x, rows[0])
             if view.is_contiguous():
                 self.messages.append((view, peer))
                 return

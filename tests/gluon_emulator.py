@@ -497,15 +497,14 @@ class Emulator:
             exec(compile(tree, f"{file}.py", "exec"), names)
         self.kernels = {"forward": rooms["fwd"]["forward"], "backward": rooms["bwd"]["backward"]}
 
-    def run(self, call: Any, seed: int, resident: int) -> None:
-        """A :class:`ringattn.kernels.call.Call` of a Gluon kernel."""
+    def run(self, kernel: Any, grid: int, values: Any, seed: int, resident: int) -> None:
+        """What :func:`ringattn.kernels.call.start` is given, of a Gluon kernel."""
         arguments = {}
-        for name, x in call.arguments.items():
+        for name, x in zip(kernel.arg_names, values, strict=True):
             if isinstance(x, torch.Tensor):
                 x = Pointer.to(x)
             elif hasattr(x, "block_shape"):
-                x = Descriptor(x.base, x.block_shape)
+                x = Descriptor(x.base.as_strided(x.shape, x.strides), x.block_shape)
             arguments[name] = x
-        kernel = self.kernels[call.kernel.fn.__name__]
         with torch.no_grad():
-            Machine(seed, call.grid, resident).run(kernel, arguments)
+            Machine(seed, grid, resident).run(self.kernels[kernel.fn.__name__], arguments)

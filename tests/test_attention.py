@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ringattn.kernels import pieces
 
 import ringattn as ra
-from ringattn import attention, cost, kernels, schedules
+from ringattn import cost, executor, kernels, schedules
 from ringattn.comm import Counted, VirtualWorld
 
 from . import oracle
@@ -139,7 +139,7 @@ def test_bytes_are_those_of_the_plan(data):
 def test_blocks_live_no_longer_than_the_plan_says(schedule, monkeypatch):
     """Counts the rows of K/V buffers that are alive whenever an exchange starts."""
     plan = ra.make_plan(ra.masks.causal(64), ra.layouts.zigzag(64, 8), schedule, node_size=4)
-    alive, peaks, make = {}, {}, attention._empty
+    alive, peaks, make = {}, {}, executor._empty
     here = threading.local()
 
     def tracked(like, tokens, dtype):
@@ -154,7 +154,7 @@ def test_blocks_live_no_longer_than_the_plan_says(schedule, monkeypatch):
             peaks[self.rank] = max(peaks.get(self.rank, 0), sum(rows))
             return super().start(sends, recvs, label)
 
-    monkeypatch.setattr(attention, "_empty", tracked)
+    monkeypatch.setattr(executor, "_empty", tracked)
     q, k, v, _ = inputs(64)
 
     def work(rank):
@@ -418,7 +418,7 @@ def test_masked_remainders_are_a_small_part_of_the_work():
 
 
 def test_mutant_kv_of_the_previous_step(monkeypatch):
-    walk = attention._walk
+    walk = executor._walk
 
     def stale(own, run):
         before = own
@@ -426,7 +426,7 @@ def test_mutant_kv_of_the_previous_step(monkeypatch):
             yield index, step, before if before[0].shape == held[0].shape else held
             before = held
 
-    monkeypatch.setattr(attention, "_walk", stale)
+    monkeypatch.setattr(executor, "_walk", stale)
     plan = ra.make_plan(ra.masks.causal(64), ra.layouts.zigzag(64, 4))
     assert worst_error(*inputs(64), plan) > 1e-2
 

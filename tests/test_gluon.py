@@ -30,19 +30,17 @@ def emulated(monkeypatch):
     """Calls of Gluon kernels go to an emulator, in a random order; the others as they were. What
     is returned holds the emulator, how many programs are resident, and the calls that it ran."""
     state = {"emulator": EMULATOR, "random": random.Random(0), "resident": None, "ran": []}
-    run = call.Call.run
+    start = call.start
 
-    def either(self):
-        if self.counters is not None:
-            self.counters.zero_()
-        if self.kernel not in (calls.fwd.forward, calls.bwd.backward):
-            return run(self)
+    def either(kernel, grid, arguments, options):
+        if kernel not in (calls.fwd.forward, calls.bwd.backward):
+            return start(kernel, grid, arguments, options)
         draw = state["random"]
         resident = state["resident"] or draw.choice([1, 2, 5])
-        state["ran"].append(self.kernel.fn.__name__)
-        return state["emulator"].run(self, draw.getrandbits(30), resident)
+        state["ran"].append(kernel.fn.__name__)
+        return state["emulator"].run(kernel, grid, arguments, draw.getrandbits(30), resident)
 
-    monkeypatch.setattr(call.Call, "run", either)
+    monkeypatch.setattr(call, "start", either)
     monkeypatch.setattr(gluon, "architecture", lambda device: "emulator")
     monkeypatch.setattr(gluon, "refusal", lambda *_: None)
     monkeypatch.setattr(calls, "_multiprocessors", lambda device: 3)
@@ -396,7 +394,7 @@ FAULTS = {
     ),
     "places taken by the number of the program": (
         "bwd",
-        'index = gl.atomic_add(ticket, 1, sem="relaxed")',
+        'index = gl.atomic_add(counters, 1, sem="relaxed")',
         "index = gl.program_id(0)",
     ),
     "a stale descriptor: dO in place of Q": (

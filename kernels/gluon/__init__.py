@@ -9,12 +9,12 @@ cannot read, and what has no line. The rooms: ``calls`` puts tensors and work li
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 from ringattn.kernels import Scores, triton
-from ringattn.kernels.call import aligned, dense, stepped
+from ringattn.kernels.call import Call, aligned, dense, kept_with, repeated, stepped
 from ringattn.kernels.launch import Launch, gluon_line
 from ringattn.kernels.triton import architecture
 
@@ -44,11 +44,17 @@ def forward(
     scores: Scores,
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`."""
-    q, k, v = (dense(x) for x in (q, k, v))
-    line = _line("forward", q, v, (q, k, v), bands, scores)
-    if line is None:
-        return triton.forward(q, k, v, bands, partial, out, lse, scores)
-    return calls.forward(line, q, k, v, bands, partial, out, lse, scores).run()
+    q, k, v = dense(q), dense(k), dense(v)
+
+    def make() -> Iterator[Call]:
+        line = _line("forward", q, v, (q, k, v), bands, scores)
+        given = (q, k, v, bands, partial, out, lse, scores)
+        if line is None:
+            yield triton.calls.forward(triton.architecture(q.device), *given)
+        else:
+            yield calls.forward(line, *given)
+
+    repeated(kept_with(bands), ("gluon forward", scores), (q, k, v, partial, out, lse), make)
 
 
 def backward(
@@ -66,17 +72,19 @@ def backward(
     add_k: bool,
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`; ``dq`` is without ``sm_scale``."""
-    dout, q, k, v = (dense(x) for x in (dout, q, k, v))
-    line = _line("backward", q, v, (q, k, v, dout, dq), bands, scores)
-    if line is None:
-        return triton.backward(
-            dout, q, k, v, prepared, bands, dq, dk, dv, scores, add_q, add_k
-        )  # fmt: skip
-    if not add_q:
-        dq.zero_()
-    return calls.backward(
-        line, dout, q, k, v, *prepared, bands, dq, dk, dv, scores, add_k
-    ).run()  # fmt: skip
+    dout, q, k, v = dense(dout), dense(q), dense(k), dense(v)
+    given = (dout, q, k, v, *prepared)
+
+    def make() -> Iterator[Call]:
+        line = _line("backward", q, v, (q, k, v, dout, dq), bands, scores)
+        ends = (bands, dq, dk, dv, scores, add_q, add_k)
+        if line is None:
+            yield from triton.calls.backward(triton.architecture(q.device), *given, *ends)
+        else:
+            yield calls.backward(line, *given, *ends)
+
+    key = ("gluon backward", scores, add_q, add_k)
+    repeated(kept_with(bands), key, (*given, dq, dk, dv), make)
 
 
 def _line(

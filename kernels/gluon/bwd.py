@@ -41,6 +41,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+TICKET = gl.constexpr(4)  # int32 of room for the first counter, the ticket
+
 
 @gluon.jit
 def _sweep(
@@ -246,7 +248,7 @@ def _writer(
 
 @gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count", "blocks"])  # fmt: skip
 def backward(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dk, dv, sems, ticket,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dk, dv, counters,
     tiles, visits, turns, dk_strides, dv_strides,
     rows, heads, group, batch_heads, together, tile_count, blocks, scale, cap, sm_scale,
     D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WRITERS: gl.constexpr,
@@ -255,11 +257,13 @@ def backward(
     """Blocks of the descriptors: q, do, dq [1, M, 1, SIZE], k, v [1, N, 1, SIZE] of ``[batch, tokens,
     heads, head_dim]``; lse (base 2) and delta = sum(do * out) [1, M] of ``[batch * heads,
     queries]``. ``rows`` and ``heads`` are those of k. ``scale`` and ``cap`` as in the forward;
-    dq comes out without ``sm_scale``, which its last reader applies. ``sems`` int32
-    [batch * heads of q, blocks] and ``ticket`` int32 are zero. Grid: tile_count * batch_heads."""
+    dq comes out without ``sm_scale``, which its last reader applies. ``counters`` int32
+    [TICKET + batch * heads of q * blocks] are zero: the places drawn, and the semaphores. Grid:
+    tile_count * batch_heads."""
     M: gl.constexpr = q_desc.block_shape[1]
     N: gl.constexpr = k_desc.block_shape[1]
-    index = gl.atomic_add(ticket, 1, sem="relaxed")
+    index = gl.atomic_add(counters, 1, sem="relaxed")
+    sems = counters + TICKET
     tile, b, h = place(index, heads, batch_heads, together, tile_count)
     at = tiles + 3 * tile
     spot = (index, gl.load(at), gl.load(at + 1), gl.load(at + 2), b, h)

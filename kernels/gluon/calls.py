@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from ringattn.kernels import Scores
-from ringattn.kernels.call import Call, derived, in_base_2, order, side_by_side
+from ringattn.kernels.call import Call, Tables, derived, in_base_2, order, side_by_side
 from ringattn.kernels.gluon import bwd, fwd
 from ringattn.kernels.launch import Launch
 from ringattn.kernels.work import Chain, Work, chain, work
@@ -44,10 +43,9 @@ def forward(
     batch, rows, heads, _ = q.shape
     before = out if partial is None else partial
     listed = _listed(bands, rows, line, q.device)
-    if partial is not out and not listed.everything:  # the rows of tiles without work
-        out.zero_() if partial is None else out.copy_(partial)
+    # The rows of tiles without work.
+    blank = () if listed.everything or partial is out else ((out, partial),)
     width, count = CHUNKS[_held(q.shape[3])]
-    counters = q.new_empty(1, dtype=torch.int32)
     arguments = {
         "q_desc": _tiles(q, line.m // WARPGROUPS, width),
         "k_desc": _tiles(k, line.n, width),
@@ -57,7 +55,7 @@ def forward(
         "lse": lse,
         "tiles": listed.tiles,
         "visits": listed.visits,
-        "ticket": counters,
+        "counters": q.new_empty(0, dtype=torch.int32),
         "partial_strides": before.stride()[:3],
         "out_strides": out.stride()[:3],
         "rows": rows,
@@ -73,7 +71,8 @@ def forward(
         **in_base_2(scores),
     }
     grid = min(len(listed.tiles) * batch * heads, _multiprocessors(q.device))
-    return Call(fwd.forward, grid, arguments, _options(line), q.device, counters)
+    options = _options(line)
+    return Call(fwd.forward, grid, arguments, options, q.device, listed.tables, 1, blank)
 
 
 def backward(
@@ -89,17 +88,16 @@ def backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
     scores: Scores,
-    add: bool,
+    add_q: bool,
+    add_k: bool,
 ) -> Call:
-    """dq without sm_scale, on top of what it holds; dk and dv with ``add``."""
+    """dq without sm_scale, dk and dv; with ``add_q`` and ``add_k`` on top of what they hold."""
     (batch, queries, heads, dim), (_, rows, kv_heads, v_dim) = q.shape, v.shape
     listed = _chained(bands, rows, queries, line, q.device)
-    if not add and not listed.everything:  # the rows of tiles without work
-        dk.zero_()
-        dv.zero_()
+    blank = () if add_q else ((dq, None),)
+    if not add_k and not listed.everything:  # the rows of tiles without work
+        blank += (dk, None), (dv, None)
     size, v_size, blocks = _whole(dim), _whole(v_dim), -(-queries // line.m)
-    # The ticket, with 16 bytes of room, and the semaphores of all tiles of queries.
-    counters = q.new_empty(4 + batch * heads * blocks, dtype=torch.int32)
     arguments = {
         "q_desc": _tiles(q, line.m, size),
         "do_desc": _tiles(dout, line.m, v_size),
@@ -110,8 +108,7 @@ def backward(
         "dq_desc": _tiles(dq, line.m, size),
         "dk": dk,
         "dv": dv,
-        "sems": counters[4:],
-        "ticket": counters,
+        "counters": q.new_empty(0, dtype=torch.int32),
         "tiles": listed.tiles,
         "visits": listed.visits,
         "turns": listed.turns,
@@ -129,11 +126,13 @@ def backward(
         "DV": v_dim,
         "STAGES": line.stages,
         "WRITERS": line.writers,
-        "ADD": add,
+        "ADD": add_k,
         **in_base_2(scores),
     }
     grid = len(listed.tiles) * batch * kv_heads
-    return Call(bwd.backward, grid, arguments, _options(line), q.device, counters)
+    counters = bwd.TICKET.value + batch * heads * blocks
+    options = _options(line)
+    return Call(bwd.backward, grid, arguments, options, q.device, listed.tables, counters, blank)
 
 
 def _held(size: int) -> int:
@@ -157,28 +156,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
 class _Listed:
     """A work list on the device, of tiles with work only; ``turns`` are those of a chain, and empty
     for other work. ``everything``: every row is in one of the tiles."""
 
-    tiles: torch.Tensor
-    visits: torch.Tensor
-    turns: torch.Tensor
-    everything: bool
-
-    @classmethod
-    def of(cls, made: Work | Chain, rows: int, m: int, device: torch.device) -> _Listed:
+    def __init__(self, made: Work | Chain, rows: int, m: int, device: torch.device) -> None:
         turns = made.turns if isinstance(made, Chain) else made.visits[:0, :2]
-        tables = (made.tiles, made.visits, turns)
-        everything = len(made.tiles) == -(-rows // m)
-        return cls(*(torch.from_numpy(x).to(device) for x in tables), everything)
+        self.tables = Tables((made.tiles, made.visits, turns), device)
+        self.tiles, self.visits, self.turns = self.tables.parts
+        self.everything = len(made.tiles) == -(-rows // m)
 
 
 def _listed(bands: Sequence[Band], rows: int, line: Launch, device: torch.device) -> _Listed:
     def make() -> _Listed:
         made = work(bands, rows, line.m, line.n, False, False)
-        return _Listed.of(made, rows, line.m, device)
+        return _Listed(made, rows, line.m, device)
 
     return derived(bands, ("work", rows, line.m, line.n, False, False, device), make)
 
@@ -190,24 +182,26 @@ def _chained(
 
     def make() -> _Listed:
         made = work(bands, rows, line.n, line.m, True, False, aligned=True)
-        return _Listed.of(chain(made, queries, line.m), rows, line.n, device)
+        return _Listed(chain(made, queries, line.m), rows, line.n, device)
 
     return derived(bands, ("chain", rows, queries, line.m, line.n, device), make)
 
 
 def _tiles(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:
     """Tiles of ``tokens`` of one head of x ``[batch, tokens, heads, head_dim]``."""
-    return _descriptor(x, order(x), (1, tokens, 1, size))
+    return _descriptor(x, x.shape, order(x), (1, tokens, 1, size))
 
 
 def _rows(x: torch.Tensor, tokens: int) -> TensorDescriptor:
     """Tiles of ``tokens`` of one row of x ``[batch, heads, tokens]``, dense but for its pitch."""
-    flat = x.as_strided((x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), 1))
-    return _descriptor(flat, [x.stride(1), 1], (1, tokens))
+    rows = (x.shape[0] * x.shape[1], x.shape[2])
+    return _descriptor(x, rows, [x.stride(1), 1], (1, tokens))
 
 
-def _descriptor(x: torch.Tensor, strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), strides, list(block), _layout(x.dtype, block))
+def _descriptor(
+    x: torch.Tensor, shape: Sequence[int], strides: list[int], block: tuple[int, ...]
+) -> TensorDescriptor:
+    return TensorDescriptor(x, list(shape), strides, list(block), _layout(x.dtype, block))
 
 
 @cache

@@ -73,11 +73,10 @@ def disagreement(device: torch.device, dtype: torch.dtype, head_dim: int, v_dim:
             for line in (None, backward):
                 dq = torch.zeros_like(q, dtype=torch.float32)
                 dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
+                ends = (bands, dq, dk, dv, scores, True, False)
                 if line is None:
-                    ends = (bands, dq, dk, dv, scores, True, False)
                     triton.backward(dout, q, k, v, prepared, *ends)
                 else:
-                    ends = (bands, dq, dk, dv, scores, False)
                     calls.backward(line, dout, q, k, v, *prepared, *ends).run()
                 grads.append((dq, dk, dv))
             pairs |= zip(("dq", "dk", "dv"), zip(*grads, strict=True), strict=True)

@@ -312,7 +312,7 @@ def _producer(
 
 @gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count"])
 def forward(
-    q_desc, k_desc, v_desc, partial, out, lse, tiles, visits, ticket, partial_strides, out_strides,
+    q_desc, k_desc, v_desc, partial, out, lse, tiles, visits, counters, partial_strides, out_strides,
     rows, heads, group, batch_heads, together, tile_count, scale, cap,
     DV: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     ADD: gl.constexpr, CAPPED: gl.constexpr,
@@ -321,8 +321,8 @@ def forward(
     SIZE at least head_dim and v's. ``partial`` and ``out`` by strides of their first three axes;
     ``lse`` [batch, heads, rows] in place. ``scale`` turns products into scores in base 2; with
     CAPPED, into multiples of the cap, and ``cap`` is in base 2. ADD: there is a partial.
-    ``ticket`` int32 is zero. Every tile has work; a
-    persistent grid of any size."""
+    ``counters`` int32 [1] is zero: the places drawn. Every tile has work; a persistent grid of any
+    size."""
     M: gl.constexpr = q_desc.block_shape[1]
     N: gl.constexpr = k_desc.block_shape[1]
     W: gl.constexpr = k_desc.block_shape[3]
@@ -351,7 +351,7 @@ def forward(
     bars = (k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready)
     sizes = (rows, heads, group, batch_heads, together, tile_count)
     state = (partial, out, lse, partial_strides, out_strides)
-    lists = (tiles, visits, ticket)
+    lists = (tiles, visits, counters)
     bufs = (qs, ks, vs, spots)
     descs = (q_desc, k_desc, v_desc)
     gl.warp_specialize(

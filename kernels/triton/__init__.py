@@ -9,12 +9,14 @@ With TRITON_INTERPRET=1 set before this module is imported the kernels run on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from ringattn.kernels import Scores
-from ringattn.kernels.call import dense
+from ringattn.kernels.call import Call, dense, kept_with, repeated
 from ringattn.kernels.triton import bwd, calls
 
 from ringattn.slices import Band
@@ -37,17 +39,32 @@ def forward(
     scores: Scores,
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`; what :func:`refusal` refuses is not checked again."""
-    q, k, v = (dense(x) for x in (q, k, v))
-    calls.forward(architecture(q.device), q, k, v, bands, partial, out, lse, scores).run()
+    q, k, v = dense(q), dense(k), dense(v)
+
+    def make() -> Iterator[Call]:
+        yield calls.forward(architecture(q.device), q, k, v, bands, partial, out, lse, scores)
+
+    repeated(kept_with(bands), ("triton forward", scores), (q, k, v, partial, out, lse), make)
 
 
 def prepare(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Prepared:
     """The log-sum-exp in base 2 and delta = sum(dout * out), ``[batch, heads, tokens]``, in rows
     that the copy engine can read: of a multiple of 16 bytes."""
     *heads, tokens = lse.shape
-    lse2, delta = (lse.new_empty(*heads, -(-tokens // 4) * 4)[..., :tokens] for _ in range(2))
-    calls.prepare(dense(dout), dense(out), lse.contiguous(), lse2, delta).run()
+    pitch = -(-tokens // 4) * 4
+    lse2, delta = lse.new_empty(2, *heads, pitch).unbind(0)
+    if pitch > tokens:
+        lse2, delta = lse2[..., :tokens], delta[..., :tokens]
+    given = (dense(dout), dense(out), lse.contiguous(), lse2, delta)
+    if len(_PREPARED) > _FORMS:
+        _PREPARED.clear()
+    repeated(_PREPARED, "prepare", given, lambda: [calls.prepare(*given)])
     return lse2, delta
+
+
+# The calls of ``prepare``, which knows no plan to keep them with: so many of them.
+_PREPARED: dict[Any, Any] = {}
+_FORMS = 64
 
 
 def backward(
@@ -65,11 +82,14 @@ def backward(
     add_k: bool,
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`; ``dq`` is without ``sm_scale``."""
-    arch = architecture(q.device)
-    dout, q, k, v = (dense(x) for x in (dout, q, k, v))
-    given = (arch, dout, q, k, v, *prepared, bands)
-    calls.backward_keys(*given, dk, dv, scores, add_k).run()
-    calls.backward_queries(*given, dq, scores, add_q).run()
+    given = (dense(dout), dense(q), dense(k), dense(v), *prepared)
+
+    def make() -> Iterator[Call]:
+        ends = (bands, dq, dk, dv, scores, add_q, add_k)
+        return calls.backward(architecture(q.device), *given, *ends)
+
+    key = ("triton backward", scores, add_q, add_k)
+    repeated(kept_with(bands), key, (*given, dq, dk, dv), make)
 
 
 def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
@@ -105,6 +125,7 @@ def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int)
     return None
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The launch table's name for what runs here: its own, or one whose lines are right for it."""
     if INTERPRETED:

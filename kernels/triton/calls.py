@@ -3,16 +3,15 @@ arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from ringattn.kernels import Scores, call
-from ringattn.kernels.call import Call, derived, in_base_2, order, stepped
+from ringattn.kernels.call import Call, Tables, derived, in_base_2, order, stepped
 from ringattn.kernels.launch import Launch, launch
 from ringattn.kernels.triton import bwd, fwd
-from ringattn.kernels.work import work
+from ringattn.kernels.work import Work, work
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.slices import Band
@@ -91,6 +90,28 @@ def prepare(
     return Call(
         bwd.prepare, grid, arguments, {"num_warps": 4, "enable_fp_fusion": True}, out.device
     )
+
+
+def backward(
+    arch: str,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    bands: Sequence[Band],
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scores: Scores,
+    add_q: bool,
+    add_k: bool,
+) -> Iterator[Call]:
+    """Both passes, which share nothing but their inputs."""
+    given = (arch, dout, q, k, v, lse2, delta, bands)
+    yield backward_keys(*given, dk, dv, scores, add_k)
+    yield backward_queries(*given, dq, scores, add_q)
 
 
 def backward_keys(
@@ -175,14 +196,13 @@ def _line(
     return launch(arch, name, q.element_size(), q.shape[3], v.shape[3], dense, scores.softcap > 0)
 
 
-@dataclass(frozen=True)
 class _Listed:
     """A work list on the device."""
 
-    tiles: torch.Tensor
-    visits: torch.Tensor
-    row_step: int
-    stepped: bool
+    def __init__(self, made: Work, device: torch.device) -> None:
+        self.tables = Tables((made.tiles, made.visits), device)
+        self.tiles, self.visits = self.tables.parts
+        self.row_step, self.stepped = made.row_step, made.stepped
 
 
 def _listed(
@@ -194,9 +214,7 @@ def _listed(
     device: torch.device,
 ) -> _Listed:
     def make() -> _Listed:
-        made = work(bands, rows, line.m, line.n, transposed, everything)
-        tiles, visits = (torch.from_numpy(x).to(device) for x in (made.tiles, made.visits))
-        return _Listed(tiles, visits, made.row_step, made.stepped)
+        return _Listed(work(bands, rows, line.m, line.n, transposed, everything), device)
 
     key = ("work", rows, line.m, line.n, transposed, everything, device)
     return derived(bands, key, make)
@@ -246,10 +264,11 @@ def _call(
         "PRECISION": line.precision,
     }
     options = {"num_warps": line.warps, "num_stages": line.stages, "enable_fp_fusion": True}
-    return Call(kernel, len(listed.tiles) * batch * heads, arguments, options, rows.device)
+    grid = len(listed.tiles) * batch * heads
+    return Call(kernel, grid, arguments, options, rows.device, listed.tables)
 
 
 def _descriptor(x: torch.Tensor, tokens: int, size: int) -> TensorDescriptor:
     """Tiles of ``tokens`` of one head of x."""
-    x = x.transpose(1, 2)
-    return TensorDescriptor(x, list(x.shape), order(x), [1, 1, tokens, size])
+    by_head = x.transpose(1, 2)
+    return TensorDescriptor(x, list(by_head.shape), order(by_head), [1, 1, tokens, size])

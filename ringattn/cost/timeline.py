@@ -1,5 +1,5 @@
 """One attention layer in time: the steps of a plan as the executor walks them, exchanges behind
-kernels. Written for the executor in :mod:`ringattn.attention`; a change there is a change here.
+kernels. Written for the executor in :mod:`ringattn.executor`; a change there is a change here.
 """
 
 from __future__ import annotations
