@@ -25,8 +25,12 @@ def markdown(found: dict) -> str:
     wrong = [row for row in cases if not row["right"]]
     text += f"\n## Correctness\n\n{len(cases)} cases, {len(wrong)} wrong"
     text += "".join(f"; {row['kernel']}: {row['mask']} {row['head_dim']}" for row in wrong)
-    same = ", ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in found.get("repeated", {}).items())
-    text += f". 20 times the same bits: {same}. Largest error (RMS over RMS of float64):\n\n"
+    for kernel, row in found.get("first", {}).items():
+        text += (
+            f". {kernel} at 16k: {'right' if row['right'] else 'WRONG'}, 20 times the same bits: "
+        )
+        text += "yes" if row["same"] else "NO"
+    text += ". Largest error (RMS over RMS of float64):\n\n"
     kinds = sorted({(row["kernel"], row["dtype"]) for row in cases})
     names = ("out", "dq", "dk", "dv")
     rows = []

@@ -1,6 +1,7 @@
 """The fused kernels on a GPU: right first, then how fast, beside torch's own.
 
-    python benchmarks/gpu_suite.py                    # on one H100 or H200; about four minutes
+    python benchmarks/gpu_suite.py                    # on one H100 or H200; about nine minutes
+    python benchmarks/gpu_suite.py --sections first   # right, repeatable and how fast, in one
     python benchmarks/gpu_suite.py --rehearse         # every line of it, tiny, on a CPU
 
 Needs torch 2.9 or newer, Triton, numpy and einops, and this checkout installed
@@ -23,8 +24,6 @@ import json
 import os
 import platform
 import random
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -45,10 +44,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import ringattn as ra
+from ringattn.verify import oracle
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_cases import ENGINES, masks
+from gpu_cases import ENGINES, judge, masks
 from gpu_page import markdown
+from gpu_programs import answer, profile, ranks, sanitizer
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -75,6 +76,7 @@ class Suite:
             "commit": os.environ.get("COMMIT", ""),
             "rehearsal": rehearse,
             "not_run": [],
+            "seconds": {},
         }
 
     def left(self, what: str, reserve: float = 0) -> bool:
@@ -157,12 +159,16 @@ def correctness(suite: Suite) -> None:
               f"{row['head_dim']:8s} {row['dtype']:9s} {text}", flush=True)  # fmt: skip
 
 
-def repeated(suite: Suite) -> None:
-    """Causal, 16k, head_dim 128: 20 times the same bits, forward and backward."""
+def first(suite: Suite) -> None:
+    """Causal, 16k, head_dim 128: how far two of the heads are from float64, whether 20 repeats give
+    the same bits, and the speed beside torch's own."""
     n, dim = (40, 16) if suite.small else (16384, 128)
-    plan = whole(ra.masks.causal(n))
+    mask = ra.masks.causal(n)
+    plan = whole(mask)
     q, k, v, dout = (suite.draw(1, n, suite.heads, dim) for _ in range(4))
-    rows = suite.found["repeated"] = {}
+    some = [0, suite.heads - 1]
+    want = oracle(mask, *(x[:, :, some] for x in (q, k, v, dout)))
+    rows = suite.found["first"] = {}
     for kernel in ENGINES:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
@@ -170,10 +176,15 @@ def repeated(suite: Suite) -> None:
             out = ra.ring_attention(*leaves, plan, kernel=kernel)
             return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
-        first = both()
+        before = both()
         again = (both() for _ in range(1 if suite.small else 20))
-        rows[kernel] = all(torch.equal(a, b) for x in again for a, b in zip(first, x, strict=True))
-        print(f"{kernel}: 20 times the same bits: {rows[kernel]}", flush=True)
+        same = all(torch.equal(a, b) for x in again for a, b in zip(before, x, strict=True))
+        errors, _, right = judge([x[:, :, some] for x in before], want, suite.half)
+        rows[kernel] = {"same": same, "errors": errors, "right": right}
+        print(f"{kernel}: 20 times the same bits: {same}; right: {right}, "
+              f"{max(errors.values()):.2e} off", flush=True)  # fmt: skip
+    del before, want
+    race(suite, SHAPES[0])
 
 
 def peak(suite: Suite) -> None:
@@ -202,36 +213,41 @@ SHAPES = [
 
 
 def speed(suite: Suite) -> None:
-    """Forward and backward, each engine against torch's own."""
-    rows = suite.found["speed"] = []
-    shapes = [(32, 1, 1, 64, 64, name) for name in masks(32)] if suite.small else SHAPES
-    for n, heads, kv_heads, dim, v_dim, name in shapes:
-        if not suite.left(f"speed of {name}, {n} tokens, head_dim {dim}", reserve=30):
-            continue
-        lengths = [300] * (n // 300) + [n % 300]
-        mask = ra.masks.documents(lengths) if name[-1] == "0" else masks(n)[name]
-        batch = max(1, suite.tokens // n)
-        sizes = ((heads, dim), (kv_heads, dim), (kv_heads, v_dim))
-        tensors = [suite.draw(batch, n, *size) for size in sizes]
-        runs = contenders(suite, name, mask, tensors)
-        flops = 2 * mask.area * heads * (dim + v_dim) * batch
-        for which, factor in (("forward", 1.0), ("backward", 2.5)):
-            if which == "forward":
-                with torch.no_grad():
-                    times = suite.timed({who: call for who, (call, _) in runs.items()})
-            else:
-                times = suite.timed(backward_calls(runs))
-            row = {"pass": which, "mask": name, "tokens": n, "batch": batch}
-            row |= {"head_dim": f"{dim}" if dim == v_dim else f"{dim}/{v_dim}"}
-            row |= {"heads": f"{heads}" if heads == kv_heads else f"{heads} over {kv_heads}"}
-            row["tflops"] = {
-                who: [factor * flops / x / 1e12 for x in (median(t), max(t), min(t))]
-                for who, t in times.items()
-                if t
-            }
-            rows.append(row)
-            rates = ", ".join(f"{who} {rate[0]:.0f}" for who, rate in row["tflops"].items())
-            print(f"{which:8s} {name:10s} {n:6d} x {row['head_dim']}: {rates} TFLOP/s", flush=True)
+    """Forward and backward of the other shapes."""
+    for shape in SHAPES[1:]:
+        if suite.left(f"speed of {shape}", reserve=20):
+            race(suite, shape)
+
+
+def race(suite: Suite, shape: tuple[int, int, int, int, int, str]) -> None:
+    """Forward and backward of one shape, each engine against torch's own."""
+    n, heads, kv_heads, dim, v_dim, name = shape
+    if suite.small:
+        n, heads, kv_heads, dim, v_dim = 32, 1, 1, 64, 64
+    lengths = [300] * (n // 300) + [n % 300]
+    mask = ra.masks.documents(lengths) if name[-1] == "0" else masks(n)[name]
+    batch = max(1, suite.tokens // n)
+    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, v_dim))
+    tensors = [suite.draw(batch, n, *size) for size in sizes]
+    runs = contenders(suite, name, mask, tensors)
+    flops = 2 * mask.area * heads * (dim + v_dim) * batch
+    for which, factor in (("forward", 1.0), ("backward", 2.5)):
+        if which == "forward":
+            with torch.no_grad():
+                times = suite.timed({who: call for who, (call, _) in runs.items()})
+        else:
+            times = suite.timed(backward_calls(runs))
+        row = {"pass": which, "mask": name, "tokens": n, "batch": batch}
+        row |= {"head_dim": f"{dim}" if dim == v_dim else f"{dim}/{v_dim}"}
+        row |= {"heads": f"{heads}" if heads == kv_heads else f"{heads} over {kv_heads}"}
+        row["tflops"] = {
+            who: [factor * flops / x / 1e12 for x in (median(t), max(t), min(t))]
+            for who, t in times.items()
+            if t
+        }
+        suite.found.setdefault("speed", []).append(row)
+        rates = ", ".join(f"{who} {rate[0]:.0f}" for who, rate in row["tflops"].items())
+        print(f"{which:8s} {name:10s} {n:6d} x {row['head_dim']}: {rates} TFLOP/s", flush=True)
 
 
 def contenders(
@@ -395,106 +411,18 @@ def host(suite: Suite) -> None:
             print(f"host, {kernel} {which}: {rows[f'{kernel} {which}']:.0f} us", flush=True)
 
 
-def profile(suite: Suite) -> None:
-    """Nsight Compute on one launch of each Gluon kernel, where it is installed."""
-    if suite.small or not shutil.which("ncu") or not suite.left("ncu", reserve=60):
-        return
-    code = (
-        "import torch, ringattn as ra; n = 16384; "
-        "q, k, v = (torch.randn(1, n, 16, 128, device='cuda').bfloat16().requires_grad_() "
-        "for _ in range(3)); plan = ra.make_plan(ra.masks.causal(n), "
-        "ra.layouts.contiguous(n, 1)); out = ra.ring_attention(q, k, v, plan, kernel='gluon'); "
-        "out.backward(torch.randn_like(out))"
-    )
-    metrics = (
-        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,"
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed,"
-        "lts__t_sectors.sum,dram__bytes.sum,gpu__time_duration.sum,"
-        "sm__inst_issued.avg.pct_of_peak_sustained_active"
-    )
-    # The self-check on a small input comes first: the last launches are the large ones.
-    command = ["ncu", "--clock-control", "none", "--csv", "--metrics", metrics,
-               "-k", "regex:^(forward|backward)$", sys.executable, "-c", code]  # fmt: skip
-    said, error = answer(command, os.environ | {"PYTHONSAFEPATH": "1"}, 60)
-    suite.found["ncu"] = [line for line in said.splitlines() if line.startswith('"')][-24:]
-    if not suite.found["ncu"]:
-        suite.found["not_run"].append(f"ncu: {(error or said)[-300:]}")
-
-
-def sanitizer(suite: Suite) -> None:
-    """compute-sanitizer's memcheck on a tiny forward and backward, where it is installed."""
-    tool = "compute-sanitizer"
-    if suite.small or not shutil.which(tool) or not suite.left(tool, reserve=45):
-        return
-    code = (
-        "import torch; from ringattn.kernels.gluon import check; "
-        "print('verdict', check.disagreement(torch.device('cuda'), torch.bfloat16, 128, 128))"
-    )
-    command = [tool, "--tool", "memcheck", sys.executable, "-c", code]
-    said, error = answer(command, os.environ | {"PYTHONSAFEPATH": "1"}, 60)
-    wanted = [line for line in said.splitlines() if "ERROR SUMMARY" in line or "verdict" in line]
-    suite.found["sanitizer"] = wanted or [(error or said)[-300:]]
-    print(*suite.found["sanitizer"], sep="\n", flush=True)
-
-
-def ranks(suite: Suite) -> None:
-    """`ringattn verify` on real processes that share this GPU: NCCL if it lets them, else gloo."""
-    rows = suite.found["ranks"] = []
-    backends = ["gloo"] if suite.small else ["nccl", "gloo"]
-    where = ["device=cpu", "n=48", "dtype=fp16"] if suite.small else ["device=cuda", "n=4096"]
-    heads = ["heads=2", "kv_heads=1", f"head_dim={16 if suite.small else 128}"]
-    heads.append("kernel=triton" if suite.small else "kernel=auto")
-    for world in (2,) if suite.small else (2, 4):
-        for schedule in ("direct",) if suite.small else ("ring", "direct"):
-            if not suite.left(f"{world} ranks, {schedule}", reserve=40):
-                return
-            for backend in list(backends):
-                command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", str(world), "-m", "ringattn", "verify", *where, *heads,
-                    f"schedule={schedule}", f"backend={backend}", "timeout_s=30", "--json",
-                ]  # fmt: skip
-                # Not from the checkout: it would hide the installed package, which has the kernels.
-                environment = os.environ | {"PYTHONSAFEPATH": "1"}
-                environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
-                environment["OMP_NUM_THREADS"] = "1"
-                said, error = answer(command, environment, 60)
-                lines = [line for line in said.splitlines() if line.startswith("{")]
-                if not lines:
-                    backends.remove(backend)  # it will not do so the next time either
-                    suite.found["not_run"].append(f"{world} ranks over {backend}: {error[-200:]}")
-                    continue
-                facts = json.loads(lines[-1])
-                row = {"ranks": world, "schedule": schedule, "backend": backend}
-                rows.append(row | {"passed": facts["passed"], "errors": facts["errors"]})
-                print(f"{world} ranks, {schedule}, {backend}: "
-                      f"{'passed' if facts['passed'] else 'FAILED'}", flush=True)  # fmt: skip
-                break
-            else:
-                suite.found["not_run"].append(f"{world} ranks, {schedule}: no backend could")
-
-
-def answer(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
-    """(standard output, error) of torchrun; stopped, with its ranks, if it takes too long."""
-    job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        return job.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        job.terminate()  # torchrun stops its ranks, and kills those that do not listen
-        try:
-            job.communicate(timeout=45)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.communicate()
-        return "", f"no answer in {seconds:.0f} seconds"
+# In this order unless asked for otherwise: what says most comes first.
+SECTIONS = {
+    section.__name__: section
+    for section in (first, correctness, peak, speed, rings, host, sanitizer, profile, ranks)
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=450, help="after which nothing is begun")
+    parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--to", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -505,20 +433,21 @@ def main() -> int:
     print(f"{suite.found['device']}, torch {torch.__version__}, Triton {triton.__version__}")
     options.to.mkdir(parents=True, exist_ok=True)
     name = f"{suite.found['device']}_{suite.found['date']}".replace(" ", "-").lower()
-    sections = (correctness, repeated, peak, speed, rings, host, sanitizer, profile, ranks)
-    for section in sections:
+    for section in options.sections:
+        begun = time.monotonic()
         try:
-            section(suite)
+            SECTIONS[section](suite)
         except Exception as error:  # the other sections are worth having
-            suite.found["not_run"].append(f"{section.__name__}: {first_line(error)}")
+            suite.found["not_run"].append(f"{section}: {first_line(error)}")
+        suite.found["seconds"][section] = round(time.monotonic() - begun, 1)
         # After every section: what a time limit cuts off keeps what was measured.
         (options.to / f"{name}.json").write_text(json.dumps(suite.found, indent=1) + "\n")
         (options.to / f"{name}.md").write_text(markdown(suite.found))
     print(f"written: {options.to / name}.json and .md")
     verdicts = [row["right"] for row in suite.found.get("correctness", [])]
     verdicts += [row["passed"] for row in suite.found.get("ranks", [])]
-    verdicts += suite.found.get("repeated", {}).values()
-    return int(not verdicts or not all(verdicts) or "peak_tflops" not in suite.found)
+    verdicts += [x[y] for x in suite.found.get("first", {}).values() for y in ("right", "same")]
+    return int(not verdicts or not all(verdicts))
 
 
 if __name__ == "__main__":
