@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -177,6 +178,12 @@ def _form(x: torch.Tensor | None) -> Any:
 def kept_with(bands: Sequence[Band]) -> dict[Any, Any]:
     """Where things are kept that belong to these bands: with the plan that they are of, if any."""
     return getattr(bands, "derived", {})
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; torch takes its time to answer."""
+    return torch.cuda.get_device_capability(device)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

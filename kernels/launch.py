@@ -83,6 +83,7 @@ def launch(
     return special.get(dims, lines[dims])
 
 
+@cache
 def gluon_line(
     arch: str, name: str, head_dim: int, v_dim: int, softcap: bool = False
 ) -> Launch | None:

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from ringattn.kernels import Scores, triton
-from ringattn.kernels.call import Call, aligned, dense, kept_with, repeated, stepped
+from ringattn.kernels.call import Call, aligned, capability, dense, kept_with, repeated, stepped
 from ringattn.kernels.launch import Launch, gluon_line
 from ringattn.kernels.triton import architecture
 
@@ -111,7 +111,7 @@ def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int)
         return f"computes in bfloat16 and float16, not {given}; use kernel='triton'"
     if device.type != "cuda":
         return f"runs on a GPU, the tensors are on {device}; use kernel='aten'"
-    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+    if torch.version.hip or capability(device) != (9, 0):
         return f"is written for Hopper (compute capability 9.0), {device} is another; use 'triton'"
     if gluon_line(architecture(device), "forward", head_dim, v_dim) is None:
         return f"has no line for head_dim {head_dim} (v: {v_dim}); use kernel='triton'"

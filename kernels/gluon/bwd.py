@@ -85,8 +85,10 @@ def _sweep(
         else:
             s = s * scale - lse
         if MASK:
-            s = gl.where(inside(left - at, right - at, queries), s, float("-inf"))
+            allowed = inside(left - at, right - at, queries)
         p = gl.exp2(s)
+        if MASK:  # here, not at s: it takes two registers less
+            p = gl.where(allowed, p, 0.0)
         p_low = gl.convert_layout(p.to(q.dtype), G)
         slope = p
         if CAPPED:

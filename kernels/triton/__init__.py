@@ -10,13 +10,12 @@ With TRITON_INTERPRET=1 set before this module is imported the kernels run on th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 from ringattn.kernels import Scores
-from ringattn.kernels.call import Call, dense, kept_with, repeated
+from ringattn.kernels.call import Call, capability, dense, kept_with, repeated
 from ringattn.kernels.triton import bwd, calls
 
 from ringattn.slices import Band
@@ -120,12 +119,11 @@ def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int)
             f"runs on a GPU, the tensors are on {device}; use kernel='aten', or set "
             "TRITON_INTERPRET=1 before the import to run it slowly in Triton's interpreter"
         )
-    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.version.hip and capability(device) < (8, 0):
         return f"needs compute capability 8.0 or newer, {device} has less; use kernel='aten'"
     return None
 
 
-@cache
 def architecture(device: torch.device) -> str:
     """The launch table's name for what runs here: its own, or one whose lines are right for it."""
     if INTERPRETED:
@@ -133,5 +131,5 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     # 12.x has neither wgmma nor tcgen05 and the shared memory of 8.6: the lines of 8.0.
-    major = torch.cuda.get_device_capability(device)[0]
+    major = capability(device)[0]
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
