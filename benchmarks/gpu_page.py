@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import sys
+from pathlib import Path
+
 WHO = ("gluon", "triton", "flash", "cudnn", "flex")
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def profiles(lines: list[str]) -> str:
+    """ncu's rows of (launch, ..., kernel, ..., grid, ..., metric, unit, value), a line a launch."""
+    launches: dict[str, dict[str, str]] = {}
+    for number, *_, name, unit, value in csv.reader(lines):
+        launches.setdefault(number, {})[f"{name} ({unit})"] = value
+    kernels = {number: kernel for number, _, _, _, kernel, *_ in csv.reader(lines)}
+    metrics = sorted({name for each in launches.values() for name in each})
+    rows = [[name, *(each.get(name, "") for each in launches.values())] for name in metrics]
+    return table(["metric", *kernels.values()], rows)
 
 
 def markdown(found: dict) -> str:
@@ -62,7 +78,7 @@ def markdown(found: dict) -> str:
     if "sanitizer" in found:
         text += "\n## compute-sanitizer\n\n" + "; ".join(found["sanitizer"]) + "\n"
     if "ncu" in found:
-        text += "\n## Nsight Compute\n\n```\n" + "\n".join(found["ncu"]) + "\n```\n"
+        text += "\n## Nsight Compute\n\n" + profiles(found["ncu"])
     text += "\n## Real ranks on this one GPU\n\n"
     text += table(
         ["ranks", "schedule", "backend", "verdict"],
@@ -74,3 +90,8 @@ def markdown(found: dict) -> str:
     if found["not_run"]:
         text += "\nNot run: " + "; ".join(dict.fromkeys(found["not_run"])) + ".\n"
     return text
+
+
+if __name__ == "__main__":  # python benchmarks/gpu_page.py RESULT.json ...: the pages again
+    for file in map(Path, sys.argv[1:]):
+        file.with_suffix(".md").write_text(markdown(json.loads(file.read_text())))

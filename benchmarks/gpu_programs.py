@@ -35,7 +35,7 @@ def profile(suite: Suite) -> None:
     command = ["ncu", "--clock-control", "none", "--csv", "--metrics", metrics,
                "-k", "regex:^(forward|backward)$", sys.executable, "-c", code]  # fmt: skip
     said, error = answer(command, os.environ | {"PYTHONSAFEPATH": "1"}, 60)
-    suite.found["ncu"] = [line for line in said.splitlines() if line.startswith('"')][-24:]
+    suite.found["ncu"] = [line for line in said.splitlines() if line.startswith('"')][-12:]
     if not suite.found["ncu"]:
         suite.found["not_run"].append(f"ncu: {(error or said)[-300:]}")
 

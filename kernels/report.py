@@ -22,7 +22,7 @@ from ringattn.kernels import Scores
 from ringattn.kernels.call import Call
 from ringattn.kernels.gluon.calls import backward as gluon_backward
 from ringattn.kernels.gluon.calls import forward as gluon_forward
-from ringattn.kernels.launch import Launch, gluon_line, table
+from ringattn.kernels.launch import Launch, gluon_line, launch, table
 from ringattn.kernels.triton import calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -81,8 +81,12 @@ class Case:
 
     @property
     def line(self) -> Launch | None:
-        """The table's line, for a Gluon kernel."""
-        return gluon_line(self.arch, self.name, self.head_dim, self.v_dim, self.softcap > 0)
+        """The table's line; None where it has none for Gluon."""
+        dims, capped = (self.head_dim, self.v_dim), self.softcap > 0
+        if self.engine == "gluon":
+            return gluon_line(self.arch, self.name, *dims, capped)
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        return launch(self.arch, self.name, size, *dims, not self.pointers, capped)
 
 
 def cases() -> Iterator[Case]:
@@ -248,10 +252,9 @@ def report(case: Case, line: Launch | None = None) -> Report:
     everything = Counter(_name(text) for _, text in code)
     kinds = {name: n for name, n in everything.items() if _kind(name) == "matrix"}
     full, edge = _inner(code)
-    line = line or case.line if case.engine == "gluon" else line
-    m, n = (line.m, line.n) if line else (made.arguments["M"], made.arguments["N"])
+    line = line or case.line
     lanes = 32 * (line.warps * WARPGROUPS[case.name] if case.engine == "gluon" else warps)
-    dims, pairs = case.head_dim + case.v_dim, m * n
+    dims, pairs = case.head_dim + case.v_dim, line.m * line.n
     # (operations of a tile, floats and conversions per pair)
     operations, floats, converts = {
         "forward": (2 * pairs * dims, 3.0, 0.5),
@@ -262,13 +265,13 @@ def report(case: Case, line: Launch | None = None) -> Report:
     scores = pairs / lanes
     needed = {"exp2": scores, "float": floats * scores, "convert": converts * scores}
     if case.name == "forward":  # the accumulator is scaled anew each turn
-        needed["float"] += m * case.v_dim / lanes
-    streamed = m if case.name == "backward" else n
+        needed["float"] += line.m * case.v_dim / lanes
+    streamed = line.m if case.name == "backward" else line.n
     size = torch.empty(0, dtype=case.dtype).element_size()
     return Report(
         case=case,
-        m=m,
-        n=n,
+        m=line.m,
+        n=line.n,
         registers=registers,
         spill=spill,
         shared=shared,
@@ -282,7 +285,7 @@ def report(case: Case, line: Launch | None = None) -> Report:
         edge=edge,
         intensity=operations / (streamed * dims * size),
         serialized=case.engine == "gluon" and _serialized(kernel, case.arch),
-        measured=line.measured if line else "",
+        measured=line.measured,
     )
 
 

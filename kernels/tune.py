@@ -21,7 +21,8 @@ GAIN = 1.02  # a line must be faster than the table's by this much to take its p
 
 
 def candidates(case: Case, now: Launch) -> Iterator[Launch]:
-    """Lines worth a try for a case whose line is ``now``."""
+    """Lines worth a try for a case whose line is ``now``; none has been confirmed yet."""
+    now = replace(now, measured="")
     if case.engine == "gluon":
         writers = (1, 2) if case.name == "backward" else (1,)
         for stages, number in product((2, 3, 4), writers):

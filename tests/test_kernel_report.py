@@ -15,6 +15,8 @@ from ringattn.kernels.report import Case, Report
 from ringattn.cli import main
 from ringattn.cli.kernels import _facts
 
+from .processes import ROOT
+
 COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 PASSES = {"forward", "backward_keys", "backward_queries"}
 
@@ -126,6 +128,32 @@ def test_what_misses_a_bar(change, miss):
 
 def test_the_table_file_is_what_the_table_renders_to():
     assert launch.FILE.read_text() == launch.render(launch.table())
+
+
+def test_what_a_gpu_has_confirmed_lies_in_a_result():
+    """No number in the table is from memory; and a line that is changed is no longer confirmed."""
+    results = list((ROOT / "benchmarks/results").glob("*.json"))
+    lines = [
+        line
+        for passes in launch.table().values()
+        for some in passes.values()
+        for line in some.values()
+        if line.measured
+    ]
+    assert len(lines) > 10
+    for line in lines:
+        device, day = line.measured.split(",")[0].split()
+        found = [x for x in results if device.lower() in x.name and day in x.name]
+        rates = {
+            f"{rate[0]:.0f}"
+            for file in found
+            for row in json.loads(file.read_text()).get("speed", [])
+            for rate in row["tflops"].values()
+        }
+        what = line.measured.split(", ")[1].split()[0]
+        assert found and (what == "right" or what in rates)
+    case = Case("sm_90", "forward", torch.bfloat16, 128, 128, engine="gluon")
+    assert all(line.measured == "" for line in tune.candidates(case, case.line))
 
 
 def test_launch_lines_are_found():

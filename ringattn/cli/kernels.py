@@ -163,7 +163,7 @@ def _console() -> Console:
     from rich.console import Console
 
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=132)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _print(facts: list[dict[str, Any]]) -> None:
