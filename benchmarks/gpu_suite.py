@@ -1,6 +1,6 @@
 """The fused kernels on a GPU: right first, then how fast, beside torch's own.
 
-    python benchmarks/gpu_suite.py                    # on one H100 or H200; about nine minutes
+    python benchmarks/gpu_suite.py                    # on one H100 or H200; about five minutes
     python benchmarks/gpu_suite.py --sections first   # right, repeatable and how fast, in one
     python benchmarks/gpu_suite.py --rehearse         # every line of it, tiny, on a CPU
 

@@ -194,7 +194,7 @@ def test_the_page_on_kernels():
     assert {"arch", "pass"} <= keys <= {*kernels.KEYS}
     (line,) = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
     assert json.loads("{" + line + "}")["128"] == json.loads(launch_table.FILE.read_text())[
-        "sm_90"]["forward 16 bit"]["128"]  # fmt: skip
+        "sm_90"]["forward 16 bit gluon"]["128"]  # fmt: skip
     assert all(f"`{name}`" in page for name in ra.kernels.NAMES)
 
 
