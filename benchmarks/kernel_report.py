@@ -2,10 +2,10 @@
 
     python benchmarks/kernel_report.py
 
-Runs `ringattn kernels` (some minutes on two cores, where nothing is compiled yet) and prints Markdown: what every line in
-bf16 compiles to, added to a running sum; the instructions of a warp in one turn of the loop over
-unmasked tiles, beside what the algorithm takes at least; and what that lets a Hopper GPU expect,
-beside what one has shown.
+Runs `ringattn kernels` (some minutes on two cores, where nothing is compiled yet) and prints
+Markdown: what every line in bf16 compiles to, added to a running sum; the instructions of a warp in
+one turn of the loop over unmasked tiles, beside what the algorithm takes at least; and what that
+lets a Hopper GPU expect, beside what one has shown.
 
 The estimate counts cycles of a multiprocessor for one tile: products at 4,096 operations per cycle,
 instructions of all warps at four per cycle, exponentials at 16 per cycle. If the warps computed in
