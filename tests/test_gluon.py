@@ -285,7 +285,7 @@ def test_the_self_check_compares_with_triton(monkeypatch, emulated):
     check = gluon.check.disagreement.__wrapped__
     assert check(cpu, torch.float16, 64, 64) is None
     monkeypatch.setitem(
-        emulated, "emulator", Emulator(("bwd", "dk * sm_scale", "dk * sm_scale * 1.1"))
+        emulated, "emulator", Emulator(("bwd", "b_dk * sm_scale", "b_dk * sm_scale * 1.1"))
     )
     assert "differ from the Triton kernels in dk" in check(cpu, torch.float16, 64, 64)
     monkeypatch.setitem(emulated, "emulator", None)
@@ -297,10 +297,10 @@ def test_the_self_check_compares_with_triton(monkeypatch, emulated):
 FAULTS = {
     "K released before its product is waited for": (
         "fwd",
-        "        s = warpgroup_mma_wait(1, deps=(s,))\n"
+        "        b_s = warpgroup_mma_wait(1, deps=(b_s,))\n"
         "        mbarrier.arrive(k_free.index(j % STAGES), count=1)\n",
         "        mbarrier.arrive(k_free.index(j % STAGES), count=1)\n"
-        "        s = warpgroup_mma_wait(1, deps=(s,))\n",
+        "        b_s = warpgroup_mma_wait(1, deps=(b_s,))\n",
     ),
     "V released before its product is waited for": (
         "fwd",
@@ -328,9 +328,9 @@ FAULTS = {
     ),
     "Q released before the last product with it": (
         "fwd",
-        "        mbarrier.arrive(k_free.index(n % STAGES), count=1)\n        p_new,",
+        "        mbarrier.arrive(k_free.index(n % STAGES), count=1)\n        b_p_new,",
         "        mbarrier.arrive(k_free.index(n % STAGES), count=1)\n"
-        "        mbarrier.arrive(q_free.index(WG), count=1)\n        p_new,",
+        "        mbarrier.arrive(q_free.index(WG), count=1)\n        b_p_new,",
     ),
     "the producer runs past the last K tile": (
         "fwd",
@@ -350,20 +350,20 @@ FAULTS = {
     ),
     "Q and dO released before the product for dk is waited for": (
         "bwd",
-        "        dk = warpgroup_mma_wait(0, deps=(dk,))\n"
+        "        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))\n"
         "        mbarrier.arrive(free.index(slot), count=1)",
         "        mbarrier.arrive(free.index(slot), count=1)\n"
-        "        dk = warpgroup_mma_wait(0, deps=(dk,))",
+        "        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))",
     ),
     "the wait for dP leaves one in flight": (
         "bwd",
-        "dp = warpgroup_mma_wait(0, deps=(dp,))",
-        "dp = warpgroup_mma_wait(1, deps=(dp,))",
+        "b_dp = warpgroup_mma_wait(0, deps=(b_dp,))",
+        "b_dp = warpgroup_mma_wait(1, deps=(b_dp,))",
     ),
     "no fence between dS and the product that reads it": (
         "bwd",
-        "        dss.store(ds)\n        fence_async_shared()\n",
-        "        dss.store(ds)\n",
+        "        dss.store(b_ds)\n        fence_async_shared()\n",
+        "        dss.store(b_ds)\n",
     ),
     "no fence between dq and its reduction": (
         "bwd",

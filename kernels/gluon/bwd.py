@@ -46,7 +46,7 @@ TICKET = gl.constexpr(4)  # int32 of room for the first counter, the ticket
 
 @gluon.jit
 def _sweep(
-    begin, end, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+    begin, end, n, visit, b_dk, b_dv, keys, queries, scale, cap, bufs, bars,
     STAGES: gl.constexpr, WRITERS: gl.constexpr, MASK: gl.constexpr, CAPPED: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -59,8 +59,8 @@ def _sweep(
     N: gl.constexpr = k.shape[0]
     M: gl.constexpr = qs.shape[2]
     D: gl.constexpr = k.shape[1]
-    A: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    G: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    A: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
+    G: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
     Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     zero = gl.zeros([N, M], gl.float32, S)
     zero_q = gl.zeros([M, D], gl.float32, Q)
@@ -74,59 +74,61 @@ def _sweep(
             at = (gl.load(visit + TILES) - 1 - i) * M
             left, right = window(visit, keys)
         mbarrier.wait(q_ready.index(slot), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        # [N, M]: scores of keys by queries
+        b_s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(do_ready.index(slot), phase)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        lse = lses.index(slot).load(S)
+        b_dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_lse = lses.index(slot).load(S)  # [1, M]
         if CAPPED:
-            bent = tanh(s * scale)
-            s = bent * cap - lse
+            bent = tanh(b_s * scale)
+            b_s = bent * cap - b_lse
         else:
-            s = s * scale - lse
+            b_s = b_s * scale - b_lse
         if MASK:
             allowed = inside(left - at, right - at, queries)
-        p = gl.exp2(s)
+        b_p = gl.exp2(b_s)
         if MASK:  # here, not at s: it takes two registers less
-            p = gl.where(allowed, p, 0.0)
-        p_low = gl.convert_layout(p.to(q.dtype), G)
-        slope = p
+            b_p = gl.where(allowed, b_p, 0.0)
+        b_p_low = gl.convert_layout(b_p.to(q.dtype), G)
+        b_slope = b_p
         if CAPPED:
-            slope = p * (1 - bent * bent)
+            b_slope = b_p * (1 - bent * bent)
         # The writer has emptied the buffer for dq. Waited for here: as in the forward, the end of a
         # basic block keeps the wait for dp below the exponentials.
         mbarrier.wait(dq_free, t & 1 ^ 1)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        dv = warpgroup_mma(p_low, do, dv, is_async=True)
-        ds = (slope * (dp - deltas.index(slot).load(S))).to(q.dtype)
-        dss.store(ds)
+        b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
+        b_dv = warpgroup_mma(b_p_low, do, b_dv, is_async=True)
+        b_ds = (b_slope * (b_dp - deltas.index(slot).load(S))).to(q.dtype)
+        dss.store(b_ds)
         fence_async_shared()
-        dq = warpgroup_mma(dss.permute((1, 0)), k, zero_q, use_acc=False, is_async=True)
-        dk = warpgroup_mma(gl.convert_layout(ds, A), q, dk, is_async=True)
-        dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-        matrix(dqs).store(dq)  # while the product for dk runs
+        # [M, D]
+        b_dq = warpgroup_mma(dss.permute((1, 0)), k, zero_q, use_acc=False, is_async=True)
+        b_dk = warpgroup_mma(gl.convert_layout(b_ds, A), q, b_dk, is_async=True)
+        b_dv, b_dq = warpgroup_mma_wait(1, deps=(b_dv, b_dq))
+        matrix(dqs).store(b_dq)  # while the product for dk runs
         fence_async_shared()
         mbarrier.arrive(dq_ready.index(t % WRITERS), count=1)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
+        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
         mbarrier.arrive(free.index(slot), count=1)  # of q and do: the loader fills both again
-    return dk, dv
+    return b_dk, b_dv
 
 
 @gluon.jit
-def _write(x, strides, b, h, m, rows, y, D: gl.constexpr, ADD: gl.constexpr):
-    """y [N, SIZE] to the rows m of x, of which [rows, D] exist, or with ADD onto it; offsets are
+def _write(x, strides, b, h, m, rows, b_x, D: gl.constexpr, ADD: gl.constexpr):
+    """b_x [N, SIZE] to the rows m of x, of which [rows, D] exist, or with ADD onto it; offsets are
     64 bit."""
-    L: gl.constexpr = y.type.layout
+    L: gl.constexpr = b_x.type.layout
     m = gl.convert_layout(m, gl.SliceLayout(1, L))
-    d = gl.arange(0, y.shape[1], gl.SliceLayout(0, L))[None, :]
+    d = gl.arange(0, b_x.shape[1], gl.SliceLayout(0, L))[None, :]
     base = x + gl.cast(b, gl.int64) * strides[0] + gl.cast(h, gl.int64) * strides[2]
-    at = base + (m.to(gl.int64) * strides[1])[:, None] + d
+    p_x = base + (m.to(gl.int64) * strides[1])[:, None] + d
     exist = (m < rows)[:, None]
-    if y.shape[1] > D:
+    if b_x.shape[1] > D:
         exist = exist & (d < D)
     if ADD:
-        y = y + gl.load(at, mask=exist, other=0.0)
-    gl.store(at, y.to(x.dtype.element_ty), mask=exist)
+        b_x = b_x + gl.load(p_x, mask=exist, other=0.0)
+    gl.store(p_x, b_x.to(x.dtype.element_ty), mask=exist)
 
 
 @gluon.jit
@@ -146,8 +148,8 @@ def _compute(
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, bufs[1].shape[3], 16])
     keys = first + gl.arange(0, N, gl.SliceLayout(1, S))
     queries = gl.arange(0, M, gl.SliceLayout(0, S))
-    dk = gl.zeros([N, bufs[0].shape[3]], gl.float32, K)
-    dv = gl.zeros([N, bufs[1].shape[3]], gl.float32, V)
+    b_dk = gl.zeros([N, bufs[0].shape[3]], gl.float32, K)  # [N, D]
+    b_dv = gl.zeros([N, bufs[1].shape[3]], gl.float32, V)  # [N, DV]
     mbarrier.wait(k_ready, 0)
     n = 0  # tiles of queries so far
     # All visits of one head, then of the next. Of each first the masked tiles at its end, then
@@ -158,23 +160,23 @@ def _compute(
             for late in range(2):
                 upper = gl.load(visit + TILES) - gl.load(visit + FULL_TO)
                 lower = upper + late * (gl.load(visit + FULL_TO) - gl.load(visit + FULL_FROM))
-                dk, dv = _sweep(
-                    upper, lower, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                b_dk, b_dv = _sweep(
+                    upper, lower, n, visit, b_dk, b_dv, keys, queries, scale, cap, bufs, bars,
                     STAGES, WRITERS, False, CAPPED, S,
                 )  # fmt: skip
                 # Loaded again, so that the loop above need not keep them.
                 after = late * (gl.load(visit + TILES) - gl.load(visit + FULL_FROM))
                 until = gl.load(visit + TILES) - (1 - late) * gl.load(visit + FULL_TO)
-                dk, dv = _sweep(
-                    after, until, n, visit, dk, dv, keys, queries, scale, cap, bufs, bars,
+                b_dk, b_dv = _sweep(
+                    after, until, n, visit, b_dk, b_dv, keys, queries, scale, cap, bufs, bars,
                     STAGES, WRITERS, True, CAPPED, S,
                 )  # fmt: skip
             n += gl.load(visit + TILES)
     # Found again, from a zero that the compiler cannot see through: else it keeps both in registers
     # from the start on, and spills.
     tile, b, h = place(index + gl.load(tiles + 1), heads, batch_heads, together, tile_count)
-    _write(dv_out, dv_strides, b, h, keys, rows, dv, DV, ADD)
-    _write(dk_out, dk_strides, b, h, keys, rows, dk * sm_scale, D, ADD)
+    _write(dv_out, dv_strides, b, h, keys, rows, b_dv, DV, ADD)
+    _write(dk_out, dk_strides, b, h, keys, rows, b_dk * sm_scale, D, ADD)
 
 
 @gluon.jit

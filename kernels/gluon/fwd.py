@@ -38,30 +38,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 
 @gluon.jit
-def _softmax(s, m, l, scale, cap, begin, end, columns, MASK: gl.constexpr, CAPPED: gl.constexpr):
-    """(p float32 [rows, columns], m, l, alpha: what the accumulator so far is to be scaled by)."""
+def _softmax(b_s, m, l, scale, cap, begin, end, columns, MASK: gl.constexpr, CAPPED: gl.constexpr):
+    """(b_p float32 [rows, columns], m, l, alpha: what the accumulator so far is to be scaled by)."""
     if CAPPED:
-        s = tanh(s * scale) * cap
+        b_s = tanh(b_s * scale) * cap
         scale = 1.0
     if MASK:
-        s = gl.where(inside(begin, end, columns), s, float("-inf"))
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+        b_s = gl.where(inside(begin, end, columns), b_s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(b_s, 1) * scale)
     level = m_new
     if MASK:  # a row without a key so far: 0 for -inf keeps exp2 free of NaN
         level = gl.where(m_new == float("-inf"), 0.0, m_new)
     # The scale rides along in one fused multiply-add per element.
-    p = gl.exp2(s * scale - level[:, None])
+    b_p = gl.exp2(b_s * scale - level[:, None])
     alpha = gl.exp2(m - level)
-    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+    return b_p, m_new, l * alpha + gl.sum(b_p, 1), alpha
 
 
 @gluon.jit
 def _sweep(
-    begin, end, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
+    begin, end, n, full_from, full, left, right, bufs, bars, b_p, acc, m, l, scale, cap, columns,
     WG: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     MASK: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program; ``p``
+    """Tiles ``begin .. end`` of a visit, whose tile i is the ``n + i``-th of this program; ``b_p``
     is that of the tile before. K of the first one has been waited for."""
     qs, ks, vs, spots = bufs
     k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready = bars
@@ -71,16 +71,16 @@ def _sweep(
     for i in range(begin, end):
         j = n + i
         before = j - 1
-        s = scores(qs, ks, zero, WG * CHUNKS, j % STAGES * CHUNKS, CHUNKS)
+        b_s = scores(qs, ks, zero, WG * CHUNKS, j % STAGES * CHUNKS, CHUNKS)
         mbarrier.wait(v_ready.index(before % STAGES), before // STAGES & 1)
-        acc = warpgroup_mma(p, matrix(vs.index(before % STAGES)), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
+        acc = warpgroup_mma(b_p, matrix(vs.index(before % STAGES)), acc, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
         mbarrier.arrive(k_free.index(j % STAGES), count=1)
         at = 0
         if MASK:
             at = column(i, full_from, full) * N
-        p_new, m, l, alpha = _softmax(
-            s, m, l, scale, cap, left - at, right - at, columns, MASK, CAPPED
+        b_p_new, m, l, alpha = _softmax(
+            b_s, m, l, scale, cap, left - at, right - at, columns, MASK, CAPPED
         )
         after = j + 1
         # The next K tile. It stands here, not at the top of the loop: a wait on a barrier ends a
@@ -89,8 +89,8 @@ def _sweep(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(before % STAGES), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-        p = gl.convert_layout(p_new.to(p.dtype), p.type.layout)
-    return p, acc, m, l
+        b_p = gl.convert_layout(b_p_new.to(b_p.dtype), b_p.type.layout)
+    return b_p, acc, m, l
 
 
 @gluon.jit
@@ -162,12 +162,12 @@ def _consumer(
         begin = gl.load(tiles + 3 * tile + 1)
         end = gl.load(tiles + 3 * tile + 2)
         row = first + gl.arange(0, M, gl.SliceLayout(1, S))
-        levels = lse + (gl.cast(b, gl.int64) * heads + h) * rows
-        m = gl.load(levels + row, mask=row < rows, other=float("-inf")) * 1.4426950408889634
-        l = gl.where(m == float("-inf"), 0.0, 1.0)
+        p_lse = lse + (gl.cast(b, gl.int64) * heads + h) * rows
+        m = gl.load(p_lse + row, mask=row < rows, other=float("-inf")) * 1.4426950408889634  # [M]
+        l = gl.where(m == float("-inf"), 0.0, 1.0)  # [M]
         if ADD:
-            held, exist = _state(partial, partial_strides, b, h, first, rows, M, DV, SIZE, O)
-            acc = gl.load(held, mask=exist, other=0.0)
+            p_acc, exist = _state(partial, partial_strides, b, h, first, rows, M, DV, SIZE, O)
+            acc = gl.load(p_acc, mask=exist, other=0.0)  # [M, SIZE]
         else:
             acc = gl.zeros([M, SIZE], gl.float32, O)
 
@@ -184,13 +184,13 @@ def _consumer(
         )
         mbarrier.wait(q_ready.index(WG), turn & 1)
         mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
-        s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        b_s = scores(qs, ks, zero, WG * CHUNKS, n % STAGES * CHUNKS, CHUNKS)
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_free.index(n % STAGES), count=1)
-        p_new, m, l, alpha = _softmax(
-            s, m, l, scale, cap, left - at, right - at, columns, True, CAPPED
+        b_p_new, m, l, alpha = _softmax(
+            b_s, m, l, scale, cap, left - at, right - at, columns, True, CAPPED
         )
-        p = gl.convert_layout(p_new.to(qs.dtype), P)
+        b_p = gl.convert_layout(b_p_new.to(qs.dtype), P)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
         after = n + 1
         mbarrier.wait(k_ready.index(after % STAGES), after // STAGES & 1)
@@ -201,13 +201,13 @@ def _consumer(
             count = gl.load(visit + TILES)
             full_from = gl.load(visit + FULL_FROM)
             full = gl.load(visit + FULL_TO) - full_from
-            p, acc, m, l = _sweep(
-                done, full, n, full_from, full, row, row, bufs, bars, p, acc, m, l, scale, cap, columns,
+            b_p, acc, m, l = _sweep(
+                done, full, n, full_from, full, row, row, bufs, bars, b_p, acc, m, l, scale, cap, columns,
                 WG, CHUNKS, STAGES, False, CAPPED,
             )  # fmt: skip
             left, right = window(visit, row)
-            p, acc, m, l = _sweep(
-                gl.maximum(done, full), count, n, full_from, full, left, right, bufs, bars, p, acc, m, l, scale, cap, columns,
+            b_p, acc, m, l = _sweep(
+                gl.maximum(done, full), count, n, full_from, full, left, right, bufs, bars, b_p, acc, m, l, scale, cap, columns,
                 WG, CHUNKS, STAGES, True, CAPPED,
             )  # fmt: skip
             n += count
@@ -217,7 +217,7 @@ def _consumer(
         turn += 1
         last = n - 1
         mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
-        acc = warpgroup_mma(p, matrix(vs.index(last % STAGES)), acc, is_async=True)
+        acc = warpgroup_mma(b_p, matrix(vs.index(last % STAGES)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(last % STAGES), count=1)
 
@@ -226,12 +226,12 @@ def _consumer(
         tile, b, h = place(_read(drawn, spots), heads, batch_heads, together, tile_count)
         first = gl.load(tiles + 3 * tile) + WG * M
         row = first + gl.arange(0, M, gl.SliceLayout(1, S))
-        levels = lse + (gl.cast(b, gl.int64) * heads + h) * rows
+        p_lse = lse + (gl.cast(b, gl.int64) * heads + h) * rows
         l = gl.where(l == 0.0, 1.0, l)  # a row without any key: 0, and -inf
-        gl.store(levels + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
+        gl.store(p_lse + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
         share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))
-        final, exist = _state(out, out_strides, b, h, first, rows, M, DV, SIZE, O)
-        gl.store(final, (acc * share[:, None]).to(out.dtype.element_ty), mask=exist)
+        p_out, exist = _state(out, out_strides, b, h, first, rows, M, DV, SIZE, O)
+        gl.store(p_out, (acc * share[:, None]).to(out.dtype.element_ty), mask=exist)
         drawn += 1
         index = _drawn(drawn, spots, spot_ready)
 

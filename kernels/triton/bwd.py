@@ -38,13 +38,13 @@ def prepare(
     first = pid % blocks * M
     left = tokens - first
     b, h = flat // heads, flat % heads
-    x, _ = load(dout, dout, dout_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
-    y, _ = load(out, out, out_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
+    b_do, _ = load(dout, dout, dout_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
+    b_o, _ = load(out, out, out_strides, b, h, first, 1, left, D, SIZE, 0, M, False, True)
     n = tl.arange(0, M)
-    lse_row = tl.load(lse + flat.to(tl.int64) * tokens + first + n, mask=n < left, other=0.0)
+    b_lse = tl.load(lse + flat.to(tl.int64) * tokens + first + n, mask=n < left, other=0.0)
     at = flat.to(tl.int64) * pitch + first + n
-    tl.store(lse2 + at, lse_row * 1.4426950408889634, mask=n < left)
-    tl.store(delta + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=n < left)
+    tl.store(lse2 + at, b_lse * 1.4426950408889634, mask=n < left)
+    tl.store(delta + at, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=n < left)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "pitch"])
@@ -70,14 +70,10 @@ def backward_keys(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    k_tile, k_tile2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
-    v_tile, v_tile2 = load(
-        v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True
-    )
-    dk_acc, dk_acc2 = held(
-        dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD
-    )
-    dv_acc, dv_acc2 = held(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
+    b_k, b_k2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    b_v, b_v2 = load(v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True)
+    b_dk, b_dk2 = held(dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD)
+    b_dv, b_dv2 = held(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
 
     for member in range(group):
         head = h * group + member
@@ -88,28 +84,28 @@ def backward_keys(
             count = tl.load(visit + TILES)
             full_from = tl.load(visit + FULL_FROM)
             full_to = tl.load(visit + FULL_TO)
-            dk_acc, dk_acc2, dv_acc, dv_acc2 = _sweep_keys(
-                k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
-                delta + state, b, head, dk_acc, dk_acc2, dv_acc, dv_acc2,
+            b_dk, b_dk2, b_dv, b_dv2 = _sweep_keys(
+                b_k, b_k2, b_v, b_v2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
+                delta + state, b, head, b_dk, b_dk2, b_dv, b_dv2,
                 visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, WS, STEPPED, False, CAPPED, PRECISION,
             )  # fmt: skip
             full = full_to - full_from
-            dk_acc, dk_acc2, dv_acc, dv_acc2 = _sweep_keys(
-                k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
-                delta + state, b, head, dk_acc, dk_acc2, dv_acc, dv_acc2,
+            b_dk, b_dk2, b_dv, b_dv2 = _sweep_keys(
+                b_k, b_k2, b_v, b_v2, q, q2, dout, dout2, q_strides, dout_strides, lse2 + state,
+                delta + state, b, head, b_dk, b_dk2, b_dv, b_dv2,
                 visit, begins, widths, 0, count - full, full_from, full, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, False, STEPPED, True, CAPPED, PRECISION,
             )  # fmt: skip
 
-    store(dk, dk_strides, b, h, first, row_step, left, dk_acc, dk_acc2, sm_scale, D, D1, D2, M)
-    store(dv, dv_strides, b, h, first, row_step, left, dv_acc, dv_acc2, 1.0, DV, DV1, DV2, M)
+    store(dk, dk_strides, b, h, first, row_step, left, b_dk, b_dk2, sm_scale, D, D1, D2, M)
+    store(dv, dv_strides, b, h, first, row_step, left, b_dv, b_dv2, 1.0, DV, DV1, DV2, M)
 
 
 @triton.jit
 def _sweep_keys(
-    k_tile, k_tile2, v_tile, v_tile2, q, q2, dout, dout2, q_strides, dout_strides, lse2, delta, b, head,
-    dk_acc, dk_acc2, dv_acc, dv_acc2, visit, begins, widths, begin, end, jump_at, jump, scale, cap,
+    b_k, b_k2, b_v, b_v2, q, q2, dout, dout2, q_strides, dout_strides, lse2, delta, b, head,
+    b_dk, b_dk2, b_dv, b_dv2, visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     N: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
@@ -125,28 +121,26 @@ def _sweep_keys(
         at = tile * N
         token = origin + at * step
         left = count - at
-        q_tile, q_tile2 = load(
-            q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK
-        )
-        lse_row, delta_row = _prepared(lse2, delta, token, step, left, N, MASK)
-        s = product(k_tile, k_tile2, q_tile, q_tile2, D2, PRECISION)
+        b_q, b_q2 = load(q, q2, q_strides, b, head, token, step, left, D, D1, D2, N, TMA, MASK)
+        b_lse, b_delta = _prepared(lse2, delta, token, step, left, N, MASK)
+        b_s = product(b_k, b_k2, b_q, b_q2, D2, PRECISION)  # [M keys, N queries]
         ok = True
         if MASK:
             ok = allowed(begins, widths, at, N)
-        p, slope = _weights(s, lse_row[None, :], ok, scale, cap, MASK, CAPPED)
-        do, do2 = load(
+        b_p, b_slope = _weights(b_s, b_lse[None, :], ok, scale, cap, MASK, CAPPED)
+        b_do, b_do2 = load(
             dout, dout2, dout_strides, b, head, token, step, left, DV, DV1, DV2, N, TMA, MASK
         )
-        dp = product(v_tile, v_tile2, do, do2, DV2, PRECISION)
-        low = p.to(do.dtype)
-        dv_acc = tl.dot(low, do, dv_acc, input_precision=PRECISION)
+        b_dp = product(b_v, b_v2, b_do, b_do2, DV2, PRECISION)
+        b_p_low = b_p.to(b_do.dtype)
+        b_dv = tl.dot(b_p_low, b_do, b_dv, input_precision=PRECISION)
         if DV2 > 0:
-            dv_acc2 = tl.dot(low, do2, dv_acc2, input_precision=PRECISION)
-        ds = (slope * (dp - delta_row[None, :])).to(q_tile.dtype)
-        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision=PRECISION)
+            b_dv2 = tl.dot(b_p_low, b_do2, b_dv2, input_precision=PRECISION)
+        b_ds = (b_slope * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         if D2 > 0:
-            dk_acc2 = tl.dot(ds, q_tile2, dk_acc2, input_precision=PRECISION)
-    return dk_acc, dk_acc2, dv_acc, dv_acc2
+            b_dk2 = tl.dot(b_ds, b_q2, b_dk2, input_precision=PRECISION)
+    return b_dk, b_dk2, b_dv, b_dv2
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "pitch"])
@@ -167,13 +161,13 @@ def backward_queries(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    q_tile, q_tile2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
-    do, do2 = load(
+    b_q, b_q2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    b_do, b_do2 = load(
         dout, dout, dout_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True
     )
     state = (b * heads + h).to(tl.int64) * pitch
-    lse_row, delta_row = _prepared(lse2 + state, delta + state, first, row_step, left, M, True)
-    dq_acc, dq_acc2 = held(dq, dq_strides, b, h, first, row_step, left, 1.0, D, D1, D2, M, ADD)
+    b_lse, b_delta = _prepared(lse2 + state, delta + state, first, row_step, left, M, True)
+    b_dq, b_dq2 = held(dq, dq_strides, b, h, first, row_step, left, 1.0, D, D1, D2, M, ADD)
 
     for number in range(begin, end):
         visit = visits + VISIT * number
@@ -181,24 +175,24 @@ def backward_queries(
         count = tl.load(visit + TILES)
         full_from = tl.load(visit + FULL_FROM)
         full_to = tl.load(visit + FULL_TO)
-        dq_acc, dq_acc2 = _sweep_queries(
-            q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h // group,
-            dq_acc, dq_acc2, visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
+        b_dq, b_dq2 = _sweep_queries(
+            b_q, b_q2, b_do, b_do2, b_lse, b_delta, k, k2, v, v2, k_strides, v_strides, b, h // group,
+            b_dq, b_dq2, visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, WS, STEPPED, False, CAPPED, PRECISION,
         )  # fmt: skip
         full = full_to - full_from
-        dq_acc, dq_acc2 = _sweep_queries(
-            q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h // group,
-            dq_acc, dq_acc2, visit, begins, widths, 0, count - full, full_from, full, scale, cap,
+        b_dq, b_dq2 = _sweep_queries(
+            b_q, b_q2, b_do, b_do2, b_lse, b_delta, k, k2, v, v2, k_strides, v_strides, b, h // group,
+            b_dq, b_dq2, visit, begins, widths, 0, count - full, full_from, full, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, False, STEPPED, True, CAPPED, PRECISION,
         )  # fmt: skip
 
-    store(dq, dq_strides, b, h, first, row_step, left, dq_acc, dq_acc2, 1.0, D, D1, D2, M)
+    store(dq, dq_strides, b, h, first, row_step, left, b_dq, b_dq2, 1.0, D, D1, D2, M)
 
 
 @triton.jit
 def _sweep_queries(
-    q_tile, q_tile2, do, do2, lse_row, delta_row, k, k2, v, v2, k_strides, v_strides, b, h, dq_acc, dq_acc2,
+    b_q, b_q2, b_do, b_do2, b_lse, b_delta, k, k2, v, v2, k_strides, v_strides, b, h, b_dq, b_dq2,
     visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
@@ -214,21 +208,19 @@ def _sweep_queries(
         at = tile * N
         token = origin + at * step
         left = count - at
-        k_tile, k_tile2 = load(k, k2, k_strides, b, h, token, step, left, D, D1, D2, N, TMA, MASK)
-        v_tile, v_tile2 = load(
-            v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK
-        )
-        s = product(q_tile, q_tile2, k_tile, k_tile2, D2, PRECISION)
-        dp = product(do, do2, v_tile, v_tile2, DV2, PRECISION)
+        b_k, b_k2 = load(k, k2, k_strides, b, h, token, step, left, D, D1, D2, N, TMA, MASK)
+        b_v, b_v2 = load(v, v2, v_strides, b, h, token, step, left, DV, DV1, DV2, N, TMA, MASK)
+        b_s = product(b_q, b_q2, b_k, b_k2, D2, PRECISION)  # [M queries, N keys]
+        b_dp = product(b_do, b_do2, b_v, b_v2, DV2, PRECISION)
         ok = True
         if MASK:
             ok = allowed(begins, widths, at, N)
-        _, slope = _weights(s, lse_row[:, None], ok, scale, cap, MASK, CAPPED)
-        ds = (slope * (dp - delta_row[:, None])).to(k_tile.dtype)
-        dq_acc = tl.dot(ds, k_tile, dq_acc, input_precision=PRECISION)
+        _, b_slope = _weights(b_s, b_lse[:, None], ok, scale, cap, MASK, CAPPED)
+        b_ds = (b_slope * (b_dp - b_delta[:, None])).to(b_k.dtype)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if D2 > 0:
-            dq_acc2 = tl.dot(ds, k_tile2, dq_acc2, input_precision=PRECISION)
-    return dq_acc, dq_acc2
+            b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision=PRECISION)
+    return b_dq, b_dq2
 
 
 @triton.jit
@@ -237,25 +229,25 @@ def _prepared(lse2, delta, token, step, left, N: tl.constexpr, MASK: tl.constexp
     n = tl.arange(0, N)
     at = tl.cast(token, tl.int64) + n.to(tl.int64) * step
     if MASK:
-        lse_row = tl.load(lse2 + at, mask=n < left, other=0.0)
-        delta_row = tl.load(delta + at, mask=n < left, other=0.0)
+        b_lse = tl.load(lse2 + at, mask=n < left, other=0.0)
+        b_delta = tl.load(delta + at, mask=n < left, other=0.0)
     else:
-        lse_row = tl.load(lse2 + at)
-        delta_row = tl.load(delta + at)
-    return lse_row, delta_row
+        b_lse = tl.load(lse2 + at)
+        b_delta = tl.load(delta + at)
+    return b_lse, b_delta
 
 
 @triton.jit
-def _weights(s, lse_row, ok, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr):
+def _weights(b_s, b_lse, ok, scale, cap, MASK: tl.constexpr, CAPPED: tl.constexpr):
     """(the weights of the softmax, their slope by scores over the scale)."""
     if CAPPED:
-        bent = tanh(s * scale)
-        p = tl.exp2(bent * cap - lse_row)
+        bent = tanh(b_s * scale)
+        b_p = tl.exp2(bent * cap - b_lse)
     else:
-        p = tl.exp2(s * scale - lse_row)
+        b_p = tl.exp2(b_s * scale - b_lse)
     if MASK:
-        p = tl.where(ok, p, 0.0)
-    slope = p
+        b_p = tl.where(ok, b_p, 0.0)
+    b_slope = b_p
     if CAPPED:
-        slope = p * (1 - bent * bent)
-    return p, slope
+        b_slope = b_p * (1 - bent * bent)
+    return b_p, b_slope

@@ -45,12 +45,12 @@ def forward(
     end = tl.load(tiles + 3 * tile + 2)
     left = (rows - first + row_step - 1) // row_step
 
-    q_tile, q_tile2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
+    b_q, b_q2 = load(q, q, q_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
     exist = tl.arange(0, M) < left
-    state = lse + (b * heads + h).to(tl.int64) * rows + first
-    state += tl.arange(0, M).to(tl.int64) * row_step
-    m = tl.load(state, mask=exist, other=float("-inf")) * 1.4426950408889634
-    l = tl.where(m == float("-inf"), 0.0, 1.0)
+    p_lse = lse + (b * heads + h).to(tl.int64) * rows + first
+    p_lse += tl.arange(0, M).to(tl.int64) * row_step
+    m = tl.load(p_lse, mask=exist, other=float("-inf")) * 1.4426950408889634  # [M]
+    l = tl.where(m == float("-inf"), 0.0, 1.0)  # [M]
     acc, acc2 = held(
         partial, partial_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD
     )
@@ -64,26 +64,26 @@ def forward(
         full = full_to - full_from
         if full > 0:
             m, l, acc, acc2 = _sweep(
-                q_tile, q_tile2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
+                b_q, b_q2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
                 visit, begins, widths, full_from, full_to, 0, 0, scale, cap,
                 D, D1, D2, DV, DV1, DV2, N, TMA, OVERLAP, WS, STEPPED, False, CAPPED, PRECISION,
             )  # fmt: skip
         m, l, acc, acc2 = _sweep(
-            q_tile, q_tile2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
+            b_q, b_q2, k, k2, v, v2, k_strides, v_strides, b, h // group, m, l, acc, acc2,
             visit, begins, widths, 0, count - full, full_from, full, scale, cap,
             D, D1, D2, DV, DV1, DV2, N, TMA, False, False, STEPPED, True, CAPPED, PRECISION,
         )  # fmt: skip
 
     l = tl.where(l == 0, 1.0, l)  # a row without any key: 0, and -inf
     if begin < end:  # without a visit the log-sum-exp stays, to the bit
-        tl.store(state, (m + tl.log2(l)) * 0.6931471805599453, mask=exist)
+        tl.store(p_lse, (m + tl.log2(l)) * 0.6931471805599453, mask=exist)
     share = (1 / l)[:, None]
     store(out, out_strides, b, h, first, row_step, left, acc, acc2, share, DV, DV1, DV2, M)
 
 
 @triton.jit
 def _sweep(
-    q, q2, k, k2, v, v2, k_strides, v_strides, b, h, m, l, acc, acc2,
+    b_q, b_q2, k, k2, v, v2, k_strides, v_strides, b, h, m, l, acc, acc2,
     visit, begins, widths, begin, end, jump_at, jump, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
@@ -97,8 +97,8 @@ def _sweep(
     """
     origin, step, count = columns(visit, STEPPED)
     if OVERLAP:
-        s = _scores(
-            q, q2, k, k2, k_strides, b, h, origin, step, count, begin * N,
+        b_s = _scores(
+            b_q, b_q2, k, k2, k_strides, b, h, origin, step, count, begin * N,
             D, D1, D2, N, TMA, MASK, PRECISION,
         )  # fmt: skip
     for t in tl.range(begin, end, warp_specialize=WS):
@@ -107,53 +107,53 @@ def _sweep(
             tile += tl.where(t >= jump_at, jump, 0)
         at = tile * N
         following = tl.minimum(t + 1, end - 1) * N if OVERLAP else at
-        ahead = _scores(
-            q, q2, k, k2, k_strides, b, h, origin, step, count, following,
+        b_s_next = _scores(
+            b_q, b_q2, k, k2, k_strides, b, h, origin, step, count, following,
             D, D1, D2, N, TMA, MASK, PRECISION,
         )  # fmt: skip
         if not OVERLAP:
-            s = ahead
+            b_s = b_s_next
         if CAPPED:
-            s = tanh(s * scale) * cap
+            b_s = tanh(b_s * scale) * cap
         if MASK:
             if not CAPPED:
-                s *= scale
-            s = tl.where(allowed(begins, widths, at, N), s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
+                b_s *= scale
+            b_s = tl.where(allowed(begins, widths, at, N), b_s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(b_s, 1))
             # Rows without a key so far: 0 in place of -inf keeps exp2 free of NaN.
             level = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - level[:, None])
+            b_p = tl.exp2(b_s - level[:, None])
             alpha = tl.exp2(m - level)
         elif CAPPED:
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
+            m_new = tl.maximum(m, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - m_new[:, None])
             alpha = tl.exp2(m - m_new)
         else:
             # The scale rides along in one fused multiply-add per element.
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - m_new[:, None])
+            m_new = tl.maximum(m, tl.max(b_s, 1) * scale)
+            b_p = tl.exp2(b_s * scale - m_new[:, None])
             alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
+        l = l * alpha + tl.sum(b_p, 1)
         m = m_new
-        v_tile, v_tile2 = load(
+        b_v, b_v2 = load(
             v, v2, v_strides, b, h, origin + at * step, step, count - at, DV, DV1, DV2, N, TMA, MASK
         )
-        p = p.to(v_tile.dtype)
-        acc = tl.dot(p, v_tile, acc * alpha[:, None], input_precision=PRECISION)
+        b_p = b_p.to(b_v.dtype)
+        acc = tl.dot(b_p, b_v, acc * alpha[:, None], input_precision=PRECISION)
         if DV2 > 0:
-            acc2 = tl.dot(p, v_tile2, acc2 * alpha[:, None], input_precision=PRECISION)
+            acc2 = tl.dot(b_p, b_v2, acc2 * alpha[:, None], input_precision=PRECISION)
         if OVERLAP:
-            s = ahead
+            b_s = b_s_next
     return m, l, acc, acc2
 
 
 @triton.jit
 def _scores(
-    q, q2, k, k2, strides, b, h, origin, step, count, at,
+    b_q, b_q2, k, k2, strides, b, h, origin, step, count, at,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, N: tl.constexpr,
     TMA: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_tile, k_tile2 = load(
+    b_k, b_k2 = load(
         k, k2, strides, b, h, origin + at * step, step, count - at, D, D1, D2, N, TMA, MASK
     )
-    return product(q, q2, k_tile, k_tile2, D2, PRECISION)
+    return product(b_q, b_q2, b_k, b_k2, D2, PRECISION)  # [M, N]

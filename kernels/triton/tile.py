@@ -58,29 +58,29 @@ def load(
     MASK only ``left`` tokens exist (a descriptor knows the length itself); the others are 0.
     """
     if TMA:
-        y = x.load([b, h, token, 0]).reshape(N, D1)
-        y2 = y
+        b_x = x.load([b, h, token, 0]).reshape(N, D1)
+        b_x2 = b_x
         if D2 > 0:
-            y2 = x2.load([b, h, token, D1]).reshape(N, D2)
+            b_x2 = x2.load([b, h, token, D1]).reshape(N, D2)
     else:
         n = tl.arange(0, N)
         base = start(x, strides, b, h, token)
-        rows = base + (n.to(tl.int64) * step * strides[1])[:, None]
-        y = _columns(rows, (n < left)[:, None], 0, D, D1, MASK)
-        y2 = y
+        p_x = base + (n.to(tl.int64) * step * strides[1])[:, None]
+        b_x = _columns(p_x, (n < left)[:, None], 0, D, D1, MASK)
+        b_x2 = b_x
         if D2 > 0:
-            y2 = _columns(rows, (n < left)[:, None], D1, D, D2, MASK)
-    return y, y2
+            b_x2 = _columns(p_x, (n < left)[:, None], D1, D, D2, MASK)
+    return b_x, b_x2
 
 
 @triton.jit
-def _columns(rows, exist, begin, D: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
+def _columns(p_x, exist, begin, D: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
     d = begin + tl.arange(0, SIZE)[None, :]
     if begin + SIZE > D:
-        return tl.load(rows + d, mask=exist & (d < D), other=0.0)
+        return tl.load(p_x + d, mask=exist & (d < D), other=0.0)
     if MASK:
-        return tl.load(rows + d, mask=exist, other=0.0)
-    return tl.load(rows + d)
+        return tl.load(p_x + d, mask=exist, other=0.0)
+    return tl.load(p_x + d)
 
 
 @triton.jit
@@ -90,32 +90,32 @@ def held(
 ):  # fmt: skip
     """Where a float32 sum begins: with ADD at what x holds, times ``factor``, else at 0."""
     if ADD:
-        y, y2 = load(x, x, strides, b, h, first, step, left, D, D1, D2, M, False, True)
-        y *= factor
+        b_x, b_x2 = load(x, x, strides, b, h, first, step, left, D, D1, D2, M, False, True)
+        b_x *= factor
         if D2 > 0:
-            y2 *= factor
+            b_x2 *= factor
     else:
-        y = tl.zeros([M, D1], tl.float32)
-        y2 = y
+        b_x = tl.zeros([M, D1], tl.float32)
+        b_x2 = b_x
         if D2 > 0:
-            y2 = tl.zeros([M, D2], tl.float32)
-    return y, y2
+            b_x2 = tl.zeros([M, D2], tl.float32)
+    return b_x, b_x2
 
 
 @triton.jit
 def store(
-    x, strides, b, h, first, step, left, y, y2, factor,
+    x, strides, b, h, first, step, left, b_x, b_x2, factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Writes two halves, times ``factor``, in the dtype of x."""
     m = tl.arange(0, M)
-    rows = start(x, strides, b, h, first) + (m.to(tl.int64) * step * strides[1])[:, None]
+    p_x = start(x, strides, b, h, first) + (m.to(tl.int64) * step * strides[1])[:, None]
     exist = (m < left)[:, None]
     d = tl.arange(0, D1)[None, :]
-    tl.store(rows + d, (y * factor).to(x.dtype.element_ty), mask=exist & (d < D))
+    tl.store(p_x + d, (b_x * factor).to(x.dtype.element_ty), mask=exist & (d < D))
     if D2 > 0:
         d2 = D1 + tl.arange(0, D2)[None, :]
-        tl.store(rows + d2, (y2 * factor).to(x.dtype.element_ty), mask=exist & (d2 < D))
+        tl.store(p_x + d2, (b_x2 * factor).to(x.dtype.element_ty), mask=exist & (d2 < D))
 
 
 @triton.jit
