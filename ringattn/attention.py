@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from torch.autograd import forward_ad
 
 from ringattn import kernels
 from ringattn.comm import Comm, connect, name_of
@@ -205,6 +206,11 @@ class _Once(torch.autograd.Function):
 
 
 def _wanted(*tensors: torch.Tensor | None) -> bool:
+    """Whether somebody wants the derivative. A forward-mode one would be 0 without a word."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise RuntimeError("ring_attention has no forward-mode derivative; use the backward")
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

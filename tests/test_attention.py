@@ -321,6 +321,19 @@ def test_a_second_derivative_is_refused():
         dq.sum().backward()
 
 
+def test_forward_mode_is_refused():
+    """It would else give a derivative of 0."""
+    plan = ra.make_plan(ra.masks.causal(8), ra.layouts.zigzag(8, 1))
+    q, k, v, _ = inputs(8)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: ra.ring_attention(x, k, v, plan), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        assert ra.ring_attention(q, k, v, plan).shape == q.shape
+        dual = torch.autograd.forward_ad.make_dual(v, v)
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            ra.ring_attention(q, k, dual, plan)
+
+
 @pytest.mark.parametrize("kernel", ["aten", "reference"])
 def test_log_sum_exp_gaps_stay_finite(kernel):
     q, k, v, dout = inputs(64, 1, 1, 8)
