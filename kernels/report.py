@@ -231,13 +231,6 @@ class Report:
     serialized: bool = False
     measured: str = ""  # what a GPU has made of the line
 
-    @property
-    def spilled(self) -> int:
-        """Bytes of stack that count: not the two words that a Gluon kernel which adds lays aside
-        before its loops and takes back behind them."""
-        aside = self.case.engine == "gluon" and self.case.adds and not self.mix.get("spill")
-        return 0 if aside and self.spill <= 8 else self.spill
-
 
 def report(case: Case, line: Launch | None = None) -> Report:
     """Compiles one case, with the table's line or another, and reads the result. Raises what

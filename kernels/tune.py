@@ -46,7 +46,7 @@ def candidates(case: Case, now: Launch) -> Iterator[Launch]:
 def fits(made: Report) -> bool:
     """Whether a compiled line may go into the table at all."""
     whole = set(made.matrix) == {made.wanted} or made.case.dtype == torch.float32
-    sound = made.spilled == 0 and made.shared <= made.shared_limit and not made.serialized
+    sound = made.spill == 0 and made.shared <= made.shared_limit and not made.serialized
     return sound and whole
 
 

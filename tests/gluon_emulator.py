@@ -372,14 +372,21 @@ def store(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
     pointer.data[at[mask]] = torch.Tensor(value).to(pointer.data.dtype).expand(at.shape)[mask]
 
 
-def atomic(change: Callable[[int, int], int]) -> Callable[..., int]:
-    def of(pointer: Pointer, value: int, sem: str) -> int:
-        me().pause()
-        before = pointer.data[pointer.at].item()
-        pointer.data[pointer.at] = change(before, value)
-        return before
+def atomic_add(pointer: Pointer, value: Any, sem: str, mask: Any = None) -> int | None:
+    if isinstance(value, torch.Tensor):
+        # Not atomic: the kernels add where no other program does. With two, one would get lost.
+        return store(pointer, load(pointer, mask) + value, mask)
+    me().pause()
+    before = pointer.data[pointer.at].item()
+    pointer.data[pointer.at] = before + value
+    return before
 
-    return of
+
+def atomic_xchg(pointer: Pointer, value: int, sem: str) -> int:
+    me().pause()
+    before = pointer.data[pointer.at].item()
+    pointer.data[pointer.at] = value
+    return before
 
 
 def atomic_poll(pointer: Pointer, value: int, sem: str) -> None:
@@ -430,8 +437,8 @@ GL = SimpleNamespace(
     cast=lambda x, dtype: x,
     load=load,
     store=store,
-    atomic_add=atomic(lambda before, value: before + value),
-    atomic_xchg=atomic(lambda before, value: value),
+    atomic_add=atomic_add,
+    atomic_xchg=atomic_xchg,
     atomic_poll=atomic_poll,
     inline_asm_elementwise=reciprocal,
     arange=lambda a, b, layout=None: block(torch.arange(a, b)),

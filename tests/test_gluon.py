@@ -249,6 +249,19 @@ def test_what_gluon_does_not_cover_goes_to_triton(emulated):
     assert emulated["ran"] == []
 
 
+def test_a_partial_may_have_other_strides_than_the_output(emulated):
+    q, k, v, dout = inputs(40, 2, 1, 64, batch=2, dtype=torch.float16)
+    near, causal = ra.masks.sliding_window(40, 9), ra.masks.causal(40)
+    want = oracle.attention(q, k, v, causal.to_dense(), dout)[0]
+    lse = torch.full((2, 2, 40), -torch.inf)
+    partial, out = torch.empty(2, 40, 2, 64), torch.empty_like(q)
+    gluon.forward(q, k, v, bands_of(near), None, partial, lse, Scores(0.125))
+    wide = torch.full((2, 40, 2, 80), torch.nan)[..., :64].copy_(partial)
+    gluon.forward(q, k, v, bands_of(causal - near), wide, out, lse, Scores(0.125))
+    assert oracle.error(out, want) <= LIMIT[torch.float16]
+    assert emulated["ran"] == ["forward"]  # then Triton's
+
+
 def test_refusals_say_what_to_do(monkeypatch):
     monkeypatch.undo()
     cuda = torch.device("cuda:0")

@@ -115,9 +115,6 @@ GLUON = replace(GOOD.case, engine="gluon")
         ({"case": GLUON, "mix": {"matrix": 16, "other": 480}}, "496 instructions a turn"),
         ({"case": GLUON, "edge": 721}, "721 instructions a masked turn"),
         ({"case": GLUON, "spill": 8}, "spills 8 bytes"),
-        ({"case": replace(GLUON, adds=True), "spill": 8}, None),
-        ({"case": replace(GLUON, adds=True), "spill": 12}, "spills 12 bytes"),
-        ({"case": replace(GLUON, adds=True), "spill": 8, "mix": {"spill": 1}}, "spills 8 bytes"),
         ({"case": GLUON, "serialized": True}, "ptxas serializes"),
     ],
 )

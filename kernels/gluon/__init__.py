@@ -48,6 +48,8 @@ def forward(
 
     def make() -> Iterator[Call]:
         line = _line("forward", q, v, (q, k, v), bands, scores)
+        if partial is not None and partial.stride() != out.stride():
+            line = None
         given = (q, k, v, bands, partial, out, lse, scores)
         if line is None:
             yield triton.calls.forward(triton.architecture(q.device), *given)

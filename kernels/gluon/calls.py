@@ -39,9 +39,9 @@ def forward(
     lse: torch.Tensor,
     scores: Scores,
 ) -> Call:
-    """One launch over all bands, on as many programs as there are multiprocessors."""
+    """One launch over all bands, on as many programs as there are multiprocessors. ``partial`` has
+    the strides of ``out``."""
     batch, rows, heads, _ = q.shape
-    before = out if partial is None else partial
     listed = _listed(bands, rows, line, q.device)
     # The rows of tiles without work.
     blank = () if listed.everything or partial is out else ((out, partial),)
@@ -50,14 +50,13 @@ def forward(
         "q_desc": _tiles(q, line.m // WARPGROUPS, width),
         "k_desc": _tiles(k, line.n, width),
         "v_desc": _tiles(v, line.n, _whole(v.shape[3])),
-        "partial": before,
+        "partial": out if partial is None else partial,
         "out": out,
         "lse": lse,
         "tiles": listed.tiles,
         "visits": listed.visits,
         "counters": q.new_empty(0, dtype=torch.int32),
-        "partial_strides": before.stride()[:3],
-        "out_strides": out.stride()[:3],
+        "strides": out.stride()[:3],
         "rows": rows,
         "heads": heads,
         "group": heads // k.shape[2],

@@ -138,7 +138,7 @@ def _consumer(
     WG: gl.constexpr, DV: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     ADD: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    partial, out, lse, partial_strides, out_strides = state
+    partial, out, lse, strides = state
     tiles, visits, ticket = lists
     rows, heads, group, batch_heads, together, tile_count = sizes
     qs, ks, vs, spots = bufs
@@ -166,7 +166,7 @@ def _consumer(
         m = gl.load(p_lse + row, mask=row < rows, other=float("-inf")) * 1.4426950408889634  # [M]
         l = gl.where(m == float("-inf"), 0.0, 1.0)  # [M]
         if ADD:
-            p_acc, exist = _state(partial, partial_strides, b, h, first, rows, M, DV, SIZE, O)
+            p_acc, exist = _state(partial, strides, b, h, first, rows, M, DV, SIZE, O)
             acc = gl.load(p_acc, mask=exist, other=0.0)  # [M, SIZE]
         else:
             acc = gl.zeros([M, SIZE], gl.float32, O)
@@ -230,7 +230,7 @@ def _consumer(
         l = gl.where(l == 0.0, 1.0, l)  # a row without any key: 0, and -inf
         gl.store(p_lse + row, (m + gl.log2(l)) * 0.6931471805599453, mask=row < rows)
         share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))
-        p_out, exist = _state(out, out_strides, b, h, first, rows, M, DV, SIZE, O)
+        p_out, exist = _state(out, strides, b, h, first, rows, M, DV, SIZE, O)
         gl.store(p_out, (acc * share[:, None]).to(out.dtype.element_ty), mask=exist)
         drawn += 1
         index = _drawn(drawn, spots, spot_ready)
@@ -312,13 +312,13 @@ def _producer(
 
 @gluon.jit(do_not_specialize=["rows", "heads", "group", "batch_heads", "together", "tile_count"])
 def forward(
-    q_desc, k_desc, v_desc, partial, out, lse, tiles, visits, counters, partial_strides, out_strides,
+    q_desc, k_desc, v_desc, partial, out, lse, tiles, visits, counters, strides,
     rows, heads, group, batch_heads, together, tile_count, scale, cap,
     DV: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     ADD: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Blocks of the descriptors: q [1, 64, 1, W], k [1, N, 1, W], v [1, N, 1, SIZE], CHUNKS x W and
-    SIZE at least head_dim and v's. ``partial`` and ``out`` by strides of their first three axes;
+    SIZE at least head_dim and v's. ``strides``: of the first three axes of ``partial`` and of ``out``;
     ``lse`` [batch, heads, rows] in place. ``scale`` turns products into scores in base 2; with
     CAPPED, into multiples of the cap, and ``cap`` is in base 2. ADD: there is a partial.
     ``counters`` int32 [1] is zero: the places drawn. Every tile has work; a persistent grid of any
@@ -350,7 +350,7 @@ def forward(
         mbarrier.init(v_free.index(i), count=2)
     bars = (k_ready, k_free, v_ready, v_free, q_ready, q_free, spot_ready)
     sizes = (rows, heads, group, batch_heads, together, tile_count)
-    state = (partial, out, lse, partial_strides, out_strides)
+    state = (partial, out, lse, strides)
     lists = (tiles, visits, counters)
     bufs = (qs, ks, vs, spots)
     descs = (q_desc, k_desc, v_desc)

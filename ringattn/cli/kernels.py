@@ -116,8 +116,8 @@ def _facts(made: Any) -> dict[str, Any]:
     case = facts.pop("case")
     case["dtype"] = str(case["dtype"]).removeprefix("torch.")
     misses = []
-    if made.spilled and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
-        misses.append(f"spills {made.spilled} bytes")
+    if made.spill and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
+        misses.append(f"spills {made.spill} bytes")
     if made.shared > made.shared_limit:
         misses.append(f"{made.shared} bytes of shared memory, {made.shared_limit} is the limit")
     if case["dtype"] != "float32" and set(made.matrix) != {made.wanted}:
