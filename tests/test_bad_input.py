@@ -75,6 +75,7 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("+model.bias=true", ["unknown key 'model.bias'"]),
         ("data.root=5", ["data.root", "5"]),
         ("kernel=cudnn", ["kernel", "cudnn", "aten"]),
+        ("kernel=gluon", ["kernel='gluon'", "bfloat16", "triton"]),
         ("model.kv_heads=3", ["model.kv_heads", "heads=4"]),
         ("model.vocab_size=10", ["model.vocab_size", "257"]),
         ("data.root=/nowhere", ["data.root=/nowhere", "not a directory"]),

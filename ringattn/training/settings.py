@@ -141,7 +141,7 @@ RULES: dict[str, Rule] = {
     "precision": _choice("fp32", "bf16"),
     "seed": _integer(0),
     "run_dir": _or_null(_text),
-    "kernel": _choice("auto", "triton", "aten", "reference"),
+    "kernel": _choice("auto", "gluon", "triton", "aten", "reference"),
     "device": _choice("auto", "cpu", "cuda"),
     "hardware": _or_null(_text),
     "ranks": _or_null(_integer(1)),
