@@ -24,7 +24,7 @@ import torch
 from ringattn.kernels import call
 
 import ringattn as ra
-from ringattn.comm import VirtualWorld
+from ringattn.execution.carriers import VirtualWorld
 from ringattn.verify import oracle
 
 DEVICE = torch.device("cpu" if SMALL else "cuda")

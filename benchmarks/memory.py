@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 
 import ringattn as ra
-from ringattn import schedules
+from ringattn.planning import schedules
 
 HEADS, DIM = 4, 64
 

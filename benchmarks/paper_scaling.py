@@ -20,8 +20,8 @@ from matplotlib.patches import Patch
 import ringattn as ra
 from ringattn import cost
 from ringattn.cost.presets import load
-from ringattn.heads import legal_degrees
-from ringattn.schedules import BUILDERS
+from ringattn.planning.head_split import legal_degrees
+from ringattn.planning.schedules import BUILDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = cost.Shape(32, 8, 128, itemsize=2)

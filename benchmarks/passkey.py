@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ringattn.training.pictures import heat_map
+from ringattn.training.observing.pictures import heat_map
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"whole context": [], "window of 32": ["attention.window=32"]}

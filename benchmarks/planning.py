@@ -17,13 +17,13 @@ import time
 from ringattn.kernels.work import work
 
 import ringattn as ra
-from ringattn import plan as plans
+from ringattn import make
 
 
 def timed(work, repeat):
     times = []
     for _ in range(repeat):
-        plans.forget()
+        make.forget()
         begin = time.perf_counter()
         result = work()
         times.append(1e3 * (time.perf_counter() - begin))

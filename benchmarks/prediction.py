@@ -28,9 +28,9 @@ from torch import multiprocessing
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.comm import end_distributed
 from ringattn.cost.presets import load
-from ringattn.schedules import BUILDERS
+from ringattn.execution.carriers import end_distributed
+from ringattn.planning.schedules import BUILDERS
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
 REPEATS, TIE = 5, 0.01

@@ -22,7 +22,9 @@ from ringattn.cost.hardware import Curve, Kernel, Link
 from ringattn.cost.model import Setup, step_flops
 from ringattn.cost.presets import load
 from ringattn.cost.step import predict
+from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
+from ringattn.training.engines import FSDP, DeepSpeed
 
 PEAK = 989.0
 # TFLOP/s by tokens: full, causal.
@@ -102,8 +104,9 @@ def nemo():
         mask = ra.masks.causal(n)
         plan = ra.make_plan(mask, ra.layouts.zigzag(n, ranks), "ring", tp, node_size=min(8, ranks))
         batch = 4 * 2**20 // n  # sequences of a step
-        setup = Setup(world=gpus, cp=ranks, ulysses=tp, zero_stage=1, checkpoint=thousand >= 32,
-                      grad_accum=batch * ranks // gpus, loss_chunk=2048)  # fmt: skip
+        memory = Memory(checkpoint=thousand >= 32, loss_chunk=2048)
+        setup = Setup(DeepSpeed(), memory, world=gpus, cp=ranks, ulysses=tp,
+                      grad_accum=batch * ranks // gpus)  # fmt: skip
         cells = []
         for hardware in kinds:
             found = predict(model, setup, plan, hardware)
@@ -132,8 +135,8 @@ def trl():
     for name, model, n, gpus, seconds, gigabytes in rows:
         mask = ra.masks.causal(n)
         plan = ra.make_plan(mask, ra.layouts.zigzag(n, gpus), "all_gather")
-        setup = Setup(world=gpus, cp=gpus, engine="fsdp", zero_stage=3, checkpoint=True,
-                      offload=True, loss_chunk=2048)  # fmt: skip
+        memory = Memory(checkpoint=True, offload=True, loss_chunk=2048)
+        setup = Setup(FSDP(), memory, world=gpus, cp=gpus)
         cells = []
         for hardware in kinds:
             found = predict(model, setup, plan, hardware)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import ringattn as ra
-from ringattn import cost, schedules
-from ringattn.comm import Counted, VirtualWorld
+from ringattn import cost
+from ringattn.execution.carriers import Counted, VirtualWorld
+from ringattn.planning import schedules
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

@@ -39,27 +39,29 @@ def measure(keys):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from ringattn.context import Context
-    from ringattn.cost import buffers
-    from ringattn.cost.model import footprint
-    from ringattn.training import engine as engines
-    from ringattn.training import settings, states
-    from ringattn.training.batch import load_batch, strategy
-    from ringattn.training.forecast import setup_of
+    from ringattn.training import config, engines
+    from ringattn.training.batch import load_batch
+    from ringattn.training.checkpoints import states
+    from ringattn.training.forecast import Forecast
     from ringattn.training.job import prepare
+    from ringattn.training.loop import build_engine
 
     torch.set_num_threads(2)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/r", rank=0, world_size=1)
-        config = settings.load([*keys, "engine=fsdp", "logger=none", "attention=causal",
-                                "attention.window=1024", "model.tied=false"])  # fmt: skip
-        settings.check(config, 1)
-        job = prepare(config, Path(folder) / "run", 1)
+        run = config.settled(config.load([
+            *keys, "engine=fsdp", "logger=none", "attention=causal", "attention.window=1024",
+            "model.tied=false",
+        ]), 1)  # fmt: skip
+        job = prepare(run, Path(folder) / "run", 1)
         context = Context.create(1, torch.device("cpu"))
-        engine = engines.build(config, job.model, context)
+        engine = build_engine(job, context)
         states.fill(engine, states.Fresh(job.model, 0), 0)
         engine.set_lr(1e-3)
-        batch = load_batch(config, job.data.train, context, strategy(config, job.model), [0])
+        batch = load_batch(
+            run.attention, job.data.train, context, run.parallel.strategy(job.model), [0]
+        )
         calls = []
 
         class Count(TorchDispatchMode):
@@ -86,9 +88,7 @@ def measure(keys):
         events = record.profiler.kineto_results.events()
         moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         running = np.cumsum([size for _, size in moves])
-        setup = setup_of(config, 1, batch.plan, "cpu")
-        rows = buffers(batch.plan.rank(0))
-        predicted = footprint(job.model, setup, config.seq_len, rows.kv, rows.grads)
+        predicted = Forecast(run, 1, batch.plan, None, "cpu").memory
         dist.destroy_process_group()
     forward = sum("backward" not in name for name in calls)
     return {

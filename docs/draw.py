@@ -99,7 +99,7 @@ def direct() -> None:
                     continue
                 if schedule != "direct":
                     picture[rank, plan.layout.positions(owner)] = WORLD + 1
-            needed = [i for run in plan.cut.shadows[rank] for i in run.to_array()]
+            needed = [i for run in plan.partition.attended_keys[rank] for i in run.to_array()]
             picture[rank, needed] = WORLD + 2
             picture[rank, plan.layout.positions(rank)] = rank + 1
         palette = ListedColormap(["white", *colours(WORLD), "#cccccc", "#222222"])

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 # The kernels by name; each is a module of this package, imported when it is first used.
 NAMES = ("gluon", "triton", "aten", "reference")

@@ -14,8 +14,8 @@ from einops import rearrange
 from ringattn.kernels import Scores, begin, end
 from ringattn.kernels.pieces import Piece, cut
 
-from ringattn.runs import Run
-from ringattn.slices import Band
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from ringattn.kernels import Scores
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 LOG2E = 1 / math.log(2)
 # K/V (or Q/dO) of heads that run side by side should stay in the L2 cache: 50 MB on an H100.

@@ -9,7 +9,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from ringattn.kernels import Scores, begin, end
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 
 def forward(

@@ -29,8 +29,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ringattn.runs import Run
-from ringattn.slices import Band, Bands
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Bands
 
 # Per architecture: target, shared memory of a program at most and of a multiprocessor, bytes; the
 # matrix instruction that its products must be. CUDA programming guide 13, "compute capabilities".

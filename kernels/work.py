@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 # The fields of a visit: the band's rows and columns as runs, its edges in elements of these
 # (``LO <= column - row <= HI``), and the tiles of columns, FIRST being an element of the run.

@@ -1,5 +1,5 @@
-"""The data x context mesh, positions and labels of split sequences, the loss as a global token
-mean, and the step-0 self-check.
+"""The data x context mesh, the loss of split sequences as a global token mean, and the step-0
+self-check.
 
 One place scales the loss: the engine averages gradients over the whole world (and over
 accumulation steps), so a local sum is multiplied by that number and divided by the global count
@@ -8,26 +8,35 @@ of supervised tokens. Nothing else in the project knows about the split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from ringattn import layouts, masks
-from ringattn.attention import ring_attention
-from ringattn.cost import Hardware
-from ringattn.layouts import Layout
-from ringattn.masks import Mask
-from ringattn.plan import Plan, make_plan
+from ringattn.batches import IGNORED, position_ids, shift_labels
+from ringattn.execution.attention import ring_attention
+from ringattn.planning import masks
+from ringattn.planning.layouts import Layout
+from ringattn.planning.plan import Plan
+from ringattn.strategy import Strategy
 
-IGNORED = -100  # the label of a token that is not supervised
+__all__ = [
+    "IGNORED",
+    "Attend",
+    "Context",
+    "Strategy",
+    "check_engaged",
+    "check_same_data",
+    "loss_sum",
+    "position_ids",
+    "shift_labels",
+]
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -111,71 +120,6 @@ class Context:
         the whole optimizer step. The resulting gradient is that of the global token mean.
         """
         return loss_sum * (self.world * accum / max(supervised, 1.0))
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How to split any mask over ``cp`` ranks: a layout by name, and what
-    :func:`ringattn.make_plan` takes."""
-
-    cp: int
-    layout: str = "zigzag"
-    schedule: str = "ring"
-    ulysses: int | None = None
-    node_size: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int = 128
-    hardware: Hardware | None = None
-
-    def plan(self, mask: Mask) -> Plan:
-        """The plan of ``mask``; the same on every rank."""
-        return make_plan(
-            mask,
-            layouts.build(self.layout, mask, self.cp),
-            self.schedule,
-            self.ulysses,
-            node_size=self.node_size,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            hardware=self.hardware,
-        )
-
-    def like(self, plan: Plan) -> Strategy:
-        """This strategy with what "auto" chose for ``plan``, so that it is chosen once."""
-        return replace(self, schedule=plan.schedule, ulysses=plan.ulysses)
-
-
-def position_ids(layout: Layout, rank: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
-    """int64 ``[tokens]``: where each token of ``rank`` stands in the sequence, or from 0 in its
-    document if the ``lengths`` of packed documents are given. Raises ValueError if these do not
-    add up to the sequence.
-    """
-    own = layout.positions(rank)
-    if lengths is not None:
-        ends = _ends(lengths, layout.n)
-        own = own - np.concatenate([[0], ends])[np.searchsorted(ends, own, side="right")]
-    return torch.from_numpy(own)
-
-
-def shift_labels(tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
-    """Labels of whole, not yet split sequences ``[batch, tokens]``: the next token; IGNORED at the
-    end, and at the end of every packed document if their ``lengths`` are given. Shard afterwards:
-    a shard does not know its next token.
-    """
-    labels = torch.full_like(tokens, IGNORED)
-    labels[:, :-1] = tokens[:, 1:]
-    if lengths is not None:
-        labels[:, _ends([x for x in lengths if x], tokens.shape[1]) - 1] = IGNORED
-    return labels
-
-
-def _ends(lengths: Sequence[int], n: int) -> np.ndarray:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if (len(ends) and int(ends[-1])) != n:
-        raise ValueError(f"documents of {sum(lengths)} tokens in a sequence of {n}")
-    return ends
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

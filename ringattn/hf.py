@@ -18,10 +18,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ringattn import masks
-from ringattn.attention import ring_attention
 from ringattn.context import position_ids, shift_labels
-from ringattn.plan import Plan
+from ringattn.execution.attention import ring_attention
+from ringattn.planning import masks
+from ringattn.planning.plan import Plan
 
 NAME = "ringattn"
 _HERE = "_ringattn_split"  # on every module of a model that is inside split_sequence

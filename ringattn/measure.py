@@ -21,18 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from ringattn import cost, kernels, layouts, masks
-from ringattn.attention import ring_attention
-from ringattn.comm import ProcessRank, end_distributed
+from ringattn import cost, kernels
 from ringattn.cost import Hardware
 from ringattn.cost.hardware import Curve
-from ringattn.cost.model import Setup, operators
+from ringattn.cost.model import EngineCost, Setup, operators
 from ringattn.cost.step import predict
 from ringattn.cost.timeline import block_size
+from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import ProcessRank, end_distributed
+from ringattn.make import make_plan
+from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
-from ringattn.plan import make_plan
-from ringattn.runs import Run
-from ringattn.slices import Band, Bands
+from ringattn.planning import layouts, masks
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Bands
 
 _BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -45,10 +47,15 @@ Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
 
 
 def machine(
-    ranks: int, device: str, shape: Shape, precisions: list[str], say: Callable[[str], None]
+    ranks: int,
+    device: str,
+    shape: Shape,
+    precisions: list[str],
+    engine: EngineCost,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The description as plain data. ``shape``: heads, kv_heads and head_dim of the attention
-    that is timed. Nothing else should run meanwhile."""
+    that is timed; ``engine``: what train.py has by default. Nothing else should run meanwhile."""
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     os.environ["OMP_NUM_THREADS"] = threads
     say(f"{ranks} ranks measure together on {device}, {threads} threads each")
@@ -62,7 +69,7 @@ def machine(
 
     found = spawned(precisions, False)
     if device == "cpu":
-        found |= _training(found, ranks, precisions[0], say)
+        found |= _training(found, ranks, precisions[0], engine, say)
         say("and now more ranks than cores, which take turns")
         found |= _crowded(found, shape, precisions[0])
     before = found["peak"][precisions[0]]
@@ -354,7 +361,11 @@ class _Bench:
 
 
 def _training(
-    found: dict[str, Any], ranks: int, precision: str, say: Callable[[str], None]
+    found: dict[str, Any],
+    ranks: int,
+    precision: str,
+    engine: EngineCost,
+    say: Callable[[str], None],
 ) -> dict:
     """What a training process costs beyond its arithmetic: seconds of a step and of an operator,
     bytes held before there is a model, and for each byte allocated. From three short runs."""
@@ -366,7 +377,7 @@ def _training(
     for layers, n in ((2, 512), (8, 512), (8, 4096)):
         model = ModelConfig(layers=layers, vocab_size=257, **sizes)
         plan = make_plan(masks.causal(n), layouts.zigzag(n, ranks), "ring")
-        setup = Setup(world=ranks, cp=ranks, precision=precision, device="cpu")
+        setup = Setup(engine, Memory(), ranks, ranks, precision=precision, device="cpu")
         ahead = predict(model, setup, plan, hardware, list(range(ranks)))
         keys = [f"model.{key}={value}" for key, value in (sizes | {"layers": layers}).items()]
         runs.append((ahead, operators(model, setup), *_train(ranks, n, precision, keys)))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ringattn.kernels import Scores, reference
-from ringattn.masks import Mask
-from ringattn.runs import Run
-from ringattn.slices import Band, Slice
+from ringattn.planning.masks import Mask
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Slice
 
 LIMIT = 1.1  # error of a plan over that of one kernel call
 # Below this share of the values an error is rounding of the partial states, whose order a plan

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 import ringattn as ra
-from ringattn.schedules import BUILDERS
+from ringattn.planning.schedules import BUILDERS
 
 KINDS = [
     "causal", "full", "window", "two_sided", "docs", "prefix", "mix", "global", "block_local",

@@ -36,6 +36,21 @@ def test_every_room_is_in_the_table():
     assert all(rooms <= set(MAY_IMPORT) for rooms, _ in MAY_IMPORT.values())
 
 
+def test_rooms_have_no_circle():
+    """Of what they really import, at any level of a file."""
+    found = {room: set() for room in MAY_IMPORT}
+    for room, path in modules():
+        for name in re.findall(r"^\s*from ringattn\.(\w+)", path.read_text(), re.MULTILINE):
+            found[room].add(name)
+        for names in re.findall(r"^\s*from ringattn import (.*)$", path.read_text(), re.MULTILINE):
+            found[room] |= {name.split(" as ")[0].strip() for name in names.split(",")}
+    while ends := [room for room, names in found.items() if not names - {room}]:
+        for room in ends:
+            del found[room]
+        found = {room: names - {*ends} for room, names in found.items()}
+    assert not found, f"rooms that import each other: {found}"
+
+
 @pytest.mark.parametrize(("room", "path"), list(modules()), ids=lambda x: getattr(x, "name", x))
 def test_imports_stay_in_bounds(room, path):
     rooms, packages = MAY_IMPORT[room]

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from ringattn.kernels import pieces
 
 import ringattn as ra
-from ringattn import cost, executor, kernels, schedules
-from ringattn.comm import Counted, VirtualWorld
+from ringattn import cost, kernels
+from ringattn.execution import executor
+from ringattn.execution.carriers import Counted, VirtualWorld
+from ringattn.planning import schedules
 
 from . import oracle
 from .cases import KINDS, masks, plans

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ringattn.data.corpus import Corpus
-from ringattn.training.engine import pick_device
+from ringattn.training.launching.world import pick_device
 from ringattn.training.main import main
-from ringattn.training.settings import ConfigError
+from ringattn.typed import SettingsError
 
 from .processes import TINY, metrics, train
 
@@ -66,7 +66,7 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("parallel.ulysses=3", ["parallel.ulysses=3", "2 ranks", "one of: 1, 2"]),
         ("parallel.ulysses=0", ["parallel.ulysses", "at least 1"]),
         ("parallel.node_size=3", ["parallel.node_size=3", "parallel.cp=2", "one of: 1, 2"]),
-        ("engine.zero_stage=4", ["engine.zero_stage", "0, 1, 2, 3; got 4"]),
+        ("engine.zero_stage=4", ["engine.zero_stage", "0, 1, 2, 3 with engine=deepspeed; got 4"]),
         ("logger.mode=loud", ["logger.mode"]),
         ("attention.window=0", ["attention.window", "at least 1"]),
         ("attention.name=local", ["attention.name", "documents, causal"]),
@@ -81,8 +81,8 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("data.root=/nowhere", ["data.root=/nowhere", "not a directory"]),
         ("data.glob=*.nothing", ["data.glob", "*.nothing"]),
         ("checkpoint.resume=/nowhere", ["checkpoint.resume=/nowhere", "no finished checkpoint"]),
-        ("engine=fsdp engine.zero_stage=1", ["engine.zero_stage=1", "fsdp", "2", "3"]),
-        ("engine.shard=context", ["engine.shard=context", "deepspeed"]),
+        ("engine=fsdp engine.zero_stage=1", ["engine.zero_stage", "2, 3 with engine=fsdp; got 1"]),
+        ("engine.shard=context", ["engine.shard", "world with engine=deepspeed"]),
         ("engine.offload_params=true", ["engine.offload_params", "zero_stage=3"]),
         ("engine.zero_stage=0 engine.offload_optimizer=true", ["engine.offload_optimizer"]),
         ("engine=fsdp engine.offload_optimizer=true", ["engine.offload_params=true"]),
@@ -121,7 +121,7 @@ def test_two_processes_and_one_gpu(monkeypatch):
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert pick_device("auto").type == "cpu"
-        with pytest.raises(ConfigError, match="1 usable GPUs for 2 processes"):
+        with pytest.raises(SettingsError, match="1 usable GPUs for 2 processes"):
             pick_device("cuda")
 
 
@@ -134,8 +134,10 @@ def test_sending_metrics_needs_a_key(refused, monkeypatch, tmp_path):
 
 def test_data_files_needs_its_root(refused, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    assert main(["data=files"]) == 2
-    assert "data.root" in capsys.readouterr().err
+    for group, key in (("data=files", "data.root"), ("data=mix", "data.mix"),
+                       ("model=hf", "model.path")):  # fmt: skip
+        assert main([group]) == 2
+        assert f"{key} must be given" in capsys.readouterr().err
 
 
 def test_unreadable_and_empty_files(refused, tmp_path):

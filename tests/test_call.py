@@ -7,7 +7,7 @@ import torch
 from ringattn.kernels import Scores, call, triton
 
 import ringattn as ra
-from ringattn.slices import Bands
+from ringattn.planning.slices import Bands
 
 from . import oracle
 from .test_attention import inputs

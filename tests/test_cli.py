@@ -12,7 +12,8 @@ import ringattn as ra
 from ringattn import cost
 from ringattn.cli import kernels, main, plan, verify
 from ringattn.cli.request import RequestError, mask_of
-from ringattn.schedules import BUILDERS, RankPlan
+from ringattn.planning import mask_text
+from ringattn.planning.schedules import BUILDERS, RankPlan
 from ringattn.verify import compare, oracle
 
 from .processes import ROOT, launch
@@ -55,8 +56,8 @@ def test_plan_for_people(capsys, tmp_path):
 def test_a_plan_that_is_wrong_fails_the_check(capsys, monkeypatch):
     complete = BUILDERS["ring"]
 
-    def forgetful(cut, rank, node_size):
-        whole = complete(cut, rank, node_size)
+    def forgetful(partition, rank, node_size):
+        whole = complete(partition, rank, node_size)
         return whole if rank else RankPlan(whole.blocks, whole.steps[:-1])
 
     monkeypatch.setitem(BUILDERS, "ring", forgetful)
@@ -142,11 +143,11 @@ def test_verify_on_processes():
         (["plan", "heads=8", "kv_heads=3"], "kv_heads=3 does not divide 8 heads"),
         (["plan", "n=64", "n=32"], "n is given twice"),
         (["plan", "mask=causal(99999999999999999999999)"], "mask="),
-        (["plan", "mask=documents(5)"], "a list of integers is needed"),
+        (["plan", "mask=documents(5)"], "documents needs the lengths of documents"),
         (["verify", "kernel=cudnn"], "kernel='cudnn' is unknown"),
         (["verify", "device=cuda"], "torch sees no GPU"),
         (["verify", "dtype=fp8"], "dtype must be one of: bf16, fp16, fp32, fp64; got 'fp8'"),
-        (["verfy"], "unknown command 'verfy'; one of: plan, kernels, "),
+        (["verfy"], "unknown command 'verfy'; one of: plan, estimate, "),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, says):
@@ -167,6 +168,13 @@ def test_mask_expressions():
     assert mask_of("causal", None, 7) == ra.masks.causal(7)
     assert mask_of("sliding_window(n, n // 2) - sinks(n, 1)", 8, 1).area == 26 - 8 + 4
     assert mask_of("documents([2, 3], causal=False)", None, 99).area == 13
+    # What a builder takes first may be left out.
+    assert mask_of("sliding_window(4) | sinks(2)", 8, 1) == mask_of(
+        "sliding_window(n, 4) | sinks(n, 2)", 8, 1
+    )
+    text = "documents & sliding_window(3) | sinks(1)"
+    near, first = ra.masks.documents([5, 4]) & ra.masks.sliding_window(9, 3), ra.masks.sinks(9, 1)
+    assert mask_text.parse(text, 9, [5, 4]) == near | first
     with pytest.raises(RequestError, match="different size"):
         mask_of("causal(3) | causal(n)", 4, 1)
 

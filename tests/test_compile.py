@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
 import ringattn as ra
-from ringattn import attention as attention_room
+from ringattn.execution import attention as attention_room
 from ringattn.models.decoder import Decoder, ModelConfig
 
 from .processes import ROOT, launch

@@ -16,15 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import ringattn as ra
 from ringattn import cost
 from ringattn.cost.hardware import Curve, Hardware, HardwareError, Kernel, Link
-from ringattn.cost.model import Setup, engine_traffic, footprint, product_flops, step_flops
+from ringattn.cost.model import Setup, footprint, product_flops, step_flops
 from ringattn.cost.presets import load, names
-from ringattn.cost.search import Question, search
 from ringattn.cost.step import predict
 from ringattn.cost.timeline import _sizes, kernel_seconds
 from ringattn.models.decoder import Decoder, ModelConfig
 from ringattn.models.memory import Memory
-from ringattn.runs import Run
-from ringattn.slices import Band, Bands
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Bands
+from ringattn.training import config
+from ringattn.training.engines import FSDP, DeepSpeed
+from ringattn.training.search import search
 
 from .cases import plans
 
@@ -159,30 +161,30 @@ def test_matrix_products_are_those_that_torch_counts(memory):
         if "mm" in str(operator)
     )  # fmt: skip
     counted += 2 * tokens * SMALL.dim * SMALL.vocab_size  # addmm_, which torch does not count
-    expected = sum(product_flops(SMALL, Setup(**memory), tokens).values())
+    expected = sum(product_flops(SMALL, Setup(DeepSpeed(), Memory(**memory)), tokens).values())
     assert counted == pytest.approx(expected, rel=1e-6)
 
 
 def test_engines_move_what_their_algorithms_need():
     n, world = SMALL.parameters, 8
     share = (world - 1) / world
-    for settings, bytes_ in (
-        ({"zero_stage": 0}, 8 * n * share),  # an all-reduce is a scatter and a gather of float32
-        ({"zero_stage": 1}, (4 + 2) * n * share),  # float32 gradients, bf16 weights
-        ({"zero_stage": 2}, (4 + 2) * n * share),
-        ({"zero_stage": 3}, (4 + 2 * 2) * n * share),  # gathered forward and backward
-        ({"engine": "fsdp", "zero_stage": 3}, (4 + 2 * 2) * n * share),
-        ({"engine": "fsdp", "zero_stage": 2}, (4 + 2) * n * share),
+    for engine, bytes_ in (
+        (DeepSpeed(zero_stage=0), 8 * n * share),  # a scatter and a gather of float32
+        (DeepSpeed(zero_stage=1), (4 + 2) * n * share),  # float32 gradients, bf16 weights
+        (DeepSpeed(zero_stage=2), (4 + 2) * n * share),
+        (DeepSpeed(zero_stage=3), (4 + 2 * 2) * n * share),  # gathered forward and backward
+        (FSDP(zero_stage=3), (4 + 2 * 2) * n * share),
+        (FSDP(zero_stage=2), (4 + 2) * n * share),
     ):
-        moved = engine_traffic(SMALL, Setup(world=world, **settings))
+        moved = engine.traffic(n, 2, world, 1)
         assert moved.gathered + moved.reduced + moved.at_step == pytest.approx(bytes_)
-        alone = engine_traffic(SMALL, Setup(world=1, **settings))
+        alone = engine.traffic(n, 2, 1, 1)
         assert alone.gathered + alone.reduced + alone.at_step == 0
 
 
 def test_a_step_is_its_parts_and_mfu_follows():
     plan = ra.make_plan(ra.masks.causal(2**17), ra.layouts.zigzag(2**17, 8), "ring")
-    setup = Setup(world=16, cp=8, grad_accum=3, zero_stage=3, checkpoint=True)
+    setup = Setup(DeepSpeed(zero_stage=3), Memory(checkpoint=True), world=16, cp=8, grad_accum=3)
     found = predict(EIGHT, setup, plan, load("h100"))
     assert found.tokens == 2**17 * 3 * 2
     assert found.seconds == pytest.approx(sum(found.parts.values()))
@@ -204,16 +206,17 @@ def test_a_step_is_its_parts_and_mfu_follows():
 
 
 def test_memory_grows_with_tokens_and_shrinks_with_what_is_given_up():
-    def need(**settings):
-        return footprint(EIGHT, Setup(world=8, cp=8, **settings), 2**17).device
+    def need(stage=1, **memory):
+        setup = Setup(DeepSpeed(zero_stage=stage), Memory(**memory), world=8, cp=8)
+        return footprint(EIGHT, setup, 2**17)
 
-    plain, again = need(), need(checkpoint=True)
-    tiled = need(checkpoint=True, ffn_tile=4096)
-    away = need(checkpoint=True, ffn_tile=4096, offload=True)
+    plain, again = need().device, need(checkpoint=True).device
+    tiled = need(checkpoint=True, ffn_tile=4096).device
+    away = need(checkpoint=True, ffn_tile=4096, offload=True).device
     assert plain > again > tiled > away
-    host = footprint(EIGHT, Setup(world=8, cp=8, checkpoint=True, offload=True), 2**17)
+    host = need(checkpoint=True, offload=True)
     assert host.offloaded == 2**17 * 32 * (2 * 4096 * 2 + 4 * 32)
-    assert need(zero_stage=3) < need(zero_stage=2) < need(zero_stage=1) < need(zero_stage=0)
+    assert need(3).device < need(2).device < need(1).device < need(0).device
 
 
 def test_every_preset_is_whole():
@@ -259,56 +262,72 @@ def test_missing_and_unknown_descriptions(tmp_path, monkeypatch):
         load(str(tmp_path / "bad.yaml"))
 
 
-def question(**changed):
-    return Question(**{"model": EIGHT, "seq_len": 2**18, "ranks": 16, "hardware": load("h100"),
-                       "mask": ra.masks.causal} | changed)  # fmt: skip
+def found(ranks=16, seq_len=2**18, keys=(), seconds=60, **more):
+    keys = ["model=8b", "model.vocab_size=128256", "precision=bf16", "attention=causal",
+            "data.root=null", f"seq_len={seq_len}", *keys]  # fmt: skip
+    given = frozenset(key.split("=")[0] for key in keys) | {"engine.name"} & {
+        f"{key.split('=')[0]}.name" for key in keys
+    }
+    return search(config.load(keys), ranks, load("h100"), given, seconds=seconds, **more)
 
 
 def test_the_search_finds_what_trying_everything_finds():
-    asked = question(ranks=8, seq_len=2**17)
-    answer = search(asked)
-    speeds = [p.tokens_per_s for p in answer.ranked]
+    answer = found(8, 2**17)
+    assert not answer.untried
+    speeds = [split.step.tokens_per_s for split in answer.ranked]
     assert speeds == sorted(speeds, reverse=True)
-    best = answer.ranked[0]
-    assert all(p.misfit is None for p in answer.ranked)
+    best = answer.ranked[0].step
+    assert all(split.step.misfit is None for split in answer.ranked)
     # Any one of these, by itself, is no faster.
     mask = ra.masks.causal(2**17)
+    tiled = Memory(checkpoint=True, ffn_tile=8192, loss_chunk=2048)
+    away = Memory(checkpoint=True, offload=True, loss_chunk=2048)
     for cp in (1, 2, 4):
         for schedule in ("ring", "all_gather", "direct"):
             plan = ra.make_plan(mask, ra.layouts.zigzag(2**17, cp), schedule)
-            for settings in (
-                {"zero_stage": 3},
-                {"zero_stage": 3, "checkpoint": True},
-                {"zero_stage": 2, "checkpoint": True, "ffn_tile": 8192},
-                {"engine": "fsdp", "zero_stage": 3, "checkpoint": True, "offload": True},
+            for engine, memory in (
+                (DeepSpeed(zero_stage=3), Memory(loss_chunk=2048)),
+                (DeepSpeed(zero_stage=3), Memory(checkpoint=True, loss_chunk=2048)),
+                (DeepSpeed(zero_stage=2), tiled),
+                (FSDP(), away),
             ):
-                setup = Setup(world=8, cp=cp, loss_chunk=2048, **settings)
-                other = predict(EIGHT, setup, plan, asked.hardware)
+                setup = Setup(engine, memory, world=8, cp=cp)
+                other = predict(EIGHT, setup, plan, load("h100"))
                 if other.misfit is None:
                     assert other.tokens_per_s <= best.tokens_per_s * 1.001
 
 
+def test_what_is_not_followed_is_no_faster_and_what_is_left_out_is_said():
+    every, none = found(8, 2**17), found(8, 2**17, seconds=0)
+    assert every.slower and not every.untried
+    assert not none.ranked and sum(none.untried.values()) == len(every.ranked) + every.slower
+    kinds = {(s.step.setup.layout, s.step.setup.schedule) for s in every.ranked}
+    assert {"zigzag", "striped", "balanced"} <= {layout for layout, _ in kinds}
+
+
 def test_what_does_not_fit_says_why_and_the_longest_is_the_longest():
-    answer = search(question())
+    answer = found(seq_len=2**22, seconds=0.2)
     assert answer.stopped and all(reason for reason in answer.stopped.values())
-    fits = search(question(seq_len=answer.longest))
+    fits = found(seq_len=answer.longest, keys=["parallel.layout=zigzag"])
     assert fits.ranked
-    beyond = search(question(seq_len=int(1.05 * answer.longest)))
+    beyond = found(seq_len=int(1.05 * answer.longest), seconds=0.2)
     assert not beyond.ranked and set(beyond.stopped) == {1, 2, 4, 8, 16}
     assert "GiB" in beyond.stopped[16]
 
 
 def test_what_the_user_fixes_stays():
-    answer = search(question(fixed={"cp": 8, "schedule": "direct", "engine": "fsdp"}))
+    keys = ["parallel.cp=8", "parallel.schedule=direct", "engine=fsdp"]
+    answer = found(keys=keys)
     assert answer.ranked
-    for p in answer.ranked:
-        assert (p.setup.cp, p.setup.schedule, p.setup.engine) == (8, "direct", "fsdp")
+    for p in (split.step for split in answer.ranked):
+        assert (p.setup.cp, p.setup.schedule, p.setup.engine.name) == (8, "direct", "fsdp")
     with pytest.raises(ValueError, match="cp=3 does not divide"):
-        search(question(fixed={"cp": 3}))
+        found(keys=["parallel.cp=3"])
     with pytest.raises(ValueError, match="sequences=3"):
-        search(question(sequences=3, fixed={"cp": 8}))
-    four = search(question(sequences=4))
-    assert {p.setup.grad_accum * p.setup.world // p.setup.cp for p in four.ranked} == {4}
+        found(keys=["parallel.cp=8"], sequences=3)
+    four = found(sequences=4, seconds=0.2)
+    steps = [split.step for split in four.ranked]
+    assert {p.setup.grad_accum * p.setup.world // p.setup.cp for p in steps} == {4}
 
 
 def test_calibration_describes_the_machine_in_the_models_terms(monkeypatch, tmp_path):

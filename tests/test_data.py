@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
-from ringattn.context import IGNORED
+from ringattn.batches import IGNORED
 from ringattn.data.corpus import END, Corpus, DataError
 from ringattn.data.stream import Stream
 

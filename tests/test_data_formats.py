@@ -15,13 +15,13 @@ from ringattn.cli import main as cli
 from ringattn.data import records, shards
 from ringattn.data.corpus import Corpus
 from ringattn.data.documents import DataError, hold_out
+from ringattn.data.open_data import open_data
 from ringattn.data.packing import best_fit
 from ringattn.data.probes import Probe
 from ringattn.data.records import Corrupt, Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
 from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
-from ringattn.training import settings
-from ringattn.training.data import open_data
+from ringattn.training import config
 
 from .processes import TINY
 
@@ -114,7 +114,8 @@ def test_the_limit_holds_for_what_is_tokenized_already(tmp_path):
     keys = [*TINY, f"data.root={tmp_path}", "data.glob=*.jsonl", f"data.cache={tmp_path}/cache"]
 
     def opened(most):
-        return open_data(settings.load([*keys, f"data.max_corrupt={most}"]), lambda *_: None)
+        run = config.load([*keys, f"data.max_corrupt={most}"])
+        return open_data(run.data, run.seq_len, run.seed, lambda *_: None)
 
     assert "1 corrupt records left out" in opened(1).remarks[0]
     with pytest.raises(DataError, match=r"data\.max_corrupt=0: 1 records .*corrupt\.jsonl"):

@@ -9,15 +9,16 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ringattn as ra
-from ringattn.attention import ring_attention
 from ringattn.cli import main as cli
-from ringattn.comm import VirtualWorld
+from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import VirtualWorld
 from ringattn.models import hf_config
 from ringattn.models.decoder import Decoder, ModelConfig, shapes
 from ringattn.models.hf_weights import Pretrained
 from ringattn.models.rope import frequencies, rotation
 from ringattn.models.rope_config import RopeConfig
-from ringattn.training import settings
+from ringattn.training import config
+from ringattn.typed import SettingsError
 
 from .processes import metrics, train
 
@@ -169,15 +170,15 @@ def test_pickled_weights_are_not_read(tmp_path):
 def test_settings_come_from_the_folder_and_rope_may_be_extended(tmp_path):
     make(MODELS["mistral-window"], tmp_path)
     keys = ["model=hf", f"model.path={tmp_path}"]
-    config = settings.load(keys)
-    assert config.model.dim == 64 and config.attention.window == 9
-    assert config.model.rope.type == "default" and config.model.rope.theta == 1e4
-    assert settings.load([*keys, "attention.window=null"]).attention.window is None
-    longer = settings.load([*keys, "model.rope.type=yarn", "model.rope.factor=8"]).model.rope
+    run = config.load(keys)
+    assert run.model.dim == 64 and run.attention.window == 9
+    assert run.model.rope.type == "default" and run.model.rope.theta == 1e4
+    assert config.load([*keys, "attention.window=null"]).attention.window is None
+    longer = config.load([*keys, "model.rope.type=yarn", "model.rope.factor=8"]).model.rope
     assert (longer.type, longer.factor, longer.original_length) == ("yarn", 8, 64)
     for key, shown in (("model.dim=32", "model.dim=32"), ("model.path=/nowhere", "/nowhere")):
-        with pytest.raises(settings.ConfigError, match=shown):
-            settings.load([*keys, key])
+        with pytest.raises(SettingsError, match=shown):
+            config.load([*keys, key])
 
 
 def test_train_from_hf_export_and_load_again(tmp_path, text):

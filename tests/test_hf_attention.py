@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import ringattn as ra
-from ringattn.comm import VirtualWorld
+from ringattn.execution.carriers import VirtualWorld
 from ringattn.hf import local_batch, split_sequence
 
 from .processes import ROOT, launch

@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn as ra
-from ringattn.attention import ring_attention
-from ringattn.comm import VirtualWorld
-from ringattn.context import IGNORED
+from ringattn.batches import IGNORED
+from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import VirtualWorld
 from ringattn.models.decoder import Decoder, ModelConfig
 from ringattn.models.loss import LEAST, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory

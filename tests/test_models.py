@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.attention import ring_attention
-from ringattn.comm import VirtualWorld
 from ringattn.context import IGNORED, loss_sum, shift_labels
+from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import VirtualWorld
 from ringattn.models.decoder import Decoder, ModelConfig
 from ringattn.models.rope import rotate, rotation
 from ringattn.models.rope_config import RopeConfig
@@ -83,5 +83,5 @@ def test_loss_and_gradients_do_not_depend_on_the_split():
 
 @pytest.mark.parametrize("keys", [{"kv_heads": 3}, {"layers": 0}, {"head_dim": 7}])
 def test_sizes_that_do_not_fit_are_named(keys):
-    with pytest.raises(ValueError, match=f"model.{next(iter(keys))}"):
+    with pytest.raises(ValueError, match=next(iter(keys))):
         config(**keys)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.check import check
-from ringattn.layouts import Layout
-from ringattn.runs import Run, floor_sum
-from ringattn.slices import Slice
+from ringattn.planning.layouts import Layout
+from ringattn.planning.prove import check
+from ringattn.planning.runs import Run, floor_sum
+from ringattn.planning.slices import Slice
 
 from .cases import masks, plans
 
@@ -233,12 +233,12 @@ def test_the_checker_proves_every_plan(plan):
     assert sum(plan.area(rank) for rank in range(plan.world)) == plan.mask.area
     for rank in range(plan.world):
         group = rank // plan.ulysses
-        own = dense[plan.cut.q_layout.positions(group)]
+        own = dense[plan.partition.q_layout.positions(group)]
         assert report.ranks[rank].area == own.sum()
-        for owner in range(plan.cut.world):
-            keys = own[:, plan.cut.k_layout.positions(owner)].any(0)
-            assert plan.cut.need[group, owner] == keys.sum()
-            rows = [i for run in plan.cut.rows(group, owner) for i in run.to_array().tolist()]
+        for owner in range(plan.partition.world):
+            keys = own[:, plan.partition.k_layout.positions(owner)].any(0)
+            assert plan.partition.rows_needed[group, owner] == keys.sum()
+            rows = [i for run in plan.partition.rows(group, owner) for i in run.to_array().tolist()]
             assert sorted(rows) == np.flatnonzero(keys).tolist()
 
 
@@ -485,7 +485,7 @@ def test_planning_one_of_1024_ranks_cuts_no_other():
     docs = ra.masks.documents([15_000] * 69 + [n - 69 * 15_000])
     plan = ra.make_plan(docs, ra.layouts.contiguous(n, world))
     assert 10 < len(plan.steps(500)) < 17  # a document lies on 15 or 16 ranks
-    assert len(plan.cut._blocks) == 1
+    assert len(plan.partition._blocks) == 1
 
 
 def test_blocks_that_nobody_needs_are_not_sent():

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ringattn.cli import main as cli
-from ringattn.training import settings
+from ringattn.training import config
 
 from .processes import ROOT, metrics, train
 
@@ -43,7 +43,7 @@ def test_continue_llama_from_text_to_a_longer_model(tmp_path, capsys):
         "optim.lr=1e-2", "optim.warmup_tokens=0", "eval.every=3", "eval.holdout=0.1",
         "eval.lengths=[320]", "checkpoint.every=2", "logger=none", "parallel.timeout_s=60",
     ]  # fmt: skip
-    assert cli(["predict", "world=2", *recipe]) == 0
+    assert cli(["estimate", "ranks=2", *recipe]) == 0
     assert "predicted memory" in capsys.readouterr().out
     run_dir = tmp_path / "run"
     status, output = train(2, *recipe, f"run_dir={run_dir}")
@@ -71,5 +71,5 @@ def test_every_recipe_composes(name, tmp_path):
         more = [f"model.path={tmp_path}", "data.root=x"]
     else:
         more = []
-    config = settings.load([f"experiment={name}", *more])
-    settings.check(config, config.ranks or 8)
+    run = config.load([f"experiment={name}", *more])
+    config.settled(run, run.ranks or 8)

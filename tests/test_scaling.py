@@ -1,7 +1,8 @@
-"""ringattn plan model=..., ringattn report, and what they refuse. No ranks are started."""
+"""ringattn estimate, ringattn report, and what they refuse. No ranks are started."""
 
 import json
 import re
+import shlex
 
 import pytest
 import yaml
@@ -16,13 +17,14 @@ def out(capsys, *arguments):
     return status, capsys.readouterr()
 
 
-RUN = ["plan", "model=8b", "vocab_size=128256", "seq_len=128k", "gpus=16"]
+RUN = ["estimate", "model=8b", "model.vocab_size=128256", "precision=bf16", "seq_len=128k",
+       "ranks=16", "--search", "--seconds", "0.3"]  # fmt: skip
 
 
-def test_plan_of_a_run_for_machines(capsys):
+def test_estimate_for_machines(capsys):
     status, shown = out(capsys, *RUN, "hardware=h200", "--json")
     facts = json.loads(shown.out)
-    assert status == 0 and facts["gpus"] == 16 and facts["hardware"] == "H200 SXM"
+    assert status == 0 and facts["ranks"] == 16 and facts["hardware"] == "H200 SXM"
     best, last = facts["ranked"][0], facts["ranked"][-1]
     assert best["tokens_per_s"] >= last["tokens_per_s"]
     assert best["cp"] * best["dp"] == 16 and 0 < best["mfu"] < 1
@@ -30,7 +32,7 @@ def test_plan_of_a_run_for_machines(capsys):
     assert facts["longest_seq_len"] > 2**20 and "attention kernel" in facts["why"]
 
 
-def test_plan_of_a_run_for_people(capsys, tmp_path):
+def test_estimate_for_people(capsys, tmp_path):
     trace, picture = tmp_path / "step.json", tmp_path / "splits.png"
     status, shown = out(capsys, *RUN, "--trace", str(trace), "--plot", str(picture))
     text = " ".join(shown.out.split())
@@ -46,48 +48,73 @@ def test_plan_of_a_run_for_people(capsys, tmp_path):
     assert tracks <= named and any("forward, step 0" in e["name"] for e in spans)
 
 
-def test_the_command_that_plan_prints_is_one_that_train_takes(capsys):
-    from ringattn.training import settings
+def test_the_commands_that_are_printed_train_what_was_estimated(capsys):
+    """Each is estimated again, to the same number, whatever was given."""
+    for keys in (
+        [*RUN, "attention.mask=sliding_window(4096) | sinks(4)", "attention=causal"],
+        [*RUN, "parallel.schedule=auto", "engine=fsdp", "memory=long", "--sequences", "64"],
+        ["estimate", "model=1b", "seq_len=64k", "ranks=4", "precision=bf16", "hardware=mi300x",
+         "parallel.schedule=auto", "parallel.layout=balanced"],
+    ):  # fmt: skip
+        _, shown = out(capsys, *keys, "--json")
+        for row in json.loads(shown.out)["ranked"][:3]:
+            words = shlex.split(row["command"])
+            again = words[words.index("train.py") + 1 :]
+            _, shown = out(capsys, "estimate", *again, f"ranks={row['cp'] * row['dp']}", "--json")
+            (same,) = json.loads(shown.out)["ranked"]
+            assert same["seconds"] == row["seconds"] and same["memory"] == row["memory"]
+            assert same["command"] == row["command"]
 
-    _, shown = out(capsys, *RUN)
-    command = next(line for line in shown.out.splitlines() if line.startswith("torchrun"))
-    keys = command.split("train.py ")[1].split()
-    config = settings.load(keys)
-    settings.check(config, 16)
-    assert config.seq_len == 2**17 and config.model.dim == 4096
+
+def test_an_experiment_is_given(capsys, tmp_path):
+    folder(tmp_path)
+    keys = ["estimate", "experiment=continue_llama", f"model.path={tmp_path}", "ranks=8"]
+    _, shown = out(capsys, *keys, "--search", "--json")
+    facts = json.loads(shown.out)
+    assert {row["engine"]["name"] for row in facts["ranked"]} == {"fsdp"}
+    assert {row["memory_keys"]["ffn_tile"] for row in facts["ranked"]} == {8192}
 
 
-def test_plan_reads_a_hugging_face_folder_and_any_mask(capsys, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({
+def folder(path):
+    (path / "config.json").write_text(json.dumps({
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "hidden_act": "silu",
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1e4,
         "architectures": ["LlamaForCausalLM"],
     }))  # fmt: skip
-    keys = ["plan", f"model={tmp_path}", "seq_len=64k", "gpus=4", "hardware=mi300x", "--json"]
+
+
+def test_estimate_reads_a_hugging_face_folder_and_any_mask(capsys, tmp_path):
+    folder(tmp_path)
+    keys = ["estimate", "model=hf", f"model.path={tmp_path}", "seq_len=64k", "ranks=4",
+            "hardware=mi300x", "precision=bf16", "--json"]  # fmt: skip
     _, whole = out(capsys, *keys)
-    _, window = out(capsys, *keys, "mask=sliding_window(n, 1024) | sinks(n, 4)")
+    mask = "attention.mask=documents & sliding_window(1024) | sinks(4)"
+    _, window = out(capsys, *keys, mask)
     whole, window = json.loads(whole.out), json.loads(window.out)
     assert whole["ranked"][0]["flops"] > 2 * window["ranked"][0]["flops"]
 
 
 def test_what_cannot_fit_is_said_with_status_1(capsys):
-    status, shown = out(capsys, "plan", "model=8b", "seq_len=64M", "gpus=8")
+    status, shown = out(capsys, "estimate", "model=8b", "seq_len=64M", "ranks=8", "--search")
     assert status == 1 and "nothing fits" in shown.out and "GiB" in shown.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "model=9b", "seq_len=1M"], "model=9b is unknown; one of: "),
-        (["plan", "model=8b"], "seq_len must be given"),
-        (["plan", "model=8b", "seq_len=1M", "hardware=tpu"], "hardware=tpu is unknown; one of: "),
-        (["plan", "model=8b", "seq_len=1M", "cp=3"], "cp=3 does not divide 8 ranks"),
-        (["plan", "model=8b", "seq_len=1M", "gpu=8"], "unknown key 'gpu'; did you mean: gpus"),
-        (["plan", "model=8b", "seq_len=1M", "mask=causal(7)"], "has 7 queries, but n=1048576"),
-        (["plan", "model=8b", "seq_len=1M", "zero_stage=4"], "zero_stage must be one of"),
-        (["plan", "model=8b", "seq_len=1M", "--trace", "/none/x.json"], "no such folder"),
-        (["plan", "model=8b", "seq_len=1M", "sequences=3", "cp=2"], "sequences=3"),
+        (["plan", "model=9b", "seq_len=1M"], "ringattn estimate"),
+        (["estimate", "model=9b"], "Could not find 'model/9b'"),
+        (["estimate", "hardware=tpu"], "hardware=tpu is unknown; one of: "),
+        (["estimate", "parallel.cp=3", "ranks=8"], "parallel.cp=3 does not divide"),
+        (["estimate", "parallel.cp=3", "ranks=8", "--search"], "parallel.cp=3 does not divide"),
+        (["estimate", "gpus=8"], "unknown key 'gpus'"),
+        (["estimate", "attention.mask=causal(7)", "attention=causal"], "has 7 queries"),
+        (["estimate", "attention.mask=prefix_lm(9)"], "a text of 1 tokens: prefix must be at most"),
+        (["estimate", "attention.mask=causal", "attention.sinks=3"], "say window and sinks there"),
+        (["estimate", "engine.zero_stage=4"], "engine.zero_stage must be one of"),
+        (["estimate", "--trace", "/none/x.json"], "no such folder"),
+        (["estimate", "--search", "--sequences", "3", "parallel.cp=2", "ranks=4"], "sequences=3"),
         (["report"], "give run directories"),
         (["report", "/none"], "/none: no such directory"),
         (["calibrate", "heads=3", "kv_heads=2"], "kv_heads=2 does not divide heads=3"),

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from ringattn.comm import Stopwatch, Timed
+import ringattn as ra
 from ringattn.cost.model import step_flops
-from ringattn.training import batch, loop, settings
-from ringattn.training.checkpoint import set_aside
+from ringattn.execution.carriers import Stopwatch, Timed
+from ringattn.models.sizes import ModelConfig
+from ringattn.training.attention import Attention
+from ringattn.training.checkpoints.saver import set_aside
+from ringattn.training.optimizer import Optimizer, learning_rate
 
 
 @given(
@@ -21,8 +23,11 @@ from ringattn.training.checkpoint import set_aside
     st.integers(0, 5),
 )
 def test_mask_of_window_and_sinks_in_every_document(lengths, window, sinks):
-    config = OmegaConf.create({"attention": {"window": window, "sinks": sinks}})
-    mask = batch.build_mask(config, lengths)
+    mask = Attention(window=window, sinks=sinks).build(lengths, sum(lengths))
+    if window:
+        text = f"documents & sliding_window({window}) | sinks({sinks})"
+        same = Attention(mask=text).build(lengths, sum(lengths))
+        assert (same.to_dense() == mask.to_dense()).all()
     document = np.repeat(np.arange(len(lengths)), lengths)
     within = np.concatenate([np.arange(length) for length in lengths])
     q, k = np.arange(sum(lengths))[:, None], np.arange(sum(lengths))[None, :]
@@ -32,14 +37,26 @@ def test_mask_of_window_and_sinks_in_every_document(lengths, window, sinks):
     assert (mask.to_dense() == want).all() and mask.area == want.sum()
 
 
+def test_a_mask_of_sequences_knows_their_documents():
+    """Each sequence sees itself only; "documents" are those in it, sinks its first tokens."""
+    mask = Attention(name="causal", mask="documents | sinks(1)").build([3, 5, 8], 8)
+    one = ra.masks.documents([3, 5]) | ra.masks.sinks(8, 1)
+    two = ra.masks.causal(8)
+    want = np.zeros((16, 16), bool)
+    want[:8, :8], want[8:, 8:] = one.to_dense(), two.to_dense()
+    assert (mask.to_dense() == want).all()
+    with pytest.raises(ValueError, match=r"attention\.mask='block_local\(0\)'"):
+        Attention(mask="block_local(0)").check(8)
+
+
 def test_learning_rate_warms_up_and_falls_to_its_share():
-    config = settings.load(["optim.lr=2", "optim.min_lr_ratio=0.25", "optim.warmup_tokens=100"])
-    rates = [loop.learning_rate(config, tokens, 1000) for tokens in (0, 49, 100, 550, 1000, 2000)]
+    keys = Optimizer(lr=2, min_lr_ratio=0.25, warmup_tokens=100)
+    rates = [learning_rate(keys, tokens, 1000) for tokens in (0, 49, 100, 550, 1000, 2000)]
     assert rates == pytest.approx([0.02, 1.0, 2.0, 1.25, 0.5, 0.5])
 
 
 def test_flops_follow_the_mask():
-    config = batch.ModelConfig(
+    config = ModelConfig(
         dim=8, layers=3, heads=2, kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=10
     )
     # q and o: 8 x 8, k and v: 8 x 4, three of 8 x 16, the head 8 x 10

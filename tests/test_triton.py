@@ -14,8 +14,8 @@ from ringattn.kernels.triton import calls, fwd
 from ringattn.kernels.work import work
 
 import ringattn as ra
-from ringattn.runs import Run
-from ringattn.slices import Band, Bands
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Bands
 
 from . import oracle
 from .cases import masks, plans

@@ -9,12 +9,14 @@ from hydra.plugins.launcher import Launcher
 
 
 class TorchrunLauncher(Launcher):
-    """Every point of a sweep as a torchrun job of its own: :mod:`ringattn.training.sweep`."""
+    """A torchrun job for every point of a sweep: ``ringattn.training.launching.sweep``."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        from ringattn.training.sweep import launch  # here: hydra imports plugins at every start
+        from ringattn.training.launching.sweep import (
+            launch,  # here: hydra imports plugins at every start
+        )
 
         return launch([list(overrides) for overrides in job_overrides], self.config)

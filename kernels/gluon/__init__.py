@@ -18,7 +18,7 @@ from ringattn.kernels.call import Call, aligned, capability, dense, kept_with, r
 from ringattn.kernels.launch import Launch, gluon_line
 from ringattn.kernels.triton import architecture
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 try:
     from ringattn.kernels.gluon import calls, check

@@ -15,7 +15,7 @@ from ringattn.kernels.work import Chain, Work, chain, work
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 # What a head_dim is held as along a contraction: (width of a chunk, chunks). Along the other side
 # of a product it is a power of two. The copy engine fills up with zeros.

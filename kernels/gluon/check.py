@@ -16,8 +16,8 @@ from ringattn.kernels.launch import gluon_line
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from ringattn.runs import Run
-from ringattn.slices import Band, Bands
+from ringattn.planning.runs import Run
+from ringattn.planning.slices import Band, Bands
 
 # Of Gluon and of its copy engine: what the kernels use and older versions lack.
 _USED = {

@@ -18,7 +18,7 @@ from ringattn.kernels import Scores
 from ringattn.kernels.call import Call, capability, dense, kept_with, repeated
 from ringattn.kernels.triton import bwd, calls
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST = 256

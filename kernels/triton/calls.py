@@ -14,7 +14,7 @@ from ringattn.kernels.triton import bwd, fwd
 from ringattn.kernels.work import Work, work
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ringattn.slices import Band
+from ringattn.planning.slices import Band
 
 _PREPARE_ELEMENTS = 4096  # of a program of prepare, so that nothing spills
 

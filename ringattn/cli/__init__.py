@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from ringattn.cli.request import RequestError
 
 COMMANDS = {
-    "plan": "what every rank does for a mask and a schedule; with model=, the best split of a run",
+    "plan": "what every rank does for a mask and a schedule",
+    "estimate": "memory, traffic and time of a training run without its GPUs; its best split",
     "kernels": "compile the launch table of the Triton kernels without a GPU, and read the result",
     "calibrate": "measure this machine, for predictions and plans",
     "report": "a table, pictures and a page from run directories",
-    "predict": "memory, traffic and FLOPs of a training run, before it has its GPUs",
     "tokenize": "write text as token shards that every rank maps into memory",
     "bpe": "train a byte-level BPE tokenizer on text",
     "export": "write a training checkpoint as a Hugging Face folder",
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.calibrate import run
         elif name == "report":
             from ringattn.cli.report import run
-        elif name == "predict":
-            from ringattn.cli.predict import run
+        elif name == "estimate":
+            from ringattn.cli.estimate import command as run
         elif name == "tokenize":
             from ringattn.cli.tokenize import tokenize as run
         elif name == "bpe":

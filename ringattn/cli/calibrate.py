@@ -51,13 +51,14 @@ def run(arguments: Sequence[str]) -> int:
     if device == "cuda" and gpus < (values["ranks"] or 1):
         raise RequestError(f"device=cuda: this machine has {gpus} usable GPUs")
     from ringattn.measure import machine
+    from ringattn.training.engines import DeepSpeed
 
     cores = len(os.sched_getaffinity(0))
     ranks = values["ranks"] or (gpus if device == "cuda" else min(cores, 8))
     shape = (values["heads"], values["kv_heads"], values["head_dim"])
     precisions = ["bf16", "fp32"] if device == "cuda" else ["fp32", "bf16"]
     begin = time.perf_counter()
-    found = machine(ranks, device, shape, precisions, print)
+    found = machine(ranks, device, shape, precisions, DeepSpeed(), print)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     found |= {
         "name": f"{platform.node()}, {name}",

@@ -14,7 +14,7 @@ from ringattn.cli.request import Key, RequestError, choice, parse
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
 from ringattn.models.rope_config import RopeConfig
-from ringattn.training import checkpoint, states
+from ringattn.training.checkpoints import saver, states
 
 
 def _size(text: str) -> float:
@@ -55,7 +55,7 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if out.exists():
         raise ValueError(f"out={out} is already there")
     tokenizer = _tokenizer_files(values["tokenizer"])
-    found, _ = checkpoint.find(values["checkpoint"], Path(values["checkpoint"]))
+    found, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]))
     if not found:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
     path, manifest = found[0]

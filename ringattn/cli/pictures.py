@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ringattn import cost
 from ringattn.cost import Hardware, Shape
-from ringattn.plan import Plan
+from ringattn.planning.plan import Plan
 
 _GRID = 512  # pixels of a mask on each axis at most
 _LANES = 32  # ranks of a timeline at most

@@ -8,10 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ringattn import cost
-from ringattn.check import check
-from ringattn.cli.request import ITEMSIZE, PLAN_KEYS, Key, count, drawable, parse, planned
+from ringattn.cli.request import (
+    ITEMSIZE,
+    PLAN_KEYS,
+    Key,
+    RequestError,
+    count,
+    drawable,
+    parse,
+    planned,
+)
 from ringattn.cost import Shape
-from ringattn.plan import Plan
+from ringattn.planning.plan import Plan
+from ringattn.planning.prove import check
 
 KEYS = PLAN_KEYS | {"world": Key(count, 8, "ranks")}
 _TOKENS = 2**16  # where neither n nor the mask says how many
@@ -25,11 +34,9 @@ def _flags(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command; 1 if a check found a problem. With model= it plans a whole training run."""
-    if any(argument.startswith("model=") for argument in arguments):
-        from ringattn.cli.split import run as split
-
-        return split(arguments)
+    """The command; 1 if a check found a problem."""
+    if any(argument.startswith("model") for argument in arguments):
+        raise RequestError("a whole training run is the matter of: ringattn estimate KEY=VALUE...")
     values, options = parse("plan", KEYS, arguments, _flags)
     if options.plot:
         drawable(options.plot)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import importlib.util
-import inspect
-import operator
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringattn import layouts, masks
-from ringattn.layouts import Layout
-from ringattn.masks import Mask
-from ringattn.plan import Plan, make_plan
+from ringattn.make import make_plan
+from ringattn.planning import layouts, mask_text
+from ringattn.planning.layouts import Layout
+from ringattn.planning.masks import Mask
+from ringattn.planning.plan import Plan
 
 
 class RequestError(ValueError):
@@ -102,27 +100,11 @@ def parse(
         f"  {name:10s} {key.text}" + ("" if key.default is None else f" (default {key.default})")
         for name, key in keys.items()
     ]
-    parser = argparse.ArgumentParser(
-        prog=f"ringattn {command}",
-        usage=f"ringattn {command} KEY=VALUE... [flags]",
-        epilog="keys:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
-    parser.add_argument("given", nargs="*", metavar="KEY=VALUE")
-    flags(parser)
-    try:
-        options, unknown = parser.parse_known_intermixed_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise RequestError(str(error)) from None
-    if unknown:
-        raise RequestError(f"unknown flag {unknown[0]}; --help lists them")
+    given, options = flags_of(command, arguments, flags, "keys:\n" + "\n".join(lines))
     values = {name: key.default for name, key in keys.items()}
     seen: set[str] = set()
-    for item in options.given:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise RequestError(f"{item!r} is not KEY=VALUE")
+    for item in given:
+        name, _, text = item.partition("=")
         if name in seen:
             raise RequestError(f"{name} is given twice")
         seen.add(name)
@@ -134,6 +116,34 @@ def parse(
         except ValueError as error:
             raise RequestError(f"{name} must be {error}; got {text!r}") from None
     return values, options
+
+
+def flags_of(
+    command: str,
+    arguments: Sequence[str],
+    flags: Callable[[argparse.ArgumentParser], None],
+    epilog: str,
+) -> tuple[list[str], argparse.Namespace]:
+    """(the KEY=VALUE arguments, flags). Raises RequestError."""
+    parser = argparse.ArgumentParser(
+        prog=f"ringattn {command}",
+        usage=f"ringattn {command} KEY=VALUE... [flags]",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("given", nargs="*", metavar="KEY=VALUE")
+    flags(parser)
+    try:
+        options, unknown = parser.parse_known_intermixed_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise RequestError(str(error)) from None
+    if unknown:
+        raise RequestError(f"unknown flag {unknown[0]}; --help lists them")
+    for item in options.given:
+        if "=" not in item:
+            raise RequestError(f"{item!r} is not KEY=VALUE")
+    return options.given, options
 
 
 def planned(values: dict[str, Any], world: int, tokens: int) -> Plan:
@@ -177,62 +187,12 @@ def keys_of(name: str, mask: Mask, world: int) -> Layout:
     return build(mask.n_k, world)
 
 
-_OPERATORS = {
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.Sub: operator.sub,
-    ast.Add: operator.add,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-
-
 def mask_of(text: str, n: int | None, default: int) -> Mask:
-    """The mask that ``text`` describes: calls of :mod:`ringattn.masks` joined by ``&``, ``|`` and
-    ``-``. ``n`` stands for the number of tokens (``default`` where it is None); a bare name such as
-    ``causal`` is given it.
-
-    Nothing else is evaluated. Raises RequestError.
-    """
-    tokens = default if n is None else n
-
-    def value(node: ast.AST) -> Any:
-        match node:
-            case ast.Expression():
-                return value(node.body)
-            case ast.Constant(value=int() | None):
-                return node.value
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.List() | ast.Tuple():
-                return [value(item) for item in node.elts]
-            case ast.Name(id="n"):
-                return tokens
-            case ast.BinOp() if type(node.op) in _OPERATORS:
-                return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-            case ast.Name():
-                return builder(node.id)(tokens)
-            case ast.Call(func=ast.Name()):
-                build = builder(node.func.id)
-                keywords = {word.arg: value(word.value) for word in node.keywords}
-                arguments = [value(item) for item in node.args]
-                inspect.signature(build).bind(*arguments, **keywords)
-                return build(*arguments, **keywords)
-        raise ValueError("only calls of masks, n, integers, lists and & | - + * // are understood")
-
-    def builder(name: str) -> Callable[..., Mask]:
-        if name not in masks.BUILDERS:
-            near = difflib.get_close_matches(name, masks.BUILDERS, 3, 0.5) or list(masks.BUILDERS)
-            raise ValueError(f"unknown mask {name!r}; did you mean: {', '.join(near)}?")
-        return masks.BUILDERS[name]
-
+    """The mask that ``text`` describes, of ``n`` tokens, or of ``default`` where it is None. Raises
+    RequestError."""
     try:
-        mask = value(ast.parse(text, mode="eval"))
-        if not isinstance(mask, Mask):
-            raise ValueError("this is no mask")
-    except SyntaxError:
-        raise RequestError(f"mask={text!r}: not an expression") from None
-    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        mask = mask_text.parse(text, default if n is None else n)
+    except (ValueError, MemoryError) as error:
         raise RequestError(f"mask={text!r}: {error}") from None
     if n is not None and mask.n_q != n:
         raise RequestError(f"mask={text!r} has {mask.n_q} queries, but n={n}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from ringattn.cost.search import Answer, Question
+from ringattn.training.search import Split
 
 _BARS = 12
 COLOURS = {
@@ -17,9 +17,9 @@ COLOURS = {
 }
 
 
-def draw(answer: Answer, question: Question, file: str) -> None:
+def draw(ranked: list[Split], file: str) -> None:
     """Seconds by part and million tokens of the best splits, and what they hold in memory."""
-    best = answer.ranked[:_BARS]
+    best = [split.step for split in ranked[:_BARS]]
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(best)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     names = [
@@ -41,13 +41,14 @@ def draw(answer: Answer, question: Question, file: str) -> None:
         sizes = [getattr(p.memory, part) / 2**30 for p in best]
         right.barh(names, sizes, left=at, color=colour, label=part)
         at = [a + size for a, size in zip(at, sizes, strict=True)]
-    room = (question.hardware.memory - question.hardware.framework) / 2**30
+    hardware, setup = best[0].hardware, best[0].setup
+    room = (hardware.memory - hardware.framework) / 2**30
     right.axvline(room, color="black", linestyle="--", linewidth=0.8, label="what there is")
     right.set_xlabel("GiB per rank")
     right.legend(fontsize=8)
     figure.suptitle(
-        f"{question.model.parameters / 1e9:.1f} B parameters, {question.seq_len:,} tokens, "
-        f"{question.ranks} x {question.hardware.name}: cp x dp, ulysses, schedule, layout",
+        f"{best[0].model.parameters / 1e9:.1f} B parameters, {ranked[0].run.seq_len:,} tokens, "
+        f"{setup.world} x {hardware.name}: cp x dp, ulysses, schedule, layout",
         fontsize=10,
     )
     figure.savefig(file, dpi=90)

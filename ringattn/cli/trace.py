@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ringattn import cost, layouts
-from ringattn.cost.search import Question
+from ringattn import cost
 from ringattn.cost.step import Prediction, layer_of
-from ringattn.plan import make_plan
 
 _RANKS = 16  # that a trace shows at most
 _TRACKS = {"compute": 1, "exchange": 2, "gradients": 3, "wait": 4}
 
 
-def write(best: Prediction, question: Question, path: Path) -> None:
+def write(best: Prediction, path: Path) -> None:
     """One process per rank: the parts of its step, and the steps of one layer's plan, forward and
     backward, on tracks of their own. Times are microseconds."""
-    setup, hardware = best.setup, best.hardware
-    mask = question.mask(question.seq_len)
-    layout = layouts.build(setup.layout, mask, setup.cp)
-    node = hardware.node_size if setup.cp % hardware.node_size == 0 else setup.cp
-    plan = make_plan(mask, layout, setup.schedule, setup.ulysses, node_size=node)
+    setup, hardware, plan = best.setup, best.hardware, best.plan
     ranks = list(range(setup.cp)) if setup.cp <= _RANKS else cost.sample(plan)
     line = layer_of(best.model, setup, plan, hardware, ranks, spans=True).timeline
     events = []

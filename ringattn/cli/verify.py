@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from ringattn import kernels
-from ringattn.attention import ring_attention
 from ringattn.cli.request import (
     PLAN_KEYS,
     Key,
@@ -35,10 +34,12 @@ from ringattn.cli.request import (
     parse,
     planned,
 )
-from ringattn.comm import VirtualWorld, end_distributed
-from ringattn.layouts import contiguous
-from ringattn.masks import Mask
-from ringattn.plan import Plan, make_plan
+from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import VirtualWorld, end_distributed
+from ringattn.make import make_plan
+from ringattn.planning.layouts import contiguous
+from ringattn.planning.masks import Mask
+from ringattn.planning.plan import Plan
 from ringattn.verify import LIMIT, Comparison, compare, oracle
 
 DTYPES = {

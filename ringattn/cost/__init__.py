@@ -6,8 +6,9 @@ memory of a whole training step. ``step``: its seconds. ``search``: the best spl
 """
 
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import Buffers, Bytes, Shape, buffers, lower_bound, received
+from ringattn.cost.layer import Bytes, Shape, lower_bound, received
 from ringattn.cost.timeline import Timeline, sample, simulate
+from ringattn.planning.buffers import Buffers, buffers
 
 __all__ = [
     "Buffers",

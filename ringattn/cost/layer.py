@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ringattn.heads import HeadSplit
-from ringattn.schedules import Move, RankPlan
+from ringattn.planning.head_split import HeadSplit
 
 if TYPE_CHECKING:
-    from ringattn.plan import Plan
+    from ringattn.planning.plan import Plan
 
 BACKWARD = 2.5  # matrix products of the backward, in forwards
 _STATE_BYTES = 4  # partial states and K/V gradients are float32
@@ -104,47 +103,7 @@ def group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
     return into, back
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Largest number of rows that blocks hold at a time beyond the rank's own K/V.
-
-    ``kv``: rows of K/V. ``grads``: rows of float32 gradients of blocks that are not its own, and
-    of gradients on their way. Copies of a part of a block for the time of a message (where its rows
-    are not dense in memory) and what a kernel needs inside are not counted.
-    """
-
-    kv: int
-    grads: int
-
-
-def buffers(plan: RankPlan) -> Buffers:
-    """The peaks of the executor's walk through the steps."""
-    kv_alive, grads_alive, kv_peak, grads_peak = {0}, {0}, 0, 0
-    arriving = flying = 0
-
-    def rows(alive: set[int]) -> int:
-        return sum(plan.blocks[block] for block in alive if block)
-
-    for index, step in enumerate(plan.steps):
-        kv_alive |= {move.block for move in step.recvs}
-        kv_peak = max(kv_peak, rows(kv_alive))
-        kv_alive -= set(plan.blocks_done(index))
-        # The gradient of this step's block is made while the last exchange is still under way.
-        if step.bands or step.grad_sends:
-            grads_alive.add(step.block)
-        grads_alive |= {move.block for move in step.grad_recvs}
-        grads_peak = max(grads_peak, rows(grads_alive) + arriving + flying)
-        arriving, flying = _rows(step.grad_recvs), _rows(step.grad_sends)
-        grads_peak = max(grads_peak, rows(grads_alive) + arriving)
-        grads_alive -= set(plan.grads_done(index))
-    return Buffers(kv_peak, max(grads_peak, arriving + flying))
-
-
-def _rows(moves: tuple[Move, ...]) -> int:
-    return sum(move.tokens for move in moves)
-
-
 def lower_bound(plan: Plan, rank: int) -> int:
     """K/V rows that ``rank`` cannot do without: attended, not owned, each once."""
-    need = plan.cut.need[rank // plan.ulysses]
+    need = plan.partition.rows_needed[rank // plan.ulysses]
     return int(need.sum() - need[rank // plan.ulysses])

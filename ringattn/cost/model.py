@@ -7,8 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-BUCKET = 500_000_000  # elements: DeepSpeed reduces at most so many gradients at a time
-
 
 class Sizes(Protocol):
     """Of a decoder: :class:`ringattn.models.sizes.ModelConfig`."""
@@ -29,12 +27,70 @@ class Sizes(Protocol):
     def matmul_parameters(self) -> int: ...
 
 
+class Kept(Protocol):
+    """What is kept for the backward: :class:`ringattn.models.memory.Memory`."""
+
+    checkpoint: bool
+    offload: bool
+    ffn_tile: int | None
+    loss_chunk: int | None
+
+    def tiled(self, tokens: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of weights, gradients and AdamW's state of one rank: on its ``device`` by what it is,
+    and in ``host`` memory."""
+
+    device: dict[str, float]
+    host: float
+
+
+@dataclass(frozen=True)
+class EngineTraffic:
+    """Bytes that one rank receives for its engine: of weights to be gathered and of gradients to be
+    reduced in a micro-step (hidden behind compute where weights are gathered layer by layer), and
+    at the end of an optimizer step; and what the optimizer reads and writes.
+
+    Ring algorithms: a gather or a scatter of n bytes over W ranks moves n (W - 1) / W; gradients
+    are reduced in float32."""
+
+    gathered: float
+    reduced: float
+    at_step: float
+    optimizer: float
+
+
+class EngineCost(Protocol):
+    """What an engine's settings say of its costs, for a model of so many ``parameters`` with
+    ``wide`` bytes an element, on ``world`` ranks of which ``cp`` share a sequence."""
+
+    name: str
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered layer by layer."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the optimizer steps in host memory."""
+
+    def bucket(self, parameters: int) -> int:
+        """Elements of the buffer that gradients are reduced in."""
+
+    def states(self, parameters: int, wide: int, world: int, cp: int) -> States: ...
+
+    def traffic(self, parameters: int, wide: int, world: int, cp: int) -> EngineTraffic: ...
+
+
 @dataclass(frozen=True)
 class Setup:
-    """How a run is split and what it keeps: the keys of train.py that cost depends on, with their
-    meanings and defaults there. ``batch``: sequences of a micro-step, per sequence group of ``cp``
-    ranks."""
+    """How a run is split and what it keeps: the parts of a run that cost depends on. ``batch``:
+    sequences of a micro-step, per sequence group of ``cp`` ranks; ``device``: cuda or cpu."""
 
+    engine: EngineCost
+    memory: Kept
     world: int = 1
     cp: int = 1
     ulysses: int = 1
@@ -43,15 +99,6 @@ class Setup:
     precision: str = "bf16"
     batch: int = 1
     grad_accum: int = 1
-    engine: str = "deepspeed"
-    zero_stage: int = 1
-    shard: str = "world"
-    offload_optimizer: bool = False
-    offload_params: bool = False
-    checkpoint: bool = False
-    offload: bool = False
-    ffn_tile: int | None = None
-    loss_chunk: int | None = None
     device: str = "cuda"
 
     @property
@@ -59,17 +106,9 @@ class Setup:
         """Bytes of an element that is computed with."""
         return 2 if self.precision == "bf16" else 4
 
-    @property
-    def sharded(self) -> bool:
-        """Whether weights are gathered layer by layer."""
-        return self.engine == "fsdp" or self.zero_stage == 3
-
-    @property
-    def shards(self) -> int:
-        return self.cp if self.engine == "fsdp" and self.shard == "context" else self.world
-
-    def tiled(self, tokens: int) -> bool:
-        return self.ffn_tile is not None and self.ffn_tile < tokens
+    def traffic(self, model: Sizes) -> EngineTraffic:
+        """Of the engine."""
+        return self.engine.traffic(model.parameters, self.wide, self.world, self.cp)
 
 
 def step_flops(model: Sizes, tokens: int, area: int) -> int:
@@ -96,13 +135,13 @@ def product_flops(model: Sizes, setup: Setup, tokens: int) -> dict[str, float]:
     attention, ffn = block_parameters(model)
     # torch's checkpoint stops once it has what the backward asked for: it computes the last product
     # of a block, or of a tile, not again, and of a block of tiles not the last tile.
-    again = 0.0
-    if setup.checkpoint:
+    again, memory = 0.0, setup.memory
+    if memory.checkpoint:
         again += attention
-    if setup.tiled(tokens):
+    if memory.tiled(tokens):
         again += ffn * 2 / 3
-        again += ffn * (1 - setup.ffn_tile / tokens) if setup.checkpoint else 0.0
-    elif setup.checkpoint:
+        again += ffn * (1 - memory.ffn_tile / tokens) if memory.checkpoint else 0.0
+    elif memory.checkpoint:
         again += ffn * 2 / 3
     return {
         "projections": 6.0 * tokens * model.layers * attention,
@@ -118,46 +157,15 @@ def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
     reading and writing all its elements once; the backward twice the forward's."""
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     block = (10 * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
-    passes = 4 if setup.checkpoint else 3
+    passes = 4 if setup.memory.checkpoint else 3
     ends = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
     return float(tokens) * (passes * model.layers * block + ends)
 
 
 def operators(model: Sizes, setup: Setup) -> int:
     """Operators of a micro-step, roughly: what a device that is not fed ahead waits for."""
-    passes = 4 if setup.checkpoint else 3
+    passes = 4 if setup.memory.checkpoint else 3
     return 40 * passes * model.layers + 100
-
-
-@dataclass(frozen=True)
-class EngineTraffic:
-    """Bytes that one rank receives for its engine: of weights to be gathered and of gradients to be
-    reduced in a micro-step (hidden behind compute where weights are gathered layer by layer), and
-    at the end of an optimizer step; and what the optimizer reads and writes."""
-
-    gathered: float
-    reduced: float
-    at_step: float
-    optimizer: float
-
-
-def engine_traffic(model: Sizes, setup: Setup) -> EngineTraffic:
-    """Ring algorithms: a gather or a scatter of n bytes over W ranks moves n (W - 1) / W; gradients
-    are reduced in float32."""
-    n, shards = model.parameters, setup.shards
-    share = (shards - 1) / shards
-    # Of a parameter of this rank: weight, gradient and two moments read, three of them written,
-    # the gradient read and written once more to be clipped.
-    optimizer = 40.0 * n / (shards if setup.zero_stage >= 1 or setup.engine == "fsdp" else 1)
-    if setup.sharded:
-        times = 1 if setup.engine == "fsdp" and setup.zero_stage == 2 else 2
-        copies = setup.world // shards
-        across = 2 * 4 * n / shards * (copies - 1) / copies
-        return EngineTraffic(times * n * setup.wide * share, 4 * n * share + across, 0, optimizer)
-    if setup.zero_stage == 2:  # gradients go to their owners in every micro-step
-        return EngineTraffic(0, 4 * n * share, n * setup.wide * share, optimizer)
-    weights = 4 * n if setup.zero_stage == 0 else setup.wide * n
-    return EngineTraffic(0, 0, (4 * n + weights) * share, optimizer)
 
 
 @dataclass(frozen=True)
@@ -183,55 +191,54 @@ def footprint(
     """For ``tokens`` of this rank in a micro-step; ``kv_rows`` and ``grad_rows`` are those of
     :func:`ringattn.cost.buffers`. Without the framework's own share, and the copy that a checkpoint
     is written from (12 bytes a parameter of this rank, in host memory)."""
-    wide = setup.wide
-    on_device, on_host = _states(model, setup)
-    tiled = setup.tiled(tokens)
+    wide, memory = setup.wide, setup.memory
+    states = setup.engine.states(model.parameters, wide, setup.world, setup.cp)
+    tiled = memory.tiled(tokens)
     # A fused norm keeps its input and its output; the CPU's also what lies between.
     norm = 2 if setup.device == "cuda" else 3
-    kept = block_kept(model, wide, setup.checkpoint, tiled, norm) * model.layers
-    if setup.ulysses > 1 and setup.checkpoint:  # q, k, v, out too, as exchanged: once is enough
+    kept = block_kept(model, wide, memory.checkpoint, tiled, norm) * model.layers
+    if setup.ulysses > 1 and memory.checkpoint:  # q, k, v, out too, as exchanged: once is enough
         kept += model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * wide
     # The backward of a block, which is computed again before if it is not kept. First its
     # feed-forward, when all of the block is there, and gradients of the model's width...
     q, kv = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
     feed_forward = 3 * model.dim * wide * tokens
-    if setup.checkpoint:
+    if memory.checkpoint:
         again = block_kept(model, wide, False, tiled, norm) - block_kept(model, wide, True)
         feed_forward += again * tokens
     if tiled:
-        feed_forward += 4 * model.ffn_dim * wide * setup.ffn_tile
+        feed_forward += 4 * model.ffn_dim * wide * memory.ffn_tile
     # ... then attention, when the feed-forward's are gone: gradients of out and of the model's
     # width, those of q, k and v in float32, and the blocks on their way.
     attention = ((q + model.dim) * wide + 4 * (q + kv)) * tokens
     attention += (kv_rows * wide + grad_rows * 4) * kv // setup.ulysses
     before = (norm - 1) * model.dim + q + kv
-    if setup.checkpoint:
+    if memory.checkpoint:
         attention += before * wide * tokens
     elif not tiled:
         attention -= min(attention, (4 * model.ffn_dim + (norm - 1) * model.dim) * wide * tokens)
     gathered = 0
-    if setup.sharded:  # this block and the next
+    if setup.engine.gathers:  # this block and the next
         largest = max(model.dim * model.vocab_size, sum(block_parameters(model)))
         gathered = 2 * wide * largest
-    kept, offloaded = (0, kept) if setup.offload else (kept, 0)
+    kept, offloaded = (0, kept) if memory.offload else (kept, 0)
     # The last hidden states, before and after their norm, and the gradient of the loss in them.
     tail = 3 * model.dim * wide + 4 * model.head_dim + 3 * 8
-    chunk = setup.loss_chunk or max(64, tokens * model.dim // model.vocab_size)
+    chunk = memory.loss_chunk or max(64, tokens * model.dim // model.vocab_size)
     logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
-    if setup.engine == "deepspeed" and setup.zero_stage > 0:
-        gathered += wide * min(BUCKET, model.parameters)
+    gathered += wide * setup.engine.bucket(model.parameters)
     moments = {
         "attention": attention + gathered,
         "feed-forward": feed_forward + gathered,
         "loss": logits + gathered,
     }
     return Footprint(
-        int(sum(on_device.values())),
+        int(sum(states.device.values())),
         int((kept + tail) * tokens),
         int(max(moments.values())),
-        int(on_host + offloaded * tokens),
+        int(states.host + offloaded * tokens),
         int(offloaded * tokens),
-        {name: int(size) for name, size in on_device.items()},
+        {name: int(size) for name, size in states.device.items()},
         {name: int(size) for name, size in moments.items()},
     )
 
@@ -249,29 +256,3 @@ def block_kept(
         return model.dim * wide + result
     ffn = model.dim if tiled else norm * model.dim + 4 * model.ffn_dim
     return (norm * model.dim + q + 2 * kv + ffn) * wide + result
-
-
-def _states(model: Sizes, setup: Setup) -> tuple[dict[str, float], float]:
-    """(by what it is on the device, in host memory) of weights, gradients and AdamW's state."""
-    n, wide, world = model.parameters, setup.wide, setup.world
-    if setup.engine == "fsdp":  # float32 shards
-        own = n / setup.shards
-        parts = {"weights": 4 * own, "gradients": 4 * own, "optimizer": 8 * own}
-        host = sum(parts.values()) if setup.offload_params else 0.0
-        parts = dict.fromkeys(parts, 0.0) if setup.offload_params else parts
-        parts["weights"] += wide * n if setup.zero_stage == 2 else 0.0  # gathered
-        return parts, host
-    stage = setup.zero_stage
-    parts = {
-        "weights": n * wide / (world if stage >= 3 else 1),
-        "gradients": n * wide / (world if stage >= 2 else 1),
-        # AdamW's two moments in float32, and float32 weights beside bf16 ones.
-        "optimizer": n * (8 + (4 if wide == 2 else 0)) / (world if stage >= 1 else 1),
-    }
-    away = []
-    if setup.offload_optimizer or setup.offload_params:
-        away += ["optimizer"] + (["gradients"] if stage >= 2 else [])
-    if setup.offload_params:
-        away.append("weights")
-    host = sum(parts[name] for name in away)
-    return parts | dict.fromkeys(away, 0.0), host

@@ -19,14 +19,13 @@ from ringattn.cost.model import (
     Setup,
     Sizes,
     elementwise_bytes,
-    engine_traffic,
     footprint,
     operators,
     product_flops,
     step_flops,
 )
 from ringattn.cost.timeline import Timeline
-from ringattn.plan import Plan
+from ringattn.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,14 @@ class Prediction:
         """FLOPs that the rank with most pairs executes, by part."""
         tokens = max(self.plan.layout.count(rank) for rank in self.plan.layout.ranks)
         parts = product_flops(self.model, self.setup, tokens)
-        pairs = float(self.plan.cut.areas.max()) / self.plan.ulysses
+        pairs = float(self.plan.partition.pairs_per_rank.max()) / self.plan.ulysses
         parts["attention"] = self.model.layers * pairs * self._shape.pair_flops() * (1 + BACKWARD)
         return {name: flops * self.setup.grad_accum for name, flops in parts.items()}
 
     @cached_property
     def received(self) -> dict[str, float]:
         """Bytes that a rank receives, by collective; of attention's, the last sampled rank."""
-        traffic, accum = engine_traffic(self.model, self.setup), self.setup.grad_accum
+        traffic, accum = self.setup.traffic(self.model), self.setup.grad_accum
         layer = cost.received(self.plan, cost.sample(self.plan)[-1], self._shape)
         return {
             "attention forward": float(layer.forward * self.model.layers * accum),
@@ -221,20 +220,22 @@ def _parts(
         "attention kernel": layer.compute * model.layers,
         "exposed exchange": layer.exposed * model.layers,
     }
-    traffic = engine_traffic(model, setup)
+    traffic = setup.traffic(model)
     crossing = setup.world > hardware.node_size
     link = hardware.between if crossing else hardware.inside
     # Ranks of a node share what crosses between nodes: each receives its part over its own port.
     rate = float(link.bandwidth(2**24)) * hardware.collective
     within = (traffic.gathered + traffic.reduced) / rate if setup.world > 1 else 0.0
-    hides = hardware.hidden * (products + micro["attention kernel"]) if setup.sharded else 0.0
+    hides = (
+        hardware.hidden * (products + micro["attention kernel"]) if setup.engine.gathers else 0.0
+    )
     micro["engine"] = max(within - hides, (1 - hardware.hidden) * within, 0.0)
     moved = 2 * memory.offloaded  # to host memory and back
     busy = micro["matrix products"] + micro["attention kernel"]
     micro["offload"] = max(0.0, moved / float(hardware.host.bandwidth(2**24)) - busy)
     parts = {name: seconds * setup.grad_accum for name, seconds in micro.items()}
     bandwidth = hardware.memory_bandwidth
-    if setup.offload_optimizer or setup.offload_params:
+    if setup.engine.on_host:
         bandwidth = min(bandwidth, float(hardware.host.bandwidth(2**24)))
     parts["engine"] += traffic.at_step / rate if setup.world > 1 else 0.0
     parts["engine"] += traffic.optimizer / bandwidth * slower + hardware.step

@@ -1,5 +1,5 @@
 """One attention layer in time: the steps of a plan as the executor walks them, exchanges behind
-kernels. Written for the executor in :mod:`ringattn.executor`; a change there is a change here.
+kernels. Written for :mod:`ringattn.execution.executor`; a change there is a change here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 from ringattn.cost.hardware import Hardware, Kernel
 from ringattn.cost.layer import BACKWARD, Shape, group_bytes, kv_heads_of, state_bytes
-from ringattn.schedules import Move, Step
-from ringattn.slices import Bands
+from ringattn.planning.schedules import Move, Step
+from ringattn.planning.slices import Bands
 
 if TYPE_CHECKING:
-    from ringattn.plan import Plan
+    from ringattn.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Timeline:
 def sample(plan: Plan) -> list[int]:
     """The ranks that usually say how long a plan takes: those at the ends of the sequence and of
     the work."""
-    areas = plan.cut.areas
+    areas = plan.partition.pairs_per_rank
     groups = {0, len(areas) - 1, int(areas.argmax()), int(areas.argmin())}
     return sorted(group * plan.ulysses for group in groups)
 

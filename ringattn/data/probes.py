@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringattn.context import IGNORED
+from ringattn.batches import IGNORED
 from ringattn.data.documents import DataError
 from ringattn.data.stream import EMPTY, Sequences, Span
 from ringattn.data.tokenizer import Tokenizer

@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from ringattn.context import IGNORED
+from ringattn.batches import IGNORED
 from ringattn.data.documents import Documents
 from ringattn.data.packing import Rows, best_fit
-from ringattn.layouts import Layout
+from ringattn.planning.layouts import Layout
 
 EMPTY = -1  # the document of tokens that fill up a row
 

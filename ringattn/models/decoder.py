@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from ringattn.context import Attend
+from ringattn.models import recompute
 from ringattn.models.loss import chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
 from ringattn.models.rope import rotate, rotation
@@ -66,11 +67,13 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
-        return self.memory.block(partial(self._compute, phases=phases, attend=attend), x)
+        return recompute.block(self.memory, partial(self._compute, phases=phases, attend=attend), x)
 
     def _compute(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), phases, attend)
-        return self.memory.tiles(lambda t: t + self.mlp(self.post_attention_layernorm(t)), x)
+        return recompute.tiles(
+            self.memory, lambda t: t + self.mlp(self.post_attention_layernorm(t)), x
+        )
 
 
 class Head(nn.Linear):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ringattn.context import IGNORED
+from ringattn.batches import IGNORED
 
 LEAST = 64  # tokens: a chunk of fewer rows leaves the matrix product inefficient
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-TYPES = ("default", "linear", "ntk", "yarn", "llama3")
+from pydantic import Field, Strict, model_validator
+
+from ringattn.typed import Count, Positive, settings
 
 
-@dataclass(frozen=True)
+@settings
 class RopeConfig:
     """``type`` and what it uses; the names in transformers are given where they differ.
 
@@ -26,19 +28,27 @@ class RopeConfig:
     ValueError, naming the key, for what does not fit.
     """
 
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float | None = None
-    original_length: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
+    type: Literal["default", "linear", "ntk", "yarn", "llama3"] = "default"
+    """How positions are stretched beyond the trained length."""
+    theta: Annotated[float, Strict(), Field(gt=1)] = 10000.0
+    """Base of the wavelengths."""
+    factor: Annotated[float, Strict(), Field(ge=1)] | None = None
+    """Trained length x factor is the new length (all types but default)."""
+    original_length: Count | None = None
+    """Tokens that the model was trained on (yarn, llama3)."""
+    beta_fast: Positive = 32.0
+    """Of yarn: rotations over original_length from which on a frequency is kept."""
+    beta_slow: Positive = 1.0
+    """Of yarn: rotations below which a frequency is stretched whole."""
+    low_freq_factor: Positive = 1.0
+    """Of llama3: wavelengths above original_length / this are stretched whole."""
+    high_freq_factor: Positive = 4.0
+    """Of llama3: wavelengths below original_length / this are kept."""
+    attention_factor: Positive | None = None
+    """Of yarn: what cos and sin are multiplied by; null: 0.1 ln factor + 1."""
 
-    def __post_init__(self) -> None:
-        if self.type not in TYPES:
-            raise ValueError(f"model.rope.type={self.type}: must be one of: {', '.join(TYPES)}")
+    @model_validator(mode="after")
+    def _has_what_its_type_uses(self) -> RopeConfig:
         if self.type != "default" and self.factor is None:
             raise ValueError(
                 f"model.rope.factor must be given for model.rope.type={self.type}: "
@@ -59,6 +69,7 @@ class RopeConfig:
                 f"model.rope.low_freq_factor={self.low_freq_factor} must be below "
                 f"model.rope.high_freq_factor={self.high_freq_factor}"
             )
+        return self
 
     @property
     def amplitude(self) -> float:

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from pydantic import Field, model_validator
 
 from ringattn.models.rope_config import RopeConfig
+from ringattn.typed import Count, Flag, Positive, settings
 
 
-@dataclass(frozen=True)
+@settings
 class ModelConfig:
-    """Sizes of a decoder. ``qkv_bias`` is Qwen 2's, ``qk_norm`` (RMSNorm over each head of q and
-    k) Qwen 3's. Raises ValueError, naming the key, for sizes that do not fit.
-    """
+    """Sizes of a decoder as in Llama, Mistral and Qwen 2 and 3."""
 
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn_dim: int
-    vocab_size: int
-    head_dim: int
-    norm_eps: float = 1e-5
-    tied: bool = True
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    dim: Count
+    """Width of the hidden states."""
+    layers: Count
+    """Blocks of attention and feed-forward."""
+    heads: Count
+    """Query heads."""
+    kv_heads: Count
+    """Key and value heads; each serves heads / kv_heads query heads."""
+    ffn_dim: Count
+    """Width of the feed-forward."""
+    vocab_size: Count
+    """Tokens that the model knows; at least those of the tokenizer."""
+    head_dim: Count
+    """Width of a head."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of RMSNorm."""
+    tied: Flag = True
+    """The head's weights are the embedding's."""
+    qkv_bias: Flag = False
+    """Biases of q, k and v: Qwen 2's."""
+    qk_norm: Flag = False
+    """RMSNorm over each head of q and k: Qwen 3's."""
+    rope: RopeConfig = Field(default_factory=RopeConfig)
 
-    def __post_init__(self) -> None:
-        for key in ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab_size", "head_dim"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.kv_heads must divide model.heads={self.heads}, got {self.kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim must be even for RoPE, got {self.head_dim}")
+        return self
 
     @property
     def matmul_parameters(self) -> int:

@@ -1,117 +1,114 @@
-"""What a run is expected to take, before it begins: its keys as the cost model reads them."""
+"""What a run is expected to take, before it begins: one forecast of the typed run and its plan,
+which the display, the facts file, the memory limit and ``ringattn estimate`` read. No torch.
+"""
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict
-from importlib import metadata
-from typing import Any
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
-from omegaconf import DictConfig
-
-from ringattn.cost import Hardware, buffers, sample
-from ringattn.cost.model import Setup, footprint
+from ringattn import cost
+from ringattn.cost import Bytes, Hardware, Shape
+from ringattn.cost.model import Footprint, Setup, footprint, step_flops
 from ringattn.cost.step import Prediction, predict
-from ringattn.models.sizes import ModelConfig
-from ringattn.plan import Plan
-from ringattn.training.batch import build_mask, strategy
-from ringattn.training.job import Job, model_of
-from ringattn.training.settings import hardware_of
+from ringattn.planning.plan import Plan
+from ringattn.training.config import hardware_of
+from ringattn.training.run import Run
 
-FACTS, FORMAT = "facts.json", 1  # of a run directory
-_PACKAGES = ("ringattn", "torch", "triton", "deepspeed", "numpy", "transformers")
+_FEW = 8  # ranks of a sequence of which each is followed; of more, a sample
 
 
-def setup_of(config: DictConfig, world: int, plan: Plan, device: str = "cuda") -> Setup:
-    """The keys that cost depends on, with what was chosen for ``plan``."""
-    engine, memory = config.engine, config.memory
-    return Setup(
-        world=world,
-        cp=plan.world,
-        ulysses=plan.ulysses,
-        schedule=plan.schedule,
-        layout=plan.layout.name,
-        precision=config.precision,
-        batch=config.batch_size,
-        grad_accum=config.train.grad_accum,
-        engine=engine.name,
-        zero_stage=engine.zero_stage,
-        shard=engine.shard,
-        offload_optimizer=engine.offload_optimizer,
-        offload_params=engine.offload_params,
-        checkpoint=memory.checkpoint,
-        offload=memory.offload,
-        ffn_tile=memory.ffn_tile,
-        loss_chunk=memory.loss_chunk,
-        device=device,
-    )
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run on ``world`` ranks whose micro-batches have ``plan``; ``device``: cuda or cpu.
+    ``hardware``: what seconds are predicted for, if any. Of many ranks a few are followed."""
+
+    run: Run
+    world: int
+    plan: Plan
+    hardware: Hardware | None
+    device: str = "cuda"
+
+    @property
+    def setup(self) -> Setup:
+        """The parts of the run that cost depends on, with what was chosen for the plan."""
+        run, plan = self.run, self.plan
+        return Setup(
+            engine=run.engine,
+            memory=run.memory,
+            world=self.world,
+            cp=plan.world,
+            ulysses=plan.ulysses,
+            schedule=plan.schedule,
+            layout=plan.layout.name,
+            precision=run.precision,
+            batch=run.batch_size,
+            grad_accum=run.train.grad_accum,
+            device=self.device,
+        )
+
+    @property
+    def dp(self) -> int:
+        """Groups of ranks with sequences of their own."""
+        return self.world // self.plan.world
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Those that are followed."""
+        few = self.plan.world <= _FEW
+        return list(range(self.plan.world)) if few else cost.sample(self.plan)
+
+    @property
+    def tokens(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        return self.plan.mask.n_q * self.dp * self.run.train.grad_accum
+
+    @cached_property
+    def local_tokens(self) -> int:
+        """Of the rank with most, in a micro-step."""
+        return max(self.plan.layout.count(rank) for rank in self.plan.layout.ranks)
+
+    @property
+    def flops(self) -> float:
+        """Of an optimizer step, as MFU counts them."""
+        area = self.plan.mask.area * self.dp * self.run.train.grad_accum
+        return step_flops(self.run.model, self.tokens, area)
+
+    @cached_property
+    def received(self) -> Bytes:
+        """Bytes that a rank receives for one attention layer, at most."""
+        model = self.run.model
+        shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide)
+        each = [cost.received(self.plan, rank, shape) for rank in self.ranks]
+        return Bytes(max(x.forward for x in each), max(x.backward for x in each))
+
+    @cached_property
+    def memory(self) -> Footprint:
+        """Bytes of a rank, the framework's own aside."""
+        rows = [cost.buffers(self.plan.rank(rank)) for rank in self.ranks]
+        most = max(r.kv for r in rows), max(r.grads for r in rows)
+        return footprint(self.run.model, self.setup, self.local_tokens, *most)
+
+    @cached_property
+    def step(self) -> Prediction | None:
+        """The optimizer step in time; None where the hardware is not known."""
+        if self.hardware is None:
+            return None
+        return predict(self.run.model, self.setup, self.plan, self.hardware, self.ranks)
 
 
-def forecast(
-    config: DictConfig,
-    model: ModelConfig,
-    plan: Plan,
-    world: int,
-    hardware: Hardware | None,
-    device: str = "cuda",
-) -> Prediction | None:
-    """The step that ``plan`` is for; None where the hardware is not known."""
-    if hardware is None:
-        return None
-    ranks = list(range(plan.world)) if plan.world <= 8 else None
-    return predict(model, setup_of(config, world, plan, device), plan, hardware, ranks)
+def on_paper(run: Run, world: int, hardware: Hardware | None = None) -> Forecast:
+    """Of a settled run, from its keys alone: no data is opened, so every sequence counts as one
+    document, the most that a step can cost. ``hardware``: in place of the run's own. Raises
+    ValueError."""
+    hardware = hardware or hardware_of(run)
+    mask = run.attention.build([run.seq_len] * run.batch_size, run.seq_len)
+    plan = run.parallel.strategy(run.model, hardware).plan(mask)
+    cpu = hardware is not None and hardware.cores is not None
+    return Forecast(run, world, plan, hardware, "cpu" if cpu else "cuda")
 
 
-def paper_plan(config: DictConfig, world: int) -> tuple[ModelConfig, Plan]:
-    """The model, and the plan of a batch of whole sequences, from the keys alone: no data is
-    opened, so documents are not known. Raises ValueError."""
-    model = model_of(config)
-    mask = build_mask(config, [config.seq_len] * config.batch_size)
-    return model, strategy(config, model, hardware_of(config)).plan(mask)
-
-
-def memory_need(config: DictConfig, world: int) -> float:
-    """Bytes that a rank needs on its device, framework aside. Raises ValueError."""
-    model, plan = paper_plan(config, world)
-    tokens = max(plan.layout.count(rank) for rank in plan.layout.ranks)
-    rows = [buffers(plan.rank(rank)) for rank in sample(plan)]
-    most = max(r.kv for r in rows), max(r.grads for r in rows)
-    return footprint(model, setup_of(config, world, plan), tokens, *most).device
-
-
-def write_facts(job: Job, plan: Plan, world: int, where: tuple[str, str]) -> dict[str, Any]:
-    """Writes, and returns, what is known before the first step: split, plan, prediction, hardware
-    and versions. ``where``: names of device and kernel."""
-    config, model = job.config, job.model
-    ahead = forecast(config, model, plan, world, job.hardware, where[0])
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    facts = {
-        "format": FORMAT,
-        "setup": asdict(setup_of(config, world, plan, where[0])),
-        "parameters": model.parameters,
-        "plan": {
-            "schedule": plan.schedule,
-            "ulysses": plan.ulysses,
-            "layout": plan.layout.name,
-            "node_size": plan.node_size,
-            "area": plan.mask.area,
-            "imbalance": plan.imbalance,
-            "steps": len(plan.steps(0)),
-            "reason": plan.reason,
-        },
-        "device": where[0],
-        "kernel": where[1],
-        "predicted": ahead.as_dict() if ahead else None,
-        "hardware": {"name": ahead.hardware.name, "source": ahead.hardware.source}
-        if ahead
-        else None,
-        "versions": versions,
-    }
-    (job.run_dir / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    return facts
+def node_of(hardware: Hardware, cp: int) -> int:
+    """Neighbouring ranks of a sequence with a fast link, on nodes of this hardware."""
+    return math.gcd(hardware.node_size, cp)

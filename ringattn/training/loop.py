@@ -8,48 +8,41 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 
-from ringattn.comm import ProcessRank, Timed
 from ringattn.context import Context, Strategy, check_engaged, check_same_data
 from ringattn.cost.model import step_flops
 from ringattn.data.stream import Sequences
 from ringattn.data.tokenizer import BYTES
+from ringattn.execution.carriers import ProcessRank, Timed
 from ringattn.kernels import select
-from ringattn.training import checkpoint, evaluate, states
-from ringattn.training import engine as engines
-from ringattn.training.batch import MicroBatch, load_batch, numbers, strategy
-from ringattn.training.checkpoint import Manifest, Saver
-from ringattn.training.display import Display, plan_table
-from ringattn.training.engine import Engine
-from ringattn.training.evaluate import Evaluation
-from ringattn.training.forecast import write_facts
-from ringattn.training.heartbeat import Heartbeat
+from ringattn.models.decoder import Decoder
+from ringattn.training.batch import MicroBatch, load_batch, numbers
+from ringattn.training.checkpoints import saver as checkpoints
+from ringattn.training.checkpoints import states
+from ringattn.training.checkpoints.saver import Manifest, Saver
+from ringattn.training.config import as_yaml
+from ringattn.training.engines import Engine, Parts
+from ringattn.training.evaluating import evaluate
+from ringattn.training.evaluating.evaluate import Evaluation
+from ringattn.training.evaluating.sample import generate
+from ringattn.training.forecast import Forecast
 from ringattn.training.job import Job
-from ringattn.training.metrics import (
+from ringattn.training.observing.display import Display, plan_table
+from ringattn.training.observing.facts import write_facts
+from ringattn.training.observing.heartbeat import Heartbeat
+from ringattn.training.observing.metrics import (
     DTYPES,
     MetricsLog,
     measured_peak,
     peak_memory_bytes,
 )
-from ringattn.training.pictures import draw
-from ringattn.training.profile import Profile
-from ringattn.training.sample import generate
-
-
-def learning_rate(config: DictConfig, tokens_seen: int, total_tokens: int) -> float:
-    """Linear warm-up, then a cosine to min_lr_ratio * lr, both in tokens, whatever the split."""
-    optim = config.optim
-    if tokens_seen < optim.warmup_tokens:
-        return optim.lr * (tokens_seen + 1) / optim.warmup_tokens
-    done = (tokens_seen - optim.warmup_tokens) / max(1, total_tokens - optim.warmup_tokens)
-    falling = (1 + math.cos(math.pi * min(1, done))) / 2
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
-
+from ringattn.training.observing.pictures import draw
+from ringattn.training.observing.profile import Profile
+from ringattn.training.optimizer import learning_rate
 
 PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
 
@@ -77,21 +70,21 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     """Runs the job on this rank. Returns normally after the last step, or once any rank's
     ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
     """
-    config, rank = job.config, dist.get_rank()
-    resume, damaged = checkpoint.first_sound(job.resume)
+    run, rank = job.run, dist.get_rank()
+    resume, damaged = checkpoints.first_sound(job.resume)
     if job.resume and not resume:
-        raise checkpoint.Damaged(f"{damaged[0]}; no other checkpoint is left")
+        raise checkpoints.Damaged(f"{damaged[0]}; no other checkpoint is left")
     start = resume[1] if resume else job.manifest
-    display = Display(rank == 0, config.train.steps, start.step)
+    display = Display(rank == 0, run.train.steps, start.step)
     for remark in job.remarks + damaged:
         display.say(f"passed over: {remark}")
     if rank == 0:
         (job.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if aside := checkpoint.set_aside(job.run_dir, resume):
+        if aside := checkpoints.set_aside(job.run_dir, resume):
             display.say(f"what another run left in {job.run_dir} is now in {aside.name}")
-        OmegaConf.save(config, job.run_dir / "config.yaml")
+        (job.run_dir / "config.yaml").write_text(as_yaml(run))
     dist.barrier()
-    engine = engines.build(config, job.model, context)
+    engine = build_engine(job, context)
     if resume:
         with states.Saved([resume[0] / name for name in sorted(start.files)]) as saved:
             states.fill(engine, saved, start.adam_steps)
@@ -99,44 +92,44 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     else:
         states.fill(engine, job.source, 0)
     stream = job.data.train
-    log = MetricsLog(job.run_dir, config, start.step) if rank == 0 else None
+    log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step) if rank == 0 else None
     try:
-        split = strategy(config, job.model, job.hardware)
-        sequences = numbers(config, context, start.sequences_seen, 0)
-        first = load_batch(config, stream, context, split, sequences)
+        split = run.parallel.strategy(job.model, job.hardware)
+        sequences = numbers(run.batch_size, context, start.sequences_seen, 0)
+        first = load_batch(run.attention, stream, context, split, sequences)
         split = split.like(first.plan)
         _self_check(job, context, engine, stream, split, start)
-        dtype = DTYPES[config.precision]
+        dtype = DTYPES[run.precision]
         peak, measure = _peak(job, context)
-        kernel = select(config.kernel, dtype, context.device, job.model.head_dim)
-        where = context.device.type, kernel.__name__.split(".")[-1]
-        ends = (where, peak, measure, job.hardware)
-        display.say(plan_table(config, job.model, first.plan, context.world, *ends))
-        if log:
-            log.describe(write_facts(job, first.plan, context.world, where))
+        kernel = select(run.kernel, dtype, context.device, job.model.head_dim)
+        if log:  # rank 0: the others need no more of the plan than their own steps
+            name = kernel.__name__.split(".")[-1]
+            ahead = Forecast(run, context.world, first.plan, job.hardware, context.device.type)
+            display.say(plan_table(ahead, name, peak, measure))
+            log.describe(write_facts(ahead, name, job.run_dir))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
         for remark in job.data.remarks:
             display.say(remark)
         display.say(f"run directory: {job.run_dir}")
-        at = checkpoint.folder(job.run_dir, start.step)
+        at = checkpoints.folder(job.run_dir, start.step)
         saved = resume is not None and resume[0].resolve() == at.resolve()
-        with Heartbeat(config.parallel.timeout_s) as heartbeat:
-            evaluation = Evaluation.make(config, context, engine, split, job.data)
+        with Heartbeat(run.parallel.timeout_s) as heartbeat:
+            evaluation = Evaluation.make(run, context, engine, split, job.data)
             end = _Steps(
                 job, context, engine, stream, split, evaluation, peak, stops, display, log,
                 heartbeat,
             ).run(start, saved)  # fmt: skip
-        if end.step < config.train.steps:
-            kept = "no checkpoint" if config.checkpoint.every is None else "checkpoint saved"
+        if end.step < run.train.steps:
+            kept = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
             display.say(f"stopped on request at step {end.step}; {kept}")
-        elif config.train.sample_tokens:
+        elif run.train.sample_tokens:
             text = generate(
                 engine,
                 context,
                 job.data.tokenizer,
-                config.train.sample_prompt,
-                config.train.sample_tokens,
-                config.seed,
+                run.train.sample_prompt,
+                run.train.sample_tokens,
+                run.seed,
                 replace(split, layout="contiguous"),
             )
             display.console.rule("sample", align="left")
@@ -149,14 +142,29 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         engine.close()
 
 
+def build_engine(job: Job, context: Context) -> Engine:
+    """The configured engine, on every rank; its weights are still to be written."""
+    run = job.run
+    parts = Parts(
+        make_model=lambda: Decoder(job.model, None, run.memory),
+        parameters=job.model.parameters,
+        optimizer=run.optim,
+        context=context,
+        precision=run.precision,
+        batch_size=run.batch_size,
+        grad_accum=run.train.grad_accum,
+    )
+    return run.engine.build(parts)
+
+
 def _peak(job: Job, context: Context) -> tuple[float, str]:
     """FLOP/s of a rank that MFU divides by, and where they come from."""
-    config = job.config
-    if config.peak_flops:
-        return config.peak_flops, "peak_flops"
+    run = job.run
+    if run.peak_flops:
+        return run.peak_flops, "peak_flops"
     if job.hardware:
-        return job.hardware.flops(config.precision), f"peak of {job.hardware.name}"
-    return measured_peak(context.device, DTYPES[config.precision]), "measured matrix product"
+        return job.hardware.flops(run.precision), f"peak of {job.hardware.name}"
+    return measured_peak(context.device, DTYPES[run.precision]), "measured matrix product"
 
 
 def _self_check(
@@ -168,11 +176,10 @@ def _self_check(
     start: Manifest,
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
-    config = job.config
     engine.train(False)
     check_engaged(context, split, engine.forward, job.model.vocab_size)
     engine.train(True)
-    sequences = numbers(config, context, start.sequences_seen, 0)
+    sequences = numbers(job.run.batch_size, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))
 
 
@@ -200,13 +207,13 @@ class _Steps:
     def run(self, state: Manifest, saved: bool) -> Manifest:
         """From ``state`` to the last step, or to a request to stop; ``saved``: whether the run
         directory already holds ``state``, which then is not written again."""
-        config, display = self.job.config, self.display
-        saver = Saver(self.job.run_dir, config.checkpoint.keep, config.checkpoint.background)
-        every, at = config.checkpoint.every, state.step if saved else -1
+        run, display = self.job.run, self.display
+        saver = Saver(self.job.run_dir, run.checkpoint.keep, run.checkpoint.background)
+        every, at = run.checkpoint.every, state.step if saved else -1
         first, last, began = None, None, time.perf_counter()
-        profile = Profile(config.profile.steps, self.job.run_dir, self.context.device)
+        profile = Profile(run.profile.steps, self.job.run_dir, self.context.device)
         with display.progress, profile:
-            while state.step < config.train.steps:
+            while state.step < run.train.steps:
                 profile.before(state.step + 1)
                 self.watch.read()  # forgets what lies between steps
                 begin = time.perf_counter()
@@ -228,7 +235,7 @@ class _Steps:
                     raise
                 seconds = time.perf_counter() - begin
                 spent = self.watch.read()
-                tokens = self._per_step * config.seq_len
+                tokens = self._per_step * run.seq_len
                 flops = step_flops(self.job.model, tokens, int(area))
                 values |= {
                     "tokens_per_s": tokens / seconds,
@@ -266,7 +273,7 @@ class _Steps:
         return f" ({loss / math.log(2):.2f} bits per byte)"
 
     def _evaluate(self, step: int) -> None:
-        every, last = self.job.config.eval.every, self.job.config.train.steps
+        every, last = self.job.run.eval.every, self.job.run.train.steps
         if not every or (step % every and step != last):
             return
         self.heartbeat.where = f"step {step}, evaluation"
@@ -279,27 +286,27 @@ class _Steps:
     @property
     def _per_step(self) -> int:
         """Sequences of an optimizer step, over all ranks."""
-        config = self.job.config
-        return config.batch_size * self.context.dp * config.train.grad_accum
+        run = self.job.run
+        return run.batch_size * self.context.dp * run.train.grad_accum
 
     def _batches(self, state: Manifest) -> list[MicroBatch]:
-        config, seen = self.job.config, state.sequences_seen
+        run, seen = self.job.run, state.sequences_seen
         return [
             load_batch(
-                config, self.stream, self.context, self.split,
-                numbers(config, self.context, seen, micro),
+                run.attention, self.stream, self.context, self.split,
+                numbers(run.batch_size, self.context, seen, micro),
             )
-            for micro in range(config.train.grad_accum)
+            for micro in range(run.train.grad_accum)
         ]  # fmt: skip
 
     def _step(
         self, state: Manifest, batches: list[MicroBatch], supervised: float
     ) -> tuple[Manifest, dict[str, float]]:
         """One optimizer step; skipped, and counted, if its loss or gradient is not finite."""
-        config, context, engine = self.job.config, self.context, self.engine
-        accum, number = config.train.grad_accum, state.step + 1
-        total_tokens = config.train.steps * self._per_step * config.seq_len
-        lr = learning_rate(config, state.tokens_seen, total_tokens)
+        run, context, engine = self.job.run, self.context, self.engine
+        accum, number = run.train.grad_accum, state.step + 1
+        total_tokens = run.train.steps * self._per_step * run.seq_len
+        lr = learning_rate(run.optim, state.tokens_seen, total_tokens)
         engine.set_lr(lr)
         local_loss, norm = torch.zeros((), device=context.device), None
         for batch in batches:
@@ -330,7 +337,7 @@ class _Steps:
             step=number,
             adam_steps=state.adam_steps + finite,
             sequences_seen=seen + self._per_step,
-            tokens_seen=state.tokens_seen + self._per_step * config.seq_len,
+            tokens_seen=state.tokens_seen + self._per_step * run.seq_len,
         )
         return state, {
             "step": number,
@@ -344,7 +351,7 @@ class _Steps:
 
     def _report_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
         """Writes down which sequences it was. Raises Diverged after too many in a row."""
-        most = self.job.config.train.max_skipped
+        most = self.job.run.train.max_skipped
         path = self.job.run_dir / "skipped.jsonl"
         if self.log:
             # Python's JSON would write NaN, which others do not read.

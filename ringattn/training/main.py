@@ -9,7 +9,8 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from ringattn.training import settings
+from ringattn.training import config
+from ringattn.training.run import with_keys
 
 USAGE_ERROR = 2
 FAILED = 1
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     Bad input is one line from rank 0 and status 2, before any group or model is made.
     """
     if any(a in ("--multirun", "-m") for a in arguments):
-        from ringattn.training.sweep import main as sweep
+        from ringattn.training.launching.sweep import main as sweep
 
         return sweep(arguments)
     for name, value in (
@@ -32,50 +33,46 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault(name, str(value))  # plain `python train.py` is a world of one
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        config = settings.load([a for a in arguments if a not in ("-h", "--help")])
-        if len([a for a in arguments if a in ("-h", "--help")]):
+        given = [a for a in arguments if a not in ("-h", "--help")]
+        if len(given) < len(arguments):
             if rank == 0:
-                _print_help(config)
+                print(config.help_text(config.composed(given)))
             return 0
-        settings.check(config, world)
-        with settings.path_errors("run_dir", config.run_dir):
-            run_dir = _run_dir(config.run_dir)
-            settings.writable(run_dir)
+        run = config.settled(config.load(given), world)
+        with config.path_errors("run_dir", run.run_dir):
+            run_dir = _run_dir(run.run_dir)
+            config.writable(run_dir)
         if _begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
-            config.checkpoint.resume = "auto"
+            run = with_keys(run, checkpoint={"resume": "auto"})
         # Only now torch: a mistyped key costs no second.
-        from ringattn.comm import end_distributed
         from ringattn.data.documents import DataError
+        from ringattn.execution.carriers import end_distributed
         from ringattn.kernels import select
         from ringattn.training import loop
-        from ringattn.training.checkpoint import Damaged, SaveFailed
-        from ringattn.training.engine import pick_device, start_distributed
+        from ringattn.training.checkpoints.saver import Damaged, SaveFailed
         from ringattn.training.job import prepare
-        from ringattn.training.limit import out_of_memory, set_limit, write_failure
-        from ringattn.training.metrics import DTYPES
+        from ringattn.training.launching.limit import out_of_memory, set_limit, write_failure
+        from ringattn.training.launching.world import pick_device, start_distributed
+        from ringattn.training.observing.metrics import DTYPES
 
-        job = prepare(config, run_dir, world, _tokenizing())
-        device = pick_device(config.device)
-        if config.memory.loss == "liger" and device.type != "cuda":
+        job = prepare(run, run_dir, world, _tokenizing())
+        device = pick_device(run.device)
+        if run.memory.loss == "liger" and device.type != "cuda":
             raise ValueError(f"memory.loss=liger needs a GPU; this process has {device.type}")
-        select(config.kernel, DTYPES[config.precision], device, config.model.head_dim)
+        select(run.kernel, DTYPES[run.precision], device, run.model.head_dim)
     except ValueError as error:
         # What is wrong may be wrong on one machine only, so each has a voice.
         if os.environ["LOCAL_RANK"] == "0":
             print(f"train.py: {error}", file=sys.stderr)
         return USAGE_ERROR
 
-    if rank == 0 and config.engine.name == "deepspeed":
-        print(
-            "starting DeepSpeed (its first start on a machine compiles a small extension, "
-            "about half a minute)",
-            flush=True,
-        )
+    if rank == 0 and run.engine.notice:
+        print(run.engine.notice, flush=True)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     try:
-        set_limit(config.memory.limit, device)
-        start_distributed(device, config.parallel.timeout_s, config.engine.name)
-        run(job, device)
+        set_limit(run.memory.limit, device)
+        start_distributed(device, run.parallel.timeout_s, run.engine)
+        train(job, device)
     except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
@@ -98,7 +95,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(job, device) -> None:
+def train(job, device) -> None:
     """Trains one job in an initialised world; rank 0's run directory holds for all."""
     from dataclasses import replace
 
@@ -118,7 +115,7 @@ def run(job, device) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / LAUNCH).write_text(_launch())
         context = Context.create(
-            job.config.parallel.cp, device, job.config.kernel, job.config.parallel.timeout_s
+            job.run.parallel.cp, device, job.run.kernel, job.run.parallel.timeout_s
         )
         loop.train(job, context, stops)
 
@@ -168,20 +165,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _print_help(config) -> None:
-    from importlib.resources import files
-
-    from omegaconf import OmegaConf
-
-    print("torchrun --nproc-per-node N train.py KEY=VALUE ...")
-    print("python train.py --multirun KEY=VALUE,VALUE ...   (a job for every point)\n")
-    for group in ("model", "data", "attention", "memory", "engine", "logger", "experiment"):
-        folder = files("ringattn.configs") / group
-        names = sorted(
-            x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name[0] not in "_."
-        )
-        print(f"{group}: {', '.join(names)}")
-    print("\nkeys, with the values of this command line:\n")
-    print(OmegaConf.to_yaml(config))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.comm import end_distributed
+from ringattn.execution.carriers import end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, world = dist.get_rank(), dist.get_world_size()

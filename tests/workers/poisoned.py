@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from ringattn.models.decoder import Decoder
-from ringattn.training import settings
-from ringattn.training.engine import pick_device, start_distributed
+from ringattn.training import config
+from ringattn.training.engines.deepspeed import DeepSpeed
 from ringattn.training.job import prepare
-from ringattn.training.main import run
+from ringattn.training.launching.world import pick_device, start_distributed
+from ringattn.training.main import train
 
 device = pick_device("cpu")
-start_distributed(device, 60, "deepspeed")
+start_distributed(device, 60, DeepSpeed())
 calls, forward = [], Decoder.forward
 
 
@@ -36,7 +37,6 @@ def poisoned(self, tokens, positions, attend, labels=None):
 Decoder.forward = poisoned
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
     calls.clear()
-    config = settings.load(overrides)
     world = int(os.environ["WORLD_SIZE"])
-    settings.check(config, world)
-    run(prepare(config, Path(config.run_dir), world), device)
+    run = config.settled(config.load(overrides), world)
+    train(prepare(run, Path(run.run_dir), world), device)

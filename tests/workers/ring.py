@@ -13,7 +13,7 @@ import oracle
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.comm import Counted, ProcessRank, connect, end_distributed
+from ringattn.execution.carriers import Counted, ProcessRank, connect, end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, world = dist.get_rank(), dist.get_world_size()

@@ -8,15 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-from ringattn.training import settings
-from ringattn.training.engine import pick_device, start_distributed
+from ringattn.training import config
+from ringattn.training.engines.deepspeed import DeepSpeed
 from ringattn.training.job import prepare
-from ringattn.training.main import run
+from ringattn.training.launching.world import pick_device, start_distributed
+from ringattn.training.main import train
 
 device = pick_device("cpu")
-start_distributed(device, 60, "deepspeed")
+start_distributed(device, 60, DeepSpeed())
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
-    config = settings.load(overrides)
     world = int(os.environ["WORLD_SIZE"])
-    settings.check(config, world)
-    run(prepare(config, Path(config.run_dir), world), device)
+    run = config.settled(config.load(overrides), world)
+    train(prepare(run, Path(run.run_dir), world), device)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.comm import end_distributed
+from ringattn.execution.carriers import end_distributed
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 ring = dist.new_group(timeout=timedelta(seconds=1))

@@ -1,0 +1,191 @@
+"""The configured data: a stream to train on, one that is held out, and their tokenizer."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ringattn.data import settings, tokenizer
+from ringattn.data.corpus import Corpus
+from ringattn.data.documents import DataError, Documents, hold_out
+from ringattn.data.probes import Probe
+from ringattn.data.records import Source, has_file
+from ringattn.data.shards import MANIFEST, Shards, write
+from ringattn.data.stream import Mixture, Sequences, Stream
+from ringattn.data.tokenizer import Tokenizer
+from ringattn.typed import SettingsError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """``remarks``: what a person should know of it, a line each."""
+
+    tokenizer: Tokenizer
+    train: Sequences
+    held_out: Sequences | None
+    remarks: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.train.fingerprint.encode()).hexdigest()[:16]
+
+
+def open_data(
+    data: settings.Data,
+    seq_len: int,
+    seed: int,
+    progress: Progress,
+    holdout: float = 0.0,
+    held_out_root: str | None = None,
+) -> Opened:
+    """Opens what the keys of ``data`` name; text that needs it is tokenized into the cache first,
+    once per machine. ``holdout`` and ``held_out_root``: eval.holdout and eval.root. Raises
+    SettingsError or DataError, naming the key."""
+    if held_out_root is not None and holdout:
+        raise SettingsError("eval.holdout and eval.root: give one of them")
+    if data.format in settings.TASKS:
+        if held_out_root is not None or holdout:
+            raise SettingsError(
+                f"data.format={data.format} has no documents to hold out; leave out "
+                "eval.holdout and eval.root, and give eval.probes"
+            )
+        known = tokenizer.make(data.tokenizer, data.end)
+        # A seed that no evaluation draws from.
+        task = Probe(data.format, known, seq_len, seed + 2**32, halvings=3)
+        return Opened(known, task, None, [f"data: {data.format}, made on the fly"])
+    parts, weights = [data], [1.0]
+    if data.mix:
+        parts, weights = [_like(data, part) for part in data.mix], [p.weight for p in data.mix]
+    whole = opened = [_open(part, progress) for part in parts]
+    known = _tokenizer(data, opened)
+    held = [None] * len(parts)
+    if held_out_root is not None:
+        known_as, end = _tokenizer_of(opened[0])
+        other = replace(parts[0], root=held_out_root, tokenizer=known_as, end=end)
+        held = [_open(other, progress)]
+        if _tokenizer(data, held).fingerprint != known.fingerprint:
+            raise SettingsError(
+                f"eval.root={held_out_root}: its tokens are of another tokenizer than data's"
+            )
+    elif holdout:
+        opened, held = zip(*(hold_out(d, holdout) for d in opened), strict=True)
+    remarks: list[str] = []
+
+    def stream(documents: list[Documents], weights: list[float], seed: int) -> Sequences:
+        seeds = [seed] if len(documents) == 1 else [(seed, i) for i in range(len(documents))]
+        streams = [
+            Stream(d, seq_len, s, data.packing, known.end)
+            for d, s in zip(documents, seeds, strict=True)
+        ]
+        return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
+
+    train = stream(list(opened), weights, seed)
+    for documents, own in zip(whole, getattr(train, "streams", [train]), strict=True):
+        remarks.append(_remark(documents, own))
+    held_out = None
+    if held[0] is not None:
+        held_out = stream(list(held), weights[: len(held)], 0)
+        tokens = sum(int(d.lengths.sum()) for d in held)
+        remarks.append(f"held out: {sum(len(d.lengths) for d in held):,} documents, "
+                       f"{tokens:,} tokens")  # fmt: skip
+    return Opened(known, train, held_out, remarks)
+
+
+def _like(data: settings.Data, part: settings.Part) -> settings.Data:
+    """``data`` with what ``part`` says otherwise."""
+    own = {"root": part.root, "glob": part.glob, "format": part.format, "field": part.field,
+           "split": part.split}  # fmt: skip
+    return replace(data, mix=None, **{key: x for key, x in own.items() if x is not None})
+
+
+def _open(part: settings.Data, progress: Progress) -> Documents:
+    root = part.root
+    if root is None and part.format == "tokens":
+        raise SettingsError("data.root must be given for data.format=tokens")
+    if root is not None and (
+        part.format == "tokens" or (part.format == "auto" and has_file(root, MANIFEST))
+    ):
+        return Shards(Path(os.path.expanduser(root)))
+    source = Source.open(root, part.glob, part.format, part.field, part.split)
+    if source.format == "text" and part.tokenizer in (None, tokenizer.BYTES):
+        return Corpus.open(root, part.glob)
+    return _cached(source, part, progress)
+
+
+def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
+    """Token shards of a source, written by the first process of a machine that comes here."""
+    known = tokenizer.make(part.tokenizer, part.end)
+    about = [known.fingerprint, source.format, source.field, source.split, str(source.root)]
+    for piece in source.pieces:
+        about += [piece.path, str(piece.start), str(piece.stop), _age(piece.path)]
+    key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(part.cache or usual / "ringattn" / "tokens").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{key}.lock").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if (cache / key / MANIFEST).is_file():
+                found = Shards(cache / key)
+                if (corrupt := found.about["corrupt"]) > part.max_corrupt:
+                    raise DataError(
+                        f"data.max_corrupt={part.max_corrupt}: {corrupt} records cannot be "
+                        f"read: {cache / key / 'corrupt.jsonl'}"
+                    )
+                return found
+            return write(
+                source, cache / key, part.tokenizer, part.end, part.max_corrupt, part.workers,
+                progress,
+            )  # fmt: skip
+    except OSError as error:
+        raise SettingsError(f"data.cache={cache}: {error.strerror}") from None
+
+
+def _age(path: str) -> str:
+    """Changes when a file does, or any file of a saved dataset."""
+    below = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
+    return " ".join(f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in below)
+
+
+def _tokenizer_of(documents: Documents) -> tuple[str | None, str | None]:
+    """``data.tokenizer`` and ``data.end`` that documents were made with."""
+    if not isinstance(documents, Shards):
+        return None, None
+    given = documents.about["tokenizer"]
+    where = None if given == tokenizer.BYTES else str(documents.root / given)
+    return where, documents.about["end_token"]
+
+
+def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
+    """The one tokenizer of all sources: token shards bring theirs."""
+    made = [d.tokenizer if isinstance(d, Shards) else tokenizer.ByteTokenizer() for d in opened]
+    if len({known.fingerprint for known in made}) > 1:
+        raise DataError(
+            "data.mix: its sources have different tokenizers; tokenize them with the same one"
+        )
+    if data.tokenizer is not None:
+        asked = tokenizer.make(data.tokenizer, data.end)
+        if asked.fingerprint != made[0].fingerprint:
+            raise DataError(
+                f"data.tokenizer={data.tokenizer}: the tokens in data.root={data.root} are "
+                "of another one; leave it out"
+            )
+    return made[0]
+
+
+def _remark(documents: Documents, stream: Stream) -> str:
+    """Of a source as it was opened, and what is trained on of it."""
+    lengths = stream.documents.lengths
+    text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
+    if stream.packing == "best_fit":
+        text += f", best_fit leaves {stream.waste:.2%} of the rows empty"
+    corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
+    if corrupt:
+        text += f", {corrupt} corrupt records left out ({documents.root / 'corrupt.jsonl'})"
+    return text

@@ -1,0 +1,63 @@
+"""The keys of ``data``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ringattn.data.packing import NAMES as PACKINGS
+from ringattn.data.records import FORMATS
+from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
+
+TASKS = ("passkey", "recall")  # made on the fly: see ringattn.data.probes
+Format = Annotated[Any, OneOf("auto", *FORMATS, "tokens")]
+
+
+@settings
+class Part:
+    """One of several sources: what differs from the keys of ``data``, and how much of it."""
+
+    root: Text
+    weight: Positive
+    glob: Text | None = None
+    format: Format | None = None
+    field: Text | None = None
+    split: Text | None = None
+
+
+@settings
+class Data:
+    """What is trained on, and how text becomes rows of tokens."""
+
+    root: Text | None = None
+    """Folder of the files; null: the standard library of the Python that runs, or what mix says."""
+    glob: Text = "**/*"
+    """Which files below it."""
+    format: Annotated[Any, OneOf("auto", *FORMATS, "tokens", *TASKS)] = "auto"
+    """By ending: text, jsonl (.gz too), parquet; datasets (saved on disk), tokens (shards of
+    `ringattn tokenize`); passkey and recall are made on the fly."""
+    field: Text = "text"
+    """Of a JSONL record, a Parquet file or a dataset."""
+    split: Text = "train"
+    """Of a datasets.DatasetDict."""
+    tokenizer: Text | None = None
+    """A tokenizer.json or its folder; null: bytes, or that of token shards."""
+    end: Text | None = None
+    """The tokenizer's token after a document; null: what tokenizer_config.json says."""
+    packing: Annotated[Any, OneOf(*PACKINGS)] = "cut"
+    """cut: joined and cut; best_fit: whole documents, rows filled as well as can be."""
+    mix: Annotated[
+        Annotated[list[Part], Field(min_length=2)] | None,
+        Words(
+            "null or a list of at least two {root: PATH, weight: NUMBER above 0}, each with glob, "
+            "format, field or split where it differs"
+        ),
+    ] = None
+    """Several sources: [{root: A, weight: 2}, {root: B, weight: 1}]."""
+    max_corrupt: Whole = 10
+    """Records that may be left out because they cannot be read."""
+    cache: Text | None = None
+    """Where text is kept tokenized; null: ~/.cache/ringattn/tokens."""
+    workers: Count | None = None
+    """Processes that tokenize; null: one per core."""

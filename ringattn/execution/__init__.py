@@ -1,0 +1,1 @@
+"""What walks plans: carriers, exchanges, the executor, the operator."""

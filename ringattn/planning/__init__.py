@@ -1,0 +1,1 @@
+"""Masks, layouts, schedules and plans: NumPy only, nothing here knows torch."""

@@ -1,0 +1,361 @@
+"""Masks: which (query, key) pairs exist, as a short list of band slices with exact algebra.
+
+A slice is a run of queries x a run of keys x a band ``lo <= k - q <= hi``. A mask is a list of
+disjoint slices, so its area (the number of pairs) is a sum, and nothing is ever of size L x L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from operator import index
+
+import numpy as np
+
+from ringattn.planning.intervals import progressions, union
+from ringattn.planning.runs import Run, whole
+from ringattn.planning.slices import Slice
+
+_DENSE_LIMIT = 2**28
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A set of (query, key) pairs over ``n_q`` queries and ``n_k`` keys: disjoint slices.
+
+    Build one with the functions of this module; combine masks with ``&``, ``|`` and ``-``.
+    """
+
+    slices: tuple[Slice, ...]
+    n_q: int
+    n_k: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Plans are kept by mask: thousands of slices are hashed once.
+        return hash((self.slices, self.n_q, self.n_k))
+
+    @cached_property
+    def area(self) -> int:
+        """Number of pairs (the attention FLOPs divided by 4 * heads * head_dim, forward)."""
+        return sum(part.area for part in self.slices)
+
+    def to_dense(self) -> np.ndarray:
+        """bool array ``[n_q, n_k]``. For tests and pictures; ValueError beyond 2**28 pairs."""
+        if self.n_q * self.n_k > _DENSE_LIMIT:
+            raise ValueError(
+                f"to_dense of {self.n_q} x {self.n_k} pairs would exceed 2**28 elements"
+            )
+        dense = np.zeros((self.n_q, self.n_k), dtype=bool)
+        for part in self.slices:
+            q, k = part.q.to_array(), part.k.to_array()
+            apart = k[None, :] - q[:, None]
+            dense[np.ix_(q, k)] |= (apart >= part.lo) & (apart <= part.hi)
+        return dense
+
+    def _check(self, other: Mask) -> None:
+        if (self.n_q, self.n_k) != (other.n_q, other.n_k):
+            raise ValueError(
+                f"masks of different size: {self.n_q} x {self.n_k} and {other.n_q} x {other.n_k}"
+            )
+
+    def __and__(self, other: Mask) -> Mask:
+        self._check(other)
+        pairs = _meeting(self.slices, other.slices)
+        parts = (part & one for part, near in pairs for one in near)
+        return Mask(tuple(part for part in parts if part), self.n_q, self.n_k)
+
+    def __or__(self, other: Mask) -> Mask:
+        self._check(other)
+        return Mask(self.slices + (other - self).slices, self.n_q, self.n_k)
+
+    def __sub__(self, other: Mask) -> Mask:
+        self._check(other)
+        pairs = _meeting(self.slices, other.slices)
+        left = (piece for part, holes in pairs for piece in _without(part, holes))
+        return Mask(tuple(left), self.n_q, self.n_k)
+
+
+def _meeting(
+    slices: Iterable[Slice], others: Iterable[Slice]
+) -> Iterator[tuple[Slice, list[Slice]]]:
+    """Each slice with those of ``others`` whose queries reach into its own.
+
+    A sweep along the queries: packed documents meet few others, however many there are.
+    """
+    ahead = sorted(others, key=_first_query, reverse=True)
+    active: list[Slice] = []
+    for part in sorted(slices, key=_first_query):
+        while ahead and ahead[-1].q.start <= part.q.last:
+            active.append(ahead.pop())
+        active = [one for one in active if one.q.last >= part.q.start]
+        yield part, [one for one in active if one.q.start <= part.q.last]
+
+
+def _first_query(part: Slice) -> int:
+    return part.q.start
+
+
+def _without(part: Slice, holes: Iterable[Slice]) -> list[Slice]:
+    left = [part]
+    for hole in holes:
+        left = [piece for one in left for piece in one - hole]
+    return left
+
+
+def _parsed(given: Slice | tuple) -> Slice:
+    try:
+        q, k, lo, hi = (given.q, given.k, given.lo, given.hi) if isinstance(given, Slice) else given
+        q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
+        lo, hi = (bound if bound is None else index(bound) for bound in (lo, hi))
+        return Slice.make(q, k, lo, hi)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "a slice is Slice(q, k, lo, hi) or ((start, stop[, step]), (start, stop[, step]), "
+            f"lo, hi); got {given!r}"
+        ) from None
+
+
+def _listed(values: Iterable[int]) -> list[int]:
+    """A list, an array or a CPU tensor of integers as Python integers."""
+    try:
+        return [x.item() if hasattr(x, "item") else x for x in values]
+    except TypeError:
+        raise ValueError(f"a list of integers is needed, got {values!r}") from None
+
+
+def full(n_q: int, n_k: int | None = None) -> Mask:
+    """Every query sees every key; ``n_k`` defaults to ``n_q``."""
+    n_q = whole("n_q", n_q, 0)
+    n_k = n_q if n_k is None else whole("n_k", n_k, 0)
+    return from_slices([Slice.make(Run(0, n_q), Run(0, n_k))], n_q, n_k)
+
+
+def causal(n: int, n_k: int | None = None) -> Mask:
+    """n queries over n keys, ``k <= q``. With ``n_k`` keys, the queries are the last n of n_k
+    tokens, so the last query sees the last key: ``k <= q + n_k - n``."""
+    n = whole("n", n, 0)
+    n_k = n if n_k is None else whole("n_k", n_k, 0)
+    return from_slices([Slice.make(Run(0, n), Run(0, n_k), None, n_k - n)], n, n_k)
+
+
+def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
+    """``0 <= q - k < window``, or ``|q - k| < window`` when not causal."""
+    n, window = whole("n", n, 0), whole("window", window, 1)
+    band = Slice.make(Run(0, n), Run(0, n), 1 - window, 0 if causal else window - 1)
+    return from_slices([band], n, n)
+
+
+def documents(lengths: Sequence[int], causal: bool = True) -> Mask:
+    """Packed documents: each sees itself only (causally or whole)."""
+    lengths = [whole("every document length", length, 0) for length in _listed(lengths)]
+    runs = [Run(at, at + x) for at, x in zip(accumulate(lengths, initial=0), lengths, strict=False)]
+    n = sum(lengths)
+    return Mask(tuple(Slice.make(r, r, None, 0 if causal else None) for r in runs if r), n, n)
+
+
+def side_by_side(parts: Sequence[Mask]) -> Mask:
+    """Masks of several sequences laid end to end: each sees itself only, by its own mask."""
+    slices: list[Slice] = []
+    n_q = n_k = 0
+    for part in parts:
+        apart = n_k - n_q
+        slices += [
+            Slice(_moved(s.q, n_q), _moved(s.k, n_k), s.lo + apart, s.hi + apart)
+            for s in part.slices
+        ]
+        n_q, n_k = n_q + part.n_q, n_k + part.n_k
+    return Mask(tuple(slices), n_q, n_k)
+
+
+def _moved(run: Run, by: int) -> Run:
+    return Run(run.start + by, run.stop + by, run.step)
+
+
+def from_cu_seqlens(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
+    """Packed documents from their boundaries ``[0, end, end, ..., n]``, as varlen kernels take
+    them (a list, an array or a CPU tensor)."""
+    ends = np.asarray(cu_seqlens)
+    if ends.ndim != 1 or not len(ends) or ends[0] or (np.diff(ends.astype(np.int64)) < 0).any():
+        raise ValueError(f"cu_seqlens must ascend from 0, got {cu_seqlens!r}")
+    return documents(np.diff(ends).tolist(), causal)
+
+
+def from_document_ids(ids: Sequence[int], causal: bool = True) -> Mask:
+    """Tokens with equal ids see each other; ``ids`` ``[n]`` need not be sorted. A negative id is
+    padding: it sees nothing and is seen by nothing."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise ValueError(f"document ids must be n integers, got {array.dtype} {list(array.shape)}")
+    firsts = np.flatnonzero(np.diff(array, prepend=array[:1] - 1)) if len(array) else array
+    stops = [*firsts[1:].tolist(), len(array)]
+    places: dict[int, list[Run]] = {}
+    for start, stop in zip(firsts.tolist(), stops, strict=False):
+        places.setdefault(int(array[start]), []).append(Run(start, stop))
+    hi = 0 if causal else None
+    pairs = (
+        Slice.make(q, k, None, hi)
+        for document, runs in places.items()
+        if document >= 0
+        for q in runs
+        for k in runs
+    )
+    return Mask(tuple(part for part in pairs if part), len(array), len(array))
+
+
+def prefix_lm(n: int, prefix: int) -> Mask:
+    """The first ``prefix`` tokens see each other whole; the rest is causal."""
+    n, prefix = whole("n", n, 0), whole("prefix", prefix, 0)
+    if prefix > n:
+        raise ValueError(f"prefix must be at most n = {n}, got {prefix}")
+    head = Mask((Slice.make(Run(0, prefix), Run(0, prefix)),) if prefix else (), n, n)
+    return head | causal(n)
+
+
+def shared_question(prompt: int, answers: Sequence[int]) -> Mask:
+    """A prompt of ``prompt`` tokens, then several answers laid end to end: each sees the prompt and
+    itself, causally, and no other answer."""
+    prompt = whole("prompt", prompt, 0)
+    answers = [whole("every answer length", length, 0) for length in _listed(answers)]
+    n = prompt + sum(answers)
+    shared = Slice.make(Run(0, n), Run(0, prompt), None, 0)
+    ends = accumulate(answers, initial=prompt)
+    own = [Run(at, at + x) for at, x in zip(ends, answers, strict=False)]
+    parts = [shared, *(Slice.make(run, run, None, 0) for run in own)]
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
+def sinks(n: int, count: int) -> Mask:
+    """Causal pairs whose key is one of the first ``count``."""
+    n, count = whole("n", n, 0), whole("count", count, 0)
+    return from_slices([Slice.make(Run(0, n), Run(0, min(n, count)), None, 0)], n, n)
+
+
+def global_tokens(n: int, tokens: int | Sequence[int], causal: bool = False) -> Mask:
+    """Pairs whose query or key is a global token (Beltagy et al. 2020, "Longformer"): the first
+    ``tokens`` of the sequence, or the positions listed. Combine with a local mask by ``|``."""
+    n = whole("n", n, 0)
+    if isinstance(tokens, (int, np.integer)):
+        tokens = range(min(n, whole("tokens", tokens, 0)))
+    tokens = sorted({whole("every global token", x, 0) for x in _listed(tokens)})
+    if tokens and tokens[-1] >= n:
+        raise ValueError(f"every global token must be below n = {n}, got {tokens[-1]}")
+    hi = 0 if causal else None
+    marked = progressions(np.array(tokens, np.int64))
+    edges = [-1, *tokens, n]
+    others = [gap for a, b in pairwise(edges) if (gap := Run(a + 1, b))]
+    # Whole rows, then the columns in between: disjoint as they are.
+    parts = [Slice.make(run, Run(0, n), None, hi) for run in marked]
+    parts += [Slice.make(gap, run, None, hi) for gap in others for run in marked]
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
+def block_local(n: int, block: int, causal: bool = True) -> Mask:
+    """Blocks of ``block`` tokens, each of which sees itself only."""
+    return shifted_block(n, block, 0, causal)
+
+
+def shifted_block(n: int, block: int, shift: int | None = None, causal: bool = True) -> Mask:
+    """Like block_local, all boundaries moved by ``shift`` (default: half a block), so that layers
+    which alternate between the two let neighbours meet (Liu et al. 2021, "Swin Transformer")."""
+    n, block = whole("n", n, 0), whole("block", block, 1)
+    shift = block // 2 if shift is None else whole("shift", shift, 0) % block
+    ends = [0, *range(shift or block, n, block), n]
+    return documents([b - a for a, b in pairwise(ends)], causal)
+
+
+def block_causal(n: int, block: int) -> Mask:
+    """Each token sees its own block of ``block`` tokens whole, and all blocks before it."""
+    n, block = whole("n", n, 0), whole("block", block, 1)
+    starts = range(0, n, block)
+    parts = (Slice.make(Run(at, min(at + block, n)), Run(0, min(at + block, n))) for at in starts)
+    return Mask(tuple(parts), n, n)
+
+
+def dilated(n: int, window: int, dilation: int, causal: bool = True) -> Mask:
+    """Every ``dilation``-th of the keys up to ``(window - 1) * dilation`` away, the token itself
+    included: a window with gaps (Beltagy et al. 2020, "Longformer"); ``dilation`` slices."""
+    n, window, dilation = (
+        whole("n", n, 0),
+        whole("window", window, 1),
+        whole("dilation", dilation, 1),
+    )
+    far = (window - 1) * dilation
+    classes = [Run(start, n, dilation) for start in range(min(n, dilation))]
+    return Mask(tuple(Slice.make(r, r, -far, 0 if causal else far) for r in classes), n, n)
+
+
+def strided(n: int, stride: int, causal: bool = True) -> Mask:
+    """The last ``stride`` keys, and every ``stride``-th before them: ``q - k < stride`` or
+    ``(q - k) % stride == 0`` (Child et al. 2019, "Sparse Transformers")."""
+    local = sliding_window(n, stride, causal)
+    return local | dilated(n, max(1, -(-n // stride)), stride, causal)
+
+
+def big_bird(
+    n: int,
+    block: int = 64,
+    window: int = 3,
+    random: int = 3,
+    global_blocks: int = 2,
+    seed: int = 0,
+    causal: bool = False,
+) -> Mask:
+    """In blocks of ``block`` tokens: the ``window`` nearest blocks (an odd number, the own one in
+    the middle), ``random`` blocks drawn for each block of queries, and the first ``global_blocks``,
+    which see and are seen by all (Zaheer et al. 2020, "Big Bird"). One ``seed``, one mask."""
+    n, block, window = whole("n", n, 0), whole("block", block, 1), whole("window", window, 1)
+    random = whole("random", random, 0)
+    global_blocks, seed = whole("global_blocks", global_blocks, 0), whole("seed", seed, 0)
+    if window % 2 == 0:
+        raise ValueError(f"window must be an odd number of blocks, got {window}")
+    blocks, generator = -(-n // block), np.random.default_rng(seed)
+    edge = min(n, global_blocks * block)
+    hi = 0 if causal else None
+    parts = [Slice.make(Run(0, edge), Run(0, n), None, hi)]
+    for row in range(global_blocks, blocks):
+        seen = set(range(global_blocks))
+        seen |= set(range(max(0, row - window // 2), min(blocks, row + window // 2 + 1)))
+        others = np.setdiff1d(np.arange(row if causal else blocks), list(seen), assume_unique=True)
+        seen |= set(generator.choice(others, min(random, len(others)), replace=False).tolist())
+        q = Run(row * block, min(n, (row + 1) * block))
+        keys = union([Run(x * block, min(n, (x + 1) * block)) for x in seen])
+        parts += [Slice.make(q, k, None, hi) for k in keys]
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
+def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
+    """A mask from any slices; overlaps are counted once.
+
+    A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or
+    ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
+    anything else, and outside of the range.
+    """
+    n_q, n_k = whole("n_q", n_q, 0), whole("n_k", n_k, 0)
+    parts = [part for given in slices if (part := _parsed(given))]
+    for part in parts:
+        if part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k:
+            raise ValueError(f"{part} reaches outside of {n_q} queries x {n_k} keys")
+    kept: list[Slice] = []
+    active: list[Slice] = []
+    for part in sorted(parts, key=_first_query):
+        active = [one for one in active if one.q.last >= part.q.start]
+        new = _without(part, active)
+        active += new
+        kept += new
+    return Mask(tuple(kept), n_q, n_k)
+
+
+BUILDERS = {
+    build.__name__: build
+    for build in (
+        full, causal, sliding_window, documents, from_cu_seqlens,
+        from_document_ids, prefix_lm, shared_question, sinks, global_tokens, block_local,
+        shifted_block, block_causal, dilated, strided, big_bird, from_slices,
+    )
+}  # fmt: skip

@@ -1,0 +1,259 @@
+"""From the command line to a :class:`ringattn.training.run.Run`: hydra composes, the types check.
+Every mistake is one line that names the key, what was given and what is legal, and is found before
+torch.distributed or a model exists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ringattn import typed
+from ringattn.cost.hardware import Hardware, HardwareError
+from ringattn.cost.presets import here
+from ringattn.cost.presets import load as load_hardware
+from ringattn.models import hf_config
+from ringattn.models.rope_config import RopeConfig
+from ringattn.planning.head_split import check_degree
+from ringattn.training.engines import ENGINES
+from ringattn.training.observing.loggers import LOGGERS
+from ringattn.training.run import Model, Run, with_keys
+from ringattn.typed import SettingsError
+
+_REQUIRED = "<must be given>"
+
+
+def register() -> None:
+    """Hands hydra what the types say: the default of every key, and the groups that have no file.
+    Needed before it composes, and harmless twice."""
+    # For configs: ${required:} where the command line must say it, and ${times:a,b}, as of the
+    # tokens of all ranks. (hydra's own ??? does not hide a default.)
+    OmegaConf.register_new_resolver("required", lambda: _REQUIRED, replace=True)
+    OmegaConf.register_new_resolver("times", lambda *factors: math.prod(factors), replace=True)
+    store = ConfigStore.instance()
+    store.store(name="keys", node=typed.defaults(Run))
+    for group, kinds in (("engine", ENGINES), ("logger", LOGGERS)):
+        for kind in kinds:
+            store.store(group=group, name=kind.name, node=typed.defaults(kind))
+    store.store(group="model", name="hf", node=_open_keys(Model) | {"path": "${required:}"})
+
+
+def _open_keys(kind: type) -> dict[str, Any]:
+    """Null for every key: to be filled from somewhere else."""
+    tree: dict[str, Any] = {}
+    for key in typed.keys(kind):
+        *path, name = key.name.split(".")
+        inside = tree
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[name] = None
+    return tree
+
+
+def load(overrides: list[str]) -> Run:
+    """The run of these arguments, every value checked. Raises SettingsError."""
+    return typed.read(Run, composed(overrides))
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The keys as plain data, with what a model's folder says. Raises SettingsError."""
+    for override in overrides:
+        if "=" not in override.lstrip("~")[1:] and not override.startswith("~"):
+            raise SettingsError(f"{override!r} is not an override; write KEY=VALUE")
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        typed.check_keys(Run, [key], {*typed.groups(Run), "experiment"})
+    register()
+    overrides = [quoted(override) for override in overrides]
+    try:
+        with initialize_config_module("ringattn.configs", version_base="1.3"):
+            config = compose("config", overrides)
+            OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise SettingsError(" ".join(lines)) from None
+    tree = OmegaConf.to_container(config)
+    for key, value in typed.values(tree):
+        if value in (_REQUIRED, "???"):
+            raise SettingsError(f"{key} must be given, as {key}=VALUE")
+    window = _fill_model(tree)
+    attention = tree.get("attention")
+    if isinstance(attention, dict) and attention.get("window") == "auto":
+        if window is not None and attention.get("mask") is not None:
+            raise SettingsError(
+                f"attention.mask={attention['mask']!r}: the model has a sliding window of "
+                f"{window}; say it there, and give attention.window=null"
+            )
+        attention["window"] = window
+    return tree
+
+
+def quoted(override: str) -> str:
+    """A mask as hydra's grammar takes it: between quotes, where it has none."""
+    key, equals, value = override.partition("=")
+    if key != "attention.mask" or not equals or value[:1] in ("'", '"') or value == "null":
+        return override
+    return f"{key}='{value}'"
+
+
+def _fill_model(tree: dict[str, Any]) -> int | None:
+    """Takes what ``model.*`` leaves open from the config.json in ``model.path``; returns the
+    model's sliding window. Of what is given there, only RoPE may differ: to extend the context.
+    """
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        return None
+    with path_errors("model.path", model["path"]):
+        try:
+            found, window = hf_config.read(Path(model["path"]).expanduser())
+        except hf_config.UnknownModel as error:
+            raise SettingsError(f"model.path: {error}") from None
+    rope = found.pop("rope")
+    for key, value in found.items():
+        if model.get(key) is not None and model[key] != value:
+            raise SettingsError(
+                f"model.{key}={model[key]}: the model in model.path={model['path']} has {value}"
+            )
+        model[key] = value
+    if isinstance(model.get("rope"), dict):
+        same = model["rope"].get("type") in (None, rope["type"])
+        usual = {f.name: f.default for f in fields(RopeConfig)}
+        for key, value in model["rope"].items():
+            keeps = same or key in ("theta", "original_length")
+            if value is None and key in usual:
+                model["rope"][key] = rope.get(key, usual[key]) if keeps else usual[key]
+    return window
+
+
+def settled(run: Run, world: int, node_size: int | None = None) -> Run:
+    """``run`` in a world of so many ranks: what depends on it is checked, and the defaults of
+    ``parallel.cp`` and ``parallel.node_size`` are filled in. ``node_size``: ranks of a machine, by
+    default those of this one. Raises SettingsError."""
+    if run.ranks not in (None, world):
+        raise SettingsError(f"ranks={run.ranks}: this run has {world}; start it with --multirun")
+    if run.memory.loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise SettingsError(
+            "memory.loss=liger: liger-kernel is not installed; pip install liger-kernel"
+        )
+    hardware_of(run)
+    cp = world if run.parallel.cp is None else run.parallel.cp
+    if world % cp:
+        legal = [d for d in range(1, world + 1) if world % d == 0]
+        raise SettingsError(
+            f"parallel.cp={cp} does not divide the world of {world} ranks; "
+            f"choose one of: {', '.join(map(str, legal))}"
+        )
+    machine = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    node_size = run.parallel.node_size
+    if node_size is None:
+        node_size = math.gcd(machine, cp)
+    if cp % node_size:
+        legal = [d for d in range(1, cp + 1) if cp % d == 0]
+        raise SettingsError(
+            f"parallel.node_size={node_size} does not divide parallel.cp={cp}; "
+            f"choose one of: {', '.join(map(str, legal))}"
+        )
+    if (ulysses := run.parallel.ulysses) is not None:
+        try:
+            check_degree(ulysses, cp, run.model.heads)
+        except ValueError as error:
+            raise SettingsError(f"parallel.{error}") from None
+        if node_size % ulysses and ulysses % node_size:
+            raise SettingsError(
+                f"parallel.ulysses={ulysses} and parallel.node_size={node_size}: one must divide "
+                "the other"
+            )
+    return with_keys(run, parallel={"cp": cp, "node_size": node_size})
+
+
+def hardware_of(run: Run) -> Hardware | None:
+    """The description that ``hardware`` names; "auto" is that of this machine, if it has been
+    measured. Raises SettingsError."""
+    name = run.hardware
+    if name is None or (name == "auto" and not here().exists()):
+        return None
+    try:
+        hardware = load_hardware("this" if name == "auto" else name)
+        hardware.flops(run.precision)
+    except HardwareError as error:
+        advice = "; run ringattn calibrate again, or give hardware=null" if name == "auto" else ""
+        raise SettingsError(f"{error}{advice}") from None
+    return hardware
+
+
+def as_yaml(run: Run) -> str:
+    """Every key of the run with its value."""
+    return yaml.safe_dump(asdict(run), sort_keys=False, width=100)
+
+
+def help_text(tree: dict[str, Any]) -> str:
+    """Groups and keys, each with its value in ``tree``, its meaning and what is legal."""
+    lines = [
+        "torchrun --nproc-per-node N train.py KEY=VALUE ...",
+        "python train.py --multirun KEY=VALUE,VALUE ...   (a job for every point)",
+        "",
+    ]
+    for group in ("model", "data", "attention", "memory", "engine", "logger", "experiment"):
+        lines.append(f"{group}: {', '.join(_choices(group))}")
+    lines += ["", "keys, with the values of this command line:", ""]
+    before = None
+    for key in typed.keys(Run, tree):
+        *path, name = key.name.split(".")
+        if path != before:
+            lines += [""] if before is not None else []
+            before = path
+        value: Any = tree
+        for part in (*path, name):
+            value = value.get(part) if isinstance(value, dict) else None
+        text = f"{key.meaning} ({typed.words(key.annotation)})"
+        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+        lines += textwrap.wrap(
+            f"{f'{key.name}={shown}':<36} {text}", 110, subsequent_indent=" " * 37,
+            break_on_hyphens=False, break_long_words=False,
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _choices(group: str) -> list[str]:
+    """The names of a group: of files, and of types."""
+    folder = files("ringattn.configs") / group
+    names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+    names += list(ConfigStore.instance().repo.get(group, {}))
+    return sorted({x.removesuffix(".yaml") for x in names if x[0] not in "_."})
+
+
+@contextmanager
+def path_errors(key: str, given: Any) -> Iterator[None]:
+    """Turns what a file system says about ``key`` into a SettingsError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename and error.filename != given else ""
+        raise SettingsError(f"{key}={given}: {where}{error.strerror}") from None
+    except RuntimeError as error:  # "~nobody"
+        raise SettingsError(f"{key}={given}: {error}") from None
+
+
+def writable(run_dir: Path) -> None:
+    """Raises OSError if nothing can be written at ``run_dir``; leaves nothing behind."""
+    parent = run_dir
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    # Only a real attempt tells: access bits say nothing of read-only or special file systems.
+    with tempfile.TemporaryDirectory(dir=parent):
+        pass

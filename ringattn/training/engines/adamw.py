@@ -1,0 +1,40 @@
+"""AdamW as the engines use it: its groups, and the state that checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ringattn.training.engines import KINDS
+from ringattn.training.optimizer import Optimizer
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW; only matrices decay (what is a matrix, a flat part of ZeRO 3 does not show).
+
+    The learning rate is set before every step; until then it is 0, so that a step on gradients of
+    0, which DeepSpeed makes to allocate, changes nothing."""
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in model.parameters():
+        parts[len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
+    groups = [
+        {"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
+        for decays, params in parts.items()
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(settings.betas), fused=True)
+
+
+def allocate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Gives AdamW the state that it would make at its first step, so that it can be written."""
+    for p in parameters:
+        state = optimizer.state[p]
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+        for kind in KINDS[1:]:
+            state.setdefault(kind, torch.zeros_like(p))
+
+
+def set_steps(optimizer: torch.optim.Optimizer, adam_steps: int) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(adam_steps)

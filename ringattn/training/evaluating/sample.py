@@ -1,0 +1,54 @@
+"""Text from the trained weights, through the same engine, plan and groups as training."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ringattn.context import Context, Strategy
+from ringattn.data.tokenizer import Tokenizer
+from ringattn.planning import masks
+from ringattn.training.engines import Engine
+
+
+def generate(
+    engine: Engine,
+    context: Context,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    seed: int,
+    split: Strategy,
+    temperature: float = 0.7,
+) -> str:
+    """``prompt`` continued by up to ``count`` tokens, or to the end of the document. Collective.
+
+    Every token is one forward over the text so far, which stays right at any ZeRO stage and
+    split whose layout is contiguous; the rank that owns the last position draws, and tells the
+    others.
+    """
+    tokens = [tokenizer.end, *tokenizer.encode(prompt).tolist()]
+    generator = torch.Generator().manual_seed(seed)
+    engine.train(False)
+    for _ in range(count):
+        n = len(tokens)
+        plan = split.plan(masks.causal(n))
+        own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
+        text = torch.tensor(tokens, device=context.device)
+        with torch.no_grad():
+            logits = engine.forward(text[own][None], own, context.attend(plan))
+        # Drawn from the same numbers on every rank; only the owner's draw means anything.
+        noise = torch.rand(1, generator=generator, dtype=torch.float64)
+        token = torch.zeros(1, dtype=torch.int64, device=context.device)
+        if len(own) and own[-1] == n - 1:
+            known = logits[0, -1, : tokenizer.vocab_size].double().cpu()
+            weights = torch.softmax(known / temperature, -1)
+            drawn = torch.searchsorted(weights.cumsum(0), noise).clamp(max=len(known) - 1)
+            token.copy_(drawn)
+        # The last position is owned by one rank of each sequence group; others hold 0.
+        dist.all_reduce(token, group=context.cp_group)
+        tokens.append(int(token))
+        if tokens[-1] == tokenizer.end:
+            break
+    engine.train(True)
+    return tokenizer.decode([token for token in tokens if token != tokenizer.end])

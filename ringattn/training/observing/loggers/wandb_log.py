@@ -1,0 +1,80 @@
+"""wandb: one run for each run directory, also where that is resumed."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from ringattn.typed import SettingsError, Text, settings
+
+ID = "wandb_id"  # the file of a run directory that holds its id
+
+
+@settings
+class Wandb:
+    """One wandb run, by rank 0."""
+
+    name: Literal["wandb"] = "wandb"
+    """wandb, or none."""
+    mode: Literal["offline", "online"] = "offline"
+    """offline: files that `wandb sync` sends; online: as training goes on."""
+    project: Text = "ringattn"
+    """Where the run is filed."""
+    group: Text | None = None
+    """Runs that belong together; --multirun gives its own."""
+
+    def check(self) -> None:
+        """Raises SettingsError if metrics are to be sent and there is no key to send them with."""
+        if self.mode == "online":
+            import wandb
+
+            if not wandb.login(prompt=False, verify=False):
+                raise SettingsError(
+                    "logger.mode=online: no API key; run `wandb login`, set WANDB_API_KEY, or give "
+                    "logger.mode=offline"
+                )
+
+    def open(self, run_dir: Path, config: dict[str, Any]) -> WandbLog:
+        return WandbLog(self, run_dir, config)
+
+
+class WandbLog:
+    """A :class:`ringattn.training.observing.loggers.Log`."""
+
+    def __init__(self, keys: Wandb, run_dir: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        path = run_dir / ID
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        self.run = wandb.init(
+            id=path.read_text(),
+            resume="allow" if keys.mode == "online" else None,
+            project=keys.project,
+            group=keys.group,
+            name=run_dir.name,
+            dir=str(run_dir),
+            mode=keys.mode,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        self.run.config.update(facts, allow_val_change=True)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log(values, step=step)
+
+    def draw(self, step: int, pictures: dict[str, Path]) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(str(file)) for name, file in pictures.items()}, step=step)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Table(columns=columns, data=rows)})
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,161 @@
+"""A run as a typed value: every key of train.py, each group defined beside the code that owns it.
+
+:mod:`ringattn.training.config` makes one of a command line. Functions take the part they need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ringattn.cost import Hardware
+from ringattn.data.settings import Data
+from ringattn.models.memory import Memory
+from ringattn.models.sizes import ModelConfig
+from ringattn.planning.layouts import NAMES as LAYOUTS
+from ringattn.planning.schedules import BUILDERS as SCHEDULES
+from ringattn.strategy import Strategy
+from ringattn.training.attention import Attention
+from ringattn.training.checkpoints.settings import Checkpoint
+from ringattn.training.engines import EngineSettings
+from ringattn.training.evaluating.settings import Eval
+from ringattn.training.observing.loggers import LoggerSettings
+from ringattn.training.optimizer import Optimizer
+from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
+
+KERNELS = ("gluon", "triton", "aten", "reference")  # of ringattn.kernels, which imports torch
+
+
+@settings
+class Model(ModelConfig):
+    """The decoder: as in Llama, Mistral, Qwen 2 and 3."""
+
+    path: Text | None = None
+    """Folder of a Hugging Face checkpoint (model=hf): sizes and weights come from there."""
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Without where the weights come from."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+@settings
+class Parallel:
+    """How a sequence is split over ranks."""
+
+    cp: Count | None = None
+    """Ranks that share a sequence; null: all of them."""
+    ulysses: Count | None = None
+    """Ranks that split the heads among them; null: 1, or what auto chooses."""
+    schedule: Annotated[Any, OneOf(*SCHEDULES, "auto")] = "ring"
+    """How keys and values travel; auto: the cheapest by the cost model."""
+    node_size: Count | None = None
+    """Ranks of cp with a fast link; null: those of one machine."""
+    layout: Annotated[Any, OneOf(*LAYOUTS)] = "zigzag"
+    """Which rank owns which tokens."""
+    timeout_s: Annotated[float, Field(strict=True, ge=1, le=1e6)] = 600.0
+    """An exchange that takes longer is an error."""
+
+    def strategy(self, model: ModelConfig, hardware: Hardware | None = None) -> Strategy:
+        """How masks are split; ``hardware``: what a schedule of "auto" counts on. ``cp`` must be
+        known."""
+        return Strategy(
+            cp=self.cp,
+            layout=self.layout,
+            schedule=self.schedule,
+            ulysses=self.ulysses,
+            node_size=self.node_size,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            hardware=hardware,
+        )
+
+
+@settings
+class Train:
+    """How long training goes on, and what comes after."""
+
+    steps: Count = 600
+    """Optimizer steps."""
+    grad_accum: Count = 1
+    """Micro-steps of an optimizer step."""
+    max_skipped: Whole = 3
+    """Steps in a row whose loss or gradient is not finite; one more ends the run."""
+    sample_tokens: Whole = 240
+    """Generated at the end; 0: none."""
+    sample_prompt: Text = "def "
+    """What the sample begins with."""
+
+
+@settings
+class Profile:
+    """A trace by torch.profiler, with the plan's steps named."""
+
+    steps: Annotated[
+        Annotated[list[Count], Field(min_length=2, max_length=2)] | None,
+        Words("null or the first and the last step, as [3,4]"),
+    ] = None
+    """[first, last]: the steps that are traced; null: none."""
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Profile:
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(
+                "profile.steps must be null or the first and the last step, as [3,4]; got "
+                f"{self.steps}"
+            )
+        return self
+
+
+@settings
+class Run:
+    """A training run."""
+
+    seq_len: Count = 2048
+    """Tokens of a sequence, over all of its ranks."""
+    batch_size: Count = 1
+    """Sequences per data-parallel rank and micro-step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What is computed in; weights and optimizer stay float32."""
+    seed: Whole = 0
+    """Of weights and of the order of data."""
+    run_dir: Text | None = None
+    """Where the run is written; null: runs/DATE-TIME."""
+    kernel: Annotated[Any, OneOf("auto", *KERNELS)] = "auto"
+    """The block kernel: gluon (Hopper), triton (a GPU), aten, reference."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if this machine has one for each of its processes."""
+    hardware: Text | None = "auto"
+    """h100, h200, b200, mi300x or a .yaml file, for forecasts; auto: this machine's, once
+    `ringattn calibrate` has measured it; null: none."""
+    ranks: Count | None = None
+    """Processes of a job that --multirun starts; null: 2."""
+    peak_flops: Positive | None = None
+    """Per rank, what MFU divides by; null: the hardware's, or a matrix product measured at
+    start."""
+    model: Model
+    data: Data
+    attention: Attention
+    memory: Memory
+    engine: EngineSettings
+    logger: LoggerSettings
+    parallel: Parallel
+    optim: Optimizer
+    train: Train
+    eval: Eval
+    profile: Profile
+    checkpoint: Checkpoint
+
+    @model_validator(mode="after")
+    def _mask_fits(self) -> Run:
+        self.attention.check(self.seq_len)
+        return self
+
+
+def with_keys(run: Run, **changed: dict[str, Any]) -> Run:
+    """``run`` with some keys of some groups changed: ``with_keys(run, parallel={"cp": 2})``."""
+    groups = {name: replace(getattr(run, name), **keys) for name, keys in changed.items()}
+    return replace(run, **groups)
