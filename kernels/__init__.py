@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ringattn.planning.slices import Band
+
+if TYPE_CHECKING:  # the names are known without torch
+    import torch
 
 # The kernels by name; each is a module of this package, imported when it is first used.
 NAMES = ("gluon", "triton", "aten", "reference")
@@ -111,7 +113,7 @@ def select(
     to do about it.
     """
     if name == "auto":
-        if dtype == torch.float64:
+        if dtype.is_floating_point and dtype.itemsize == 8:
             name = "reference"
         elif device.type == "cuda":
             able = (
@@ -129,15 +131,7 @@ def select(
 
 def _module(name: str) -> Kernel:
     """Imported here: a kernel that is not used costs nothing."""
-    if name == "gluon":
-        from ringattn.kernels import gluon as module
-    elif name == "triton":
-        from ringattn.kernels import triton as module
-    elif name == "aten":
-        from ringattn.kernels import aten as module
-    else:
-        from ringattn.kernels import reference as module
-    return module
+    return import_module(f"ringattn.kernels.{name}")
 
 
 def _refusal(
@@ -153,14 +147,21 @@ def _refusal(
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of running states for inputs of ``dtype``."""
+    import torch
+
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def begin(x: torch.Tensor, add: bool) -> torch.Tensor:
     """A running state that goes on from x, or from 0: x itself where it can hold one."""
-    if x.dtype == state_dtype(x.dtype):
+    state = state_dtype(x.dtype)
+    if x.dtype == state:
         return x if add else x.zero_()
-    return x.to(torch.float32) if add else torch.zeros_like(x, dtype=torch.float32)
+    if add:
+        return x.to(state)
+    import torch
+
+    return torch.zeros_like(x, dtype=state)
 
 
 def end(state: torch.Tensor, x: torch.Tensor) -> None:

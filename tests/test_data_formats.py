@@ -15,10 +15,12 @@ from ringattn.cli import main as cli
 from ringattn.data import records, shards
 from ringattn.data.corpus import Corpus
 from ringattn.data.documents import DataError, hold_out
+from ringattn.data.formats import jsonl, saved
+from ringattn.data.formats.ranges import Corrupt, FileRange
 from ringattn.data.open_data import open_data
 from ringattn.data.packing import best_fit
 from ringattn.data.probes import Probe
-from ringattn.data.records import Corrupt, Source
+from ringattn.data.records import Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
 from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
 from ringattn.training import config
@@ -50,7 +52,7 @@ def write_all(root):
 
 
 def read_all(source):
-    return [text for piece in source.pieces for text in source.texts(piece)]
+    return [text for piece in source.parts for text in source.texts(piece)]
 
 
 def documents(found):
@@ -60,8 +62,9 @@ def documents(found):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_format_gives_the_same_documents(tmp_path, workers, monkeypatch):
     write_all(tmp_path)
-    monkeypatch.setattr(records, "PIECE_BYTES", 100)  # many pieces, lines across their ends
-    monkeypatch.setattr(records, "PIECE_ROWS", 3)
+    monkeypatch.setattr(records, "RANGE_BYTES", 100)  # many parts, lines across their ends
+    monkeypatch.setattr(jsonl, "RANGE_BYTES", 100)
+    monkeypatch.setattr(saved, "ROWS", 3)
     want = [[*text.encode(), 256] for text in TEXTS if text]
     names = ("text", "jsonl", "gz", "parquet", "dataset", "splits")
     for name in names if workers == 1 else ("jsonl",):
@@ -84,7 +87,7 @@ def test_every_line_belongs_to_one_piece(tmp_path_factory, lines, size):
     content = "\n".join(json.dumps({"text": line}) for line in lines)
     path.write_text(content)
     pieces = [
-        records.Piece(str(path), start, min(start + size, len(content)), size)
+        FileRange(str(path), start, min(start + size, len(content)), size)
         for start in range(0, len(content), size)
     ]
     source = Source(path.parent, "jsonl", "text", "train", tuple(pieces))
@@ -92,7 +95,7 @@ def test_every_line_belongs_to_one_piece(tmp_path_factory, lines, size):
 
 
 def test_corrupt_records_are_named_counted_and_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PIECE_BYTES", 60)
+    monkeypatch.setattr(jsonl, "RANGE_BYTES", 60)
     lines = [json.dumps({"text": "fine"})] * 6
     lines[2], lines[4] = '{"text": "cut sho', '{"title": "no text"}'
     lines.append('{"text": 5}')
@@ -134,7 +137,7 @@ def test_corrupt_files_of_other_formats(tmp_path):
     assert "not readable" in first("a.parquet", b"PAR1 and no more").reason
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
     source = Source.open(str(tmp_path), "null.parquet")
-    assert next(x for x in source.texts(source.pieces[0]) if x != "a").where.endswith("row 1")
+    assert next(x for x in source.texts(source.parts[0]) if x != "a").where.endswith("row 1")
 
 
 def test_bad_sources_are_named(tmp_path):

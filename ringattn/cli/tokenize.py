@@ -12,7 +12,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ringattn.cli.request import Key, RequestError, choice, count, integer, parse
 from ringattn.data import shards
-from ringattn.data.records import FORMATS, Corrupt, Source
+from ringattn.data.formats import FORMATS
+from ringattn.data.formats.ranges import Corrupt
+from ringattn.data.records import Source
 from ringattn.data.tokenizer import train_bpe
 
 SOURCE = {
@@ -58,20 +60,20 @@ def bpe(arguments: Sequence[str]) -> int:
     corrupt: list[Corrupt] = []
     try:
         source = _source(values)
-        total = sum(piece.size for piece in source.pieces)
+        total = sum(part.size for part in source.parts)
         with _progress("reading") as report:
 
             def texts() -> Iterator[str]:
                 done = 0
-                for piece in source.pieces:
-                    for text in source.texts(piece):
+                for part in source.parts:
+                    for text in source.texts(part):
                         if not isinstance(text, Corrupt):
                             yield text
                             continue
                         corrupt.append(text)
                         if len(corrupt) > values["max_corrupt"]:
                             raise RequestError(f"{text.where}: {text.reason}")
-                    done += piece.size
+                    done += part.size
                     report(done, total)
 
             size = train_bpe(texts(), values["vocab_size"], Path(values["out"]))

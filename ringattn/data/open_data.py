@@ -122,8 +122,8 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     """Token shards of a source, written by the first process of a machine that comes here."""
     known = tokenizer.make(part.tokenizer, part.end)
     about = [known.fingerprint, source.format, source.field, source.split, str(source.root)]
-    for piece in source.pieces:
-        about += [piece.path, str(piece.start), str(piece.stop), _age(piece.path)]
+    for each in source.parts:
+        about += [each.path, str(each.start), str(each.stop), _age(each.path)]
     key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(part.cache or usual / "ringattn" / "tokens").expanduser()

@@ -16,7 +16,6 @@ from ringattn.data.documents import DataError
 from ringattn.data.stream import EMPTY, Sequences, Span
 from ringattn.data.tokenizer import Tokenizer
 
-NAMES = ("passkey", "recall")
 HAYSTACK = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key. "
 QUESTION = "What is the pass key? The pass key is "

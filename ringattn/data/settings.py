@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ringattn.data.formats import FORMATS
 from ringattn.data.packing import NAMES as PACKINGS
-from ringattn.data.records import FORMATS
 from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
 
 TASKS = ("passkey", "recall")  # made on the fly: see ringattn.data.probes

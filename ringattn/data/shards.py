@@ -24,7 +24,8 @@ import numpy as np
 
 from ringattn.data import tokenizer as tokenizers
 from ringattn.data.documents import DataError
-from ringattn.data.records import Corrupt, Piece, Source
+from ringattn.data.formats.ranges import Corrupt, FileRange
+from ringattn.data.records import Source
 from ringattn.data.tokenizer import Tokenizer
 
 MANIFEST = "tokens.json"
@@ -111,7 +112,7 @@ def _start() -> None:
 
 
 def _write_unit(
-    folder: Path, number: int, pieces: list[Piece], source: Source, given: str | None,
+    folder: Path, number: int, parts: list[FileRange], source: Source, given: str | None,
     end: str | None, most: int,
 ) -> _Written:  # fmt: skip
     """One shard. Gives up after more than ``most`` corrupt records: the caller ends it."""
@@ -120,8 +121,8 @@ def _write_unit(
     corrupt: list[Corrupt] = []
     ends, at, digest = [], 0, hashlib.sha256()
     with open(folder / f"{name}.tokens", "wb") as file:
-        for piece in pieces:
-            for text in source.texts(piece):
+        for part in parts:
+            for text in source.texts(part):
                 if isinstance(text, Corrupt):
                     corrupt.append(text)
                     if len(corrupt) > most:
@@ -202,11 +203,11 @@ def write(
 
 
 def _write_units(
-    units: list[list[Piece]], folder: Path, source: Source, tokenizer: str | None,
+    units: list[list[FileRange]], folder: Path, source: Source, tokenizer: str | None,
     end: str | None, most: int, workers: int, progress: Callable[[int, int], None],
 ) -> list[_Written]:  # fmt: skip
-    sizes = [sum(piece.size for piece in unit) for unit in units]
-    bare = replace(source, pieces=())  # a job has its own pieces
+    sizes = [sum(part.size for part in unit) for unit in units]
+    bare = replace(source, parts=())  # a job has its own parts
     jobs = [(folder, i, unit, bare, tokenizer, end, most) for i, unit in enumerate(units)]
     written: list[_Written] = []
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ringattn.cost import Hardware
 from ringattn.data.settings import Data
+from ringattn.kernels import NAMES as KERNELS
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
 from ringattn.planning.layouts import NAMES as LAYOUTS
@@ -24,8 +25,6 @@ from ringattn.training.evaluating.settings import Eval
 from ringattn.training.observing.loggers import LoggerSettings
 from ringattn.training.optimizer import Optimizer
 from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
-
-KERNELS = ("gluon", "triton", "aten", "reference")  # of ringattn.kernels, which imports torch
 
 
 @settings

@@ -1,0 +1,80 @@
+"""JSONL, also compressed: a record a line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+
+from ringattn.data.formats.ranges import RANGE_BYTES, Corrupt, FileRange
+
+ENDINGS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
+MARKS: tuple[str, ...] = ()
+
+
+def ranges(path: str, size: int, field: str, split: str) -> list[FileRange]:
+    if path.endswith(".gz"):
+        return [FileRange(path, 0, None, size)]
+    starts = range(0, size, RANGE_BYTES)
+    ends = [min(start + RANGE_BYTES, size) for start in starts]
+    return [FileRange(path, a, b, b - a) for a, b in zip(starts, ends, strict=True)]
+
+
+def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
+    compressed = part.path.endswith(".gz")
+    with gzip.open(part.path) if compressed else open(part.path, "rb") as file:
+        if part.start:
+            file.seek(part.start - 1)
+            file.readline()  # a line belongs to the part that it begins in
+        number, at = 0, file.tell()
+        before = None
+        while part.stop is None or at < part.stop:
+            try:
+                line = file.readline()
+            except (EOFError, zlib.error, OSError) as error:
+                if not compressed:
+                    raise
+                yield Corrupt(f"{part.path}:{number + 1}", f"damaged archive ({error})")
+                return
+            if not line:
+                return
+            number, at = number + 1, at + len(line)
+            if not line.strip():
+                continue
+            value = _field(line, field)
+            if not isinstance(value, Corrupt):
+                yield value
+                continue
+            if before is None:  # lines are counted only if one has to be named
+                before = _lines_before(part)
+            yield Corrupt(f"{part.path}:{before + number}", value.reason)
+
+
+def _field(line: bytes, field: str) -> str | Corrupt:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Corrupt("", f"not JSON ({error})")
+    if not isinstance(record, dict) or field not in record:
+        return Corrupt("", f"no field {field!r}")
+    if not isinstance(record[field], str):
+        return Corrupt("", f"{field!r} is {type(record[field]).__name__}, not text")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:
+        return Corrupt("", f"{field!r} is no Unicode text ({error.reason})")
+    return record[field]
+
+
+def _lines_before(part: FileRange) -> int:
+    """Lines that begin before the part's first."""
+    if not part.start:
+        return 0
+    count, left = 0, part.start
+    with open(part.path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            count += block.count(b"\n")
+            left -= len(block)
+        file.seek(part.start - 1)
+        return count + (file.read(1) != b"\n")

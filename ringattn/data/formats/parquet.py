@@ -1,0 +1,47 @@
+"""Parquet: a record a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ringattn.data.documents import DataError, missing
+from ringattn.data.formats.ranges import Corrupt, FileRange
+
+ENDINGS = (".parquet",)
+MARKS: tuple[str, ...] = ()
+
+
+def ranges(path: str, size: int, field: str, split: str) -> list[FileRange]:
+    try:
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowException
+    except ImportError:
+        raise missing("pyarrow", f"data.root: {path}") from None
+    try:
+        groups = pq.ParquetFile(path).num_row_groups
+    except (ArrowException, OSError):
+        return [FileRange(path, 0, 0, size)]  # becomes one corrupt record
+    return [FileRange(path, g, g + 1, size // groups) for g in range(groups)]
+
+
+def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        file = pq.ParquetFile(part.path)
+        first = sum(file.metadata.row_group(g).num_rows for g in range(part.start))
+        if field not in file.schema_arrow.names:
+            raise DataError(
+                f"data.field={field}: {part.path} has columns {', '.join(file.schema_arrow.names)}"
+            )
+        values = file.read_row_group(part.start, columns=[field]).column(0)
+    except (ArrowException, OSError) as error:
+        reason = str(error).split(". ")[0]
+        yield Corrupt(f"{part.path}: row group {part.start}", f"not readable ({reason})")
+        return
+    for number, value in enumerate(values):
+        text = value.as_py()
+        ok = isinstance(text, str)
+        where = f"{part.path}: row {first + number}"
+        yield text if ok else Corrupt(where, f"{field!r} is {type(text).__name__}, not text")
