@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from ringattn import cost
-from ringattn.cost import Hardware, Shape
+from ringattn.cost import Hardware, Shape, presets
 from ringattn.planning import head_split, plan, schedules
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
@@ -46,7 +46,7 @@ def make_plan(
             the machine; the others are the same on any.
         heads, kv_heads: of the model; checked here instead of at the first call if given.
         head_dim, v_dim, itemsize: what "auto" counts with besides (``itemsize`` bytes an element).
-        hardware: what "auto" counts on; None: round numbers of an H100 node.
+        hardware: what "auto" counts on; None: an H100's description.
 
     Raises ValueError when mask, layouts, schedule, ulysses and node size do not fit, and for any
     argument that no schedule honours: nothing is ever dropped in silence.
@@ -96,7 +96,7 @@ def make_plan(
             )
         )
         shape = Shape(heads or 1, kv_heads or 1, head_dim, v_dim, itemsize)
-        hardware = hardware or Hardware()
+        hardware = hardware or presets.usual()
         return _cheapest(mask, layout, key_layout, node_size, shape, degrees, hardware)
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.cost.hardware import Curve, Hardware, HardwareError, Kernel, Link
+from ringattn.cost.hardware import Curve, HardwareError, Kernel, Link
 from ringattn.cost.model import Setup, footprint, product_flops, step_flops
 from ringattn.cost.presets import load, names
 from ringattn.cost.step import predict
@@ -36,7 +36,11 @@ SMALL = ModelConfig(
 EIGHT = ModelConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336,
                     vocab_size=128256, tied=False)  # fmt: skip
 # Compute and exchanges of the same order, so that both can be the longer one.
-SLOW = Hardware(
+SLOW = replace(
+    load("h100"),
+    forward=Kernel(),
+    backward=Kernel(),
+    matmul=Curve.of(0.7),
     peak=(("bf16", 1e6), ("fp32", 1e6)),
     inside=Link(Curve.of(2e3), 1e-3, 1e-4),
     between=Link(Curve.of(5e2), 2e-3, 1e-4),

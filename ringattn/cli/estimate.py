@@ -18,7 +18,7 @@ from typing import Any
 
 from ringattn import typed
 from ringattn.cli.request import RequestError, count, drawable, flags_of
-from ringattn.cost.presets import here, load
+from ringattn.cost.presets import USUAL, here, load
 from ringattn.cost.step import Prediction
 from ringattn.training import config
 from ringattn.training.engines import ENGINES
@@ -27,7 +27,6 @@ from ringattn.training.run import Run
 from ringattn.training.search import Answer, Split, search
 
 _ROWS, _WIDTH = 10, 110
-_USUAL = "h100"  # where no hardware is given and this machine is not measured
 # Of a command line, what does not change how a run is split.
 _SEARCHED = ("parallel.", "engine.", "memory.")
 
@@ -114,7 +113,7 @@ def _run(keys: list[str]) -> tuple[Run, frozenset[str]]:
 def _hardware(run: Run) -> str:
     """The description that counts."""
     if run.hardware in (None, "auto"):
-        return "this" if run.hardware == "auto" and here().exists() else _USUAL
+        return "this" if run.hardware == "auto" and here().exists() else USUAL
     return run.hardware
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ringattn import cost
 from ringattn.cost import Hardware, Shape
+from ringattn.cost.presets import usual
 from ringattn.planning.plan import Plan
 
 _GRID = 512  # pixels of a mask on each axis at most
@@ -31,7 +32,7 @@ def draw_plan(plan: Plan, shape: Shape, file: str) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 6))
     draw_mask(left, plan)
     draw_work(middle, plan)
-    draw_timeline(right, plan, shape, Hardware())
+    draw_timeline(right, plan, shape, usual())
     figure.suptitle(
         f"{plan.schedule}, {plan.layout.name}, ulysses {plan.ulysses}, {plan.world} ranks, "
         f"{plan.mask.n_q:,} x {plan.mask.n_k:,} tokens",

@@ -70,10 +70,9 @@ class Link:
         return np.where(messages > 0, self.latency + messages * self.message + size / rate, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A machine. Without arguments, round numbers for nodes of eight H100 (NVLink, one 400 Gb/s
-    port per GPU), of which only the ratios matter to choose a schedule.
+    """A machine. Descriptions of some are in configs/machines: see :mod:`ringattn.cost.presets`.
 
     Attributes:
         source: where the numbers come from.
@@ -95,26 +94,26 @@ class Hardware:
         resident: bytes held for each that is allocated, where the host's allocator is concerned.
     """
 
-    name: str = "H100 node, round numbers"
-    source: str = "round numbers"
-    node_size: int = 8
-    cores: int | None = None
-    peak: tuple[tuple[str, float], ...] = (("bf16", 1000e12), ("fp32", 60e12))
-    forward: Kernel = Kernel()
-    backward: Kernel = Kernel()
-    matmul: Curve = Curve(((1.0, 0.7),))
-    memory: float = 80e9
-    memory_bandwidth: float = 3.3e12
-    inside: Link = Link(Curve(((1.0, 300e9),)), 15e-6, 1e-6)
-    between: Link = Link(Curve(((1.0, 40e9),)), 15e-6, 1e-6)
+    name: str
+    source: str
+    node_size: int
+    peak: tuple[tuple[str, float], ...]
+    forward: Kernel
+    backward: Kernel
+    matmul: Curve
+    memory: float
+    memory_bandwidth: float
+    inside: Link
+    between: Link
+    host: Link
+    host_memory: float
     collective: float = 1.0
-    host: Link = Link(Curve(((1.0, 50e9),)), 10e-6)
-    host_memory: float = 200e9
     hidden: float = 1.0
     dispatch: float = 0.0
     step: float = 0.0
-    framework: float = 2e9
+    framework: float = 0.0
     resident: float = 1.0
+    cores: int | None = None
     crowd: float = 0.0
     switch: float = 0.0
 

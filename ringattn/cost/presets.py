@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def load(name: str) -> Hardware:
         return Hardware.read(given)
     except HardwareError as error:
         raise HardwareError(f"hardware={name}: {error}") from None
+
+
+USUAL = "h100"  # where nothing is said
+
+
+@cache
+def usual() -> Hardware:
+    """What plans and estimates count on where nothing is said."""
+    return load(USUAL)
 
 
 def write(given: Mapping[str, Any], path: Path) -> None:
