@@ -24,7 +24,7 @@ from ringattn.planning.head_split import legal_degrees
 from ringattn.planning.schedules import BUILDERS
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = cost.Shape(32, 8, 128, itemsize=2)
+SHAPE = cost.AttentionShape(32, 8, 128, itemsize=2)
 LENGTHS = [2**k for k in range(16, 25)]
 RANKS = [2**k for k in range(3, 11)]
 COLOURS = {"ring": "#4878a8", "double_ring": "#e08e45", "all_gather": "#9a9a9a",

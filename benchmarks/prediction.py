@@ -123,7 +123,7 @@ def main():
         times = {tuple(line["case"]): line["seconds"] for line in lines}
     else:
         times = measure(all_cases, options.rounds)
-    shape = cost.Shape(HEADS, KV_HEADS, DIM, itemsize=4)
+    shape = cost.AttentionShape(HEADS, KV_HEADS, DIM, itemsize=4)
     lines = []
     for case in all_cases:
         n, world, schedule, mask = case

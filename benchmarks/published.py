@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.cost.hardware import Curve, Kernel, Link
+from ringattn.cost.hardware import Curve, KernelSpeed, Link
 from ringattn.cost.model import Setup, step_flops
 from ringattn.cost.presets import load
 from ringattn.cost.step import predict
@@ -48,7 +48,7 @@ def kernel(full, causal):
         edge = kernel(*H200_BACKWARD).edge
     else:
         edge = Curve.of({n: n / 2 * (full[n] / causal[n] - 1) for n in causal})
-    return Kernel(Curve.of({n: rate / PEAK for n, rate in full.items()}), edge)
+    return KernelSpeed(Curve.of({n: rate / PEAK for n, rate in full.items()}), edge)
 
 
 def h100(figures, **changed):
@@ -63,8 +63,8 @@ def rfa():
     n, world = 8192, 8
     # NVLink of the H800 has 200 GB/s each way, of which as much as on the H100 is taken to be
     # reached.
-    hardware = h100(FA2, inside=Link(Curve.of(375e9 * 200 / 450), 15e-6, 1e-6))
-    shape = cost.Shape(32, 8, 128, itemsize=2)
+    hardware = h100(FA2, intra_node=Link(Curve.of(375e9 * 200 / 450), 15e-6, 1e-6))
+    shape = cost.AttentionShape(32, 8, 128, itemsize=2)
     alone = ra.make_plan(ra.masks.causal(n), ra.layouts.contiguous(n, 1), "ring")
     ideal = cost.simulate(alone, shape, hardware)
     published = {

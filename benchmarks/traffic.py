@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--balance-tokens", type=int, default=2**20)
     arguments = parser.parse_args()
-    n, shape = arguments.tokens, cost.Shape(HEADS, KV_HEADS, DIM, itemsize=4)
+    n, shape = arguments.tokens, cost.AttentionShape(HEADS, KV_HEADS, DIM, itemsize=4)
     print(f"L = {n}, layout balanced\n")
     print("| mask | ranks | schedule | rows | bound | rows / bound | KiB fwd + bwd | exact |")
     print("|---|---|---|---|---|---|---|---|")

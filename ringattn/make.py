@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from ringattn import cost
-from ringattn.cost import Hardware, Shape, presets
+from ringattn.cost import AttentionShape, Hardware, presets
 from ringattn.planning import head_split, plan, schedules
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
@@ -95,7 +95,7 @@ def make_plan(
                 if not node_size or node_size % u == 0
             )
         )
-        shape = Shape(heads or 1, kv_heads or 1, head_dim, v_dim, itemsize)
+        shape = AttentionShape(heads or 1, kv_heads or 1, head_dim, v_dim, itemsize)
         hardware = hardware or presets.usual()
         return _cheapest(mask, layout, key_layout, node_size, shape, degrees, hardware)
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
@@ -107,7 +107,7 @@ def _cheapest(
     layout: Layout,
     key_layout: Layout,
     node_size: int | None,
-    shape: Shape,
+    shape: AttentionShape,
     degrees: tuple[int, ...],
     hardware: Hardware,
 ) -> Plan:

@@ -43,13 +43,13 @@ _CROWDS = (2048, 4096, 8192)  # tokens of the rings that share cores
 _STEADY = 0.1  # change of the peak while measuring that is worth a word
 _SECONDS = 0.15  # that one figure is measured for, at least
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
+Heads = tuple[int, int, int]  # heads, kv_heads, head_dim
 
 
 def machine(
     ranks: int,
     device: str,
-    shape: Shape,
+    shape: Heads,
     precisions: list[str],
     engine: EngineCost,
     say: Callable[[str], None],
@@ -82,7 +82,7 @@ def machine(
     return found
 
 
-def _crowded(found: dict[str, Any], shape: Shape, precision: str) -> dict[str, float]:
+def _crowded(found: dict[str, Any], shape: Heads, precision: str) -> dict[str, float]:
     """What ranks lose that share cores: causal rings of twice as many ranks as cores beside what
     the rest of the description predicts. Least squares, relative to the measured times."""
     hardware = Hardware.read(found | {"name": "", "source": ""})
@@ -92,20 +92,20 @@ def _crowded(found: dict[str, Any], shape: Shape, precision: str) -> dict[str, f
         out = Path(folder) / "result.pt"
         multiprocessing.spawn(_ring, (ranks, shape, precision, folder, out), nprocs=ranks)
         measured = np.array(torch.load(out, weights_only=True))
-    size = cost.Shape(*shape, itemsize=DTYPES[precision].itemsize)
+    size = cost.AttentionShape(*shape, itemsize=DTYPES[precision].itemsize)
 
     def seconds(**changed: float) -> np.ndarray:
         machine = replace(hardware, **changed)
         return np.array([cost.simulate(p, size, machine, precision).seconds for p in plans])
 
     base = seconds()
-    slopes = np.stack([seconds(crowd=0.1) - base, seconds(switch=0.001) - base], 1)
+    slopes = np.stack([seconds(oversubscription=0.1) - base, seconds(switch=0.001) - base], 1)
     weighed = slopes / measured[:, None]
     crowd, switch = np.linalg.lstsq(weighed, (measured - base) / measured, rcond=None)[0]
-    return {"crowd": max(0.0, 0.1 * crowd), "switch": max(0.0, 0.001 * switch)}
+    return {"oversubscription": max(0.0, 0.1 * crowd), "switch": max(0.0, 0.001 * switch)}
 
 
-def _ring(rank: int, ranks: int, shape: Shape, precision: str, folder: str, out: Path) -> None:
+def _ring(rank: int, ranks: int, shape: Heads, precision: str, folder: str, out: Path) -> None:
     """Median seconds of the slowest rank, of a forward and a backward at every length."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -136,7 +136,7 @@ def _rank(
     rank: int,
     ranks: int,
     device: str,
-    shape: Shape,
+    shape: Heads,
     precisions: list[str],
     only_peak: bool,
     folder: str,
@@ -156,7 +156,7 @@ def _rank(
 
 
 class _Bench:
-    def __init__(self, device: torch.device, shape: Shape, precisions: list[str]) -> None:
+    def __init__(self, device: torch.device, shape: Heads, precisions: list[str]) -> None:
         self.device, self.shape, self.precisions = device, shape, precisions
         self.dtype = DTYPES[precisions[0]]
 
@@ -178,12 +178,12 @@ class _Bench:
             "matmul": self._matmul(),
             "memory": float(here),
             "memory_bandwidth": bandwidth,
-            "inside": link,
-            "between": link,
+            "intra_node": link,
+            "inter_node": link,
             "collective": self._collective(link),
             "host": {"bandwidth": self._host(), "latency": 1e-5},
             "host_memory": float(memory / (1 if cpu else dist.get_world_size())),
-            "hidden": self._hidden(),
+            "overlap_efficiency": self._hidden(),
             "dispatch": 0.0,  # a GPU is fed ahead
             "step": 0.02,
             "framework": 2.5e9,

@@ -128,7 +128,7 @@ def test_bytes_are_those_of_the_plan(data):
         return counters[rank.rank]
 
     distributed(q, k, v, dout, plan, carrier=counting)
-    shape = cost.Shape(q.shape[2], k.shape[2], 8, 3, q.itemsize, q.shape[0])
+    shape = cost.AttentionShape(q.shape[2], k.shape[2], 8, 3, q.itemsize, q.shape[0])
     for rank in range(plan.world):
         want = cost.received(plan, rank, shape)
         assert counters[rank].received == want.forward + want.backward

@@ -38,7 +38,7 @@ def test_plan_as_json_says_what_the_plan_says(capsys):
     assert facts["area"] == mask.area and facts["imbalance"] == same.imbalance
     for rank, row in enumerate(facts["ranks"]):
         assert row["area"] == same.area(rank) and row["recv_tokens"] == same.recv_tokens(rank)
-        want = cost.received(same, rank, cost.Shape(4, 2, 16, itemsize=4))
+        want = cost.received(same, rank, cost.AttentionShape(4, 2, 16, itemsize=4))
         assert (row["forward_bytes"], row["backward_bytes"]) == (want.forward, want.backward)
 
 

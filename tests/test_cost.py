@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ringattn as ra
 from ringattn import cost
-from ringattn.cost.hardware import Curve, HardwareError, Kernel, Link
+from ringattn.cost.hardware import Curve, HardwareError, KernelSpeed, Link
 from ringattn.cost.model import Setup, footprint, product_flops, step_flops
 from ringattn.cost.presets import load, names
 from ringattn.cost.step import predict
@@ -38,15 +38,15 @@ EIGHT = ModelConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn
 # Compute and exchanges of the same order, so that both can be the longer one.
 SLOW = replace(
     load("h100"),
-    forward=Kernel(),
-    backward=Kernel(),
+    forward=KernelSpeed(),
+    backward=KernelSpeed(),
     matmul=Curve.of(0.7),
     peak=(("bf16", 1e6), ("fp32", 1e6)),
-    inside=Link(Curve.of(2e3), 1e-3, 1e-4),
-    between=Link(Curve.of(5e2), 2e-3, 1e-4),
+    intra_node=Link(Curve.of(2e3), 1e-3, 1e-4),
+    inter_node=Link(Curve.of(5e2), 2e-3, 1e-4),
     memory_bandwidth=1e12,
 )
-SHAPE = cost.Shape(4, 2, 8, itemsize=4)
+SHAPE = cost.AttentionShape(4, 2, 8, itemsize=4)
 
 
 def test_curves_are_linear_between_their_points_and_flat_beyond():
@@ -71,7 +71,7 @@ def test_rows_that_a_diagonal_cuts_are_counted(n_q, n_k, lo, width):
 
 
 def test_a_kernel_call_is_its_pairs_and_what_diagonals_cost():
-    kernel = Kernel(Curve.of(0.5), Curve.of(10.0), Curve.of(3.0), softmax=16.0)
+    kernel = KernelSpeed(Curve.of(0.5), Curve.of(10.0), Curve.of(3.0), softmax=16.0)
     n, flops, peak, dims = 64, 100.0, 1e6, 32
     unit = flops * 1.5 / (peak * 0.5)  # softmax is half of the products
     full = Bands([Band.make(Run(0, n), Run(0, n), -n, n)])
@@ -102,7 +102,7 @@ def test_a_faster_link_or_kernel_never_costs(plan, factor):
     before = cost.simulate(plan, SHAPE, SLOW, "fp32", plan.node_size)
     links = {
         name: Link(Curve.of(getattr(SLOW, name).bandwidth(1) * factor)) for name in
-        ("inside", "between")
+        ("intra_node", "inter_node")
     }  # fmt: skip
     after = cost.simulate(plan, SHAPE, replace(SLOW, **links), "fp32", plan.node_size)
     assert after.seconds <= before.seconds * (1 + 1e-9)
@@ -113,10 +113,10 @@ def test_a_faster_link_or_kernel_never_costs(plan, factor):
 def test_exchanges_hide_behind_kernels_or_do_not():
     mask = ra.masks.causal(4096)
     plan = ra.make_plan(mask, ra.layouts.zigzag(4096, 8), "ring")
-    quick = replace(SLOW, inside=Link(Curve.of(1e15)), between=Link(Curve.of(1e15)))
+    quick = replace(SLOW, intra_node=Link(Curve.of(1e15)), inter_node=Link(Curve.of(1e15)))
     assert cost.simulate(plan, SHAPE, quick, "fp32").exposed < 1e-6
     # With nothing hidden, what a rank exchanges is added to what it computes.
-    bare = replace(SLOW, inside=Link(Curve.of(1e4)), hidden=0.0)
+    bare = replace(SLOW, intra_node=Link(Curve.of(1e4)), overlap_efficiency=0.0)
     line = cost.simulate(plan, SHAPE, bare, "fp32")
     bytes_ = cost.received(plan, 3, SHAPE)
     assert line.exposed == pytest.approx((bytes_.forward + bytes_.backward) / 1e4, rel=0.15)
@@ -125,7 +125,7 @@ def test_exchanges_hide_behind_kernels_or_do_not():
 def test_ranks_that_share_cores_take_as_long_as_all_their_work():
     mask = ra.masks.causal(4096)
     plan = ra.make_plan(mask, ra.layouts.zigzag(4096, 8), "ring")
-    free = replace(SLOW, inside=Link(Curve.of(1e15)), between=Link(Curve.of(1e15)))
+    free = replace(SLOW, intra_node=Link(Curve.of(1e15)), inter_node=Link(Curve.of(1e15)))
     alone = cost.simulate(plan, SHAPE, free, "fp32").seconds
     assert cost.simulate(plan, SHAPE, replace(free, cores=2), "fp32").seconds == pytest.approx(
         4 * alone, rel=1e-3
@@ -199,7 +199,7 @@ def test_a_step_is_its_parts_and_mfu_follows():
     # What is executed is what MFU counts, attention's recomputed scores and the rest recomputed.
     again = executed["recomputed"] + executed["attention"] / 7
     assert 16 * (sum(executed.values()) - again) == pytest.approx(flops, rel=1e-6)
-    bytes_ = cost.received(plan, 7, cost.Shape(32, 8, 128))
+    bytes_ = cost.received(plan, 7, cost.AttentionShape(32, 8, 128))
     assert found.received["attention backward"] == bytes_.backward * 32 * 3
     parts = found.memory.state_parts
     assert found.memory.states == pytest.approx(sum(parts.values()), abs=3)
@@ -235,11 +235,12 @@ def test_every_preset_is_whole():
     ("change", "message"),
     [
         ({"speed": 3}, "unknown key 'speed'"),
+        ({"hidden": 1}, "unknown key 'hidden'; it is overlap_efficiency now"),
         ({"peak": None}, "peak must be a mapping"),
         ({"memory": "much"}, "memory must be a number"),
-        ({"hidden": -1}, "hidden must be a number of at least 0"),
-        ({"inside": {"bandwidth": {}, "latency": 0}}, "inside.bandwidth must be"),
-        ({"inside": {"bandwidth": 1, "width": 0}}, "inside has bandwidth, latency"),
+        ({"overlap_efficiency": -1}, "overlap_efficiency must be a number of at least 0"),
+        ({"intra_node": {"bandwidth": {}, "latency": 0}}, "intra_node.bandwidth must be"),
+        ({"intra_node": {"bandwidth": 1, "width": 0}}, "intra_node has bandwidth, latency"),
         ({"forward": {"edge": 3}}, "forward has efficiency"),
     ],
 )

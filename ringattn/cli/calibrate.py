@@ -74,8 +74,9 @@ def run(arguments: Sequence[str]) -> int:
         f"{out}: {rate / 1e9:,.0f} GFLOP/s {precisions[0]} a rank, attention "
         f"{float(hardware.forward.efficiency(2048)):.0%} forward and "
         f"{float(hardware.backward.efficiency(2048)):.0%} backward of it at 2,048 tokens, exchange "
-        f"{float(hardware.inside.bandwidth(2**23)) / 1e9:.2f} GB/s and "
-        f"{hardware.inside.latency * 1e6:.0f} us, of which a kernel hides {hardware.hidden:.0%} "
+        f"{float(hardware.intra_node.bandwidth(2**23)) / 1e9:.2f} GB/s and "
+        f"{hardware.intra_node.latency * 1e6:.0f} us, of which a kernel hides "
+        f"{hardware.overlap_efficiency:.0%} "
         f"({time.perf_counter() - begin:.0f} s)"
     )
     return 0

@@ -23,7 +23,7 @@ from ringattn.cost.step import Prediction
 from ringattn.training import config
 from ringattn.training.engines import ENGINES
 from ringattn.training.forecast import Forecast, on_paper
-from ringattn.training.run import Run
+from ringattn.training.run import TrainingRun
 from ringattn.training.search import Answer, Split, search
 
 _ROWS, _WIDTH = 10, 110
@@ -93,15 +93,15 @@ def _expanded(key: str) -> str:
     return f"{name}={count(value)}" if equals and re.fullmatch(r"\d+[kKM]", value) else key
 
 
-def _run(keys: list[str]) -> tuple[Run, frozenset[str]]:
+def _run(keys: list[str]) -> tuple[TrainingRun, frozenset[str]]:
     """The run, and the keys that somebody has chosen: on the command line, or in an experiment."""
     tree = config.composed(["data.root=null", *keys])  # data is not opened
-    run = typed.read(Run, tree)
-    usual = typed.defaults(Run) | {"engine": typed.defaults(type(run.engine))}
+    run = typed.read(TrainingRun, tree)
+    usual = typed.defaults(TrainingRun) | {"engine": typed.defaults(type(run.engine))}
     given = {key.split("=", 1)[0].lstrip("+~") for key in keys}
     if "engine" in given or type(run.engine) is not ENGINES[0]:  # not the usual one
         given.add("engine.name")
-    for key in typed.keys(Run, tree):
+    for key in typed.keys(TrainingRun, tree):
         group, _, name = key.name.rpartition(".")
         if key.name.startswith(_SEARCHED):
             whole = group == "memory" and group in given
@@ -110,21 +110,23 @@ def _run(keys: list[str]) -> tuple[Run, frozenset[str]]:
     return run, frozenset(given)
 
 
-def _hardware(run: Run) -> str:
+def _hardware(run: TrainingRun) -> str:
     """The description that counts."""
     if run.hardware in (None, "auto"):
         return "this" if run.hardware == "auto" and here().exists() else USUAL
     return run.hardware
 
 
-def _as_given(run: Run, world: int, hardware: Any) -> Forecast:
+def _as_given(run: TrainingRun, world: int, hardware: Any) -> Forecast:
     """The forecast of the run as it stands, on nodes of the hardware."""
     nodes = run if run.parallel.node_size else None
     settled = config.settled(run, world, hardware.node_size if nodes is None else None)
     return on_paper(settled, world, hardware)
 
 
-def train_command(split: Run, plain: Run, world: int, node: int, keys: list[str]) -> str:
+def train_command(
+    split: TrainingRun, plain: TrainingRun, world: int, node: int, keys: list[str]
+) -> str:
     """The command that trains ``split``: the keys that were given, which alone say ``plain``, and
     what else was chosen."""
     nodes = f"--nnodes {world // node} " if world > node and world % node == 0 else ""
@@ -152,7 +154,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def memory_words(run: Run) -> str:
+def memory_words(run: TrainingRun) -> str:
     """Engine and memory settings in a few words."""
     engine, memory = run.engine, run.memory
     words = ["FSDP" if engine.name == "fsdp" else f"ZeRO {engine.zero_stage}"]
@@ -163,7 +165,7 @@ def memory_words(run: Run) -> str:
     return " + ".join(words)
 
 
-def _row(split: Split, plain: Run, keys: list[str]) -> dict[str, Any]:
+def _row(split: Split, plain: TrainingRun, keys: list[str]) -> dict[str, Any]:
     s, node = split.step.setup, split.step.hardware.node_size
     return {
         "cp": s.cp,
@@ -181,7 +183,12 @@ def _row(split: Split, plain: Run, keys: list[str]) -> dict[str, Any]:
 
 
 def _facts(
-    ranked: list[Split], answer: Answer | None, run: Run, world: int, hardware: Any, keys: list[str]
+    ranked: list[Split],
+    answer: Answer | None,
+    run: TrainingRun,
+    world: int,
+    hardware: Any,
+    keys: list[str],
 ) -> dict[str, Any]:
     facts = {
         "seq_len": run.seq_len,
@@ -230,7 +237,7 @@ def _split(p: Prediction) -> str:
     return f"cp={p.setup.cp} {p.setup.schedule} {p.setup.layout}"
 
 
-def _print_one(ahead: Forecast, plain: Run, keys: list[str]) -> None:
+def _print_one(ahead: Forecast, plain: TrainingRun, keys: list[str]) -> None:
     from rich.console import Console
 
     from ringattn.training.observing.display import plan_table
@@ -247,7 +254,7 @@ def _print_one(ahead: Forecast, plain: Run, keys: list[str]) -> None:
     )  # fmt: skip
 
 
-def _print(answer: Answer, run: Run, world: int, hardware: Any, keys: list[str]) -> None:
+def _print(answer: Answer, run: TrainingRun, world: int, hardware: Any, keys: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from ringattn import cost
-from ringattn.cost import Hardware, Shape
+from ringattn.cost import AttentionShape, Hardware
 from ringattn.cost.presets import usual
 from ringattn.planning.plan import Plan
 
@@ -26,7 +26,7 @@ def colours(count: int) -> list:
     return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def draw_plan(plan: Plan, shape: Shape, file: str) -> None:
+def draw_plan(plan: Plan, shape: AttentionShape, file: str) -> None:
     """The mask coloured by rank, the work per rank and the timeline of the forward."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 6))
@@ -78,7 +78,7 @@ def draw_work(axis: Axes, plan: Plan) -> None:
     axis.set_title(f"work / mean (largest {plan.imbalance:.3f})", fontsize=10)
 
 
-def draw_timeline(axis: Axes, plan: Plan, shape: Shape, hardware: Hardware) -> None:
+def draw_timeline(axis: Axes, plan: Plan, shape: AttentionShape, hardware: Hardware) -> None:
     """Compute (colour) and exchange (grey) of every step of the forward, estimated."""
     palette = colours(plan.world)
     ranks = sorted({i * plan.world // _LANES for i in range(_LANES)})

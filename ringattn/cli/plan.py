@@ -18,7 +18,7 @@ from ringattn.cli.request import (
     parse,
     planned,
 )
-from ringattn.cost import Shape
+from ringattn.cost import AttentionShape
 from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
 
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.plot:
         drawable(options.plot)
     plan = planned(values, values["world"], _TOKENS)
-    shape = Shape(
+    shape = AttentionShape(
         values["heads"],
         values["kv_heads"] or values["heads"],
         values["head_dim"],
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0 if report is None or report.ok else 1
 
 
-def _facts(plan: Plan, shape: Shape) -> dict:
+def _facts(plan: Plan, shape: AttentionShape) -> dict:
     ranks = []
     for rank in range(plan.world):
         received, peaks = cost.received(plan, rank, shape), cost.buffers(plan.rank(rank))

@@ -6,15 +6,15 @@ memory of a whole training step. ``step``: its seconds. ``search``: the best spl
 """
 
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import Bytes, Shape, lower_bound, received
+from ringattn.cost.layer import AttentionShape, Bytes, lower_bound, received
 from ringattn.cost.timeline import Timeline, sample, simulate
 from ringattn.planning.buffers import Buffers, buffers
 
 __all__ = [
+    "AttentionShape",
     "Buffers",
     "Bytes",
     "Hardware",
-    "Shape",
     "Timeline",
     "buffers",
     "lower_bound",

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+_RENAMED = {"inside": "intra_node", "between": "inter_node", "hidden": "overlap_efficiency",
+            "crowd": "oversubscription"}  # fmt: skip
+
 
 class HardwareError(ValueError):
     """One line that names the key of a hardware description, what it holds and what is legal."""
@@ -34,7 +37,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelSpeed:
     """One pass of the attention kernel.
 
     Attributes:
@@ -78,16 +81,16 @@ class Hardware:
         source: where the numbers come from.
         node_size: ranks of a node.
         cores: how many ranks compute at a time; None where each has a device of its own.
-        crowd, switch: where there are more ranks than cores, the share that kernels take longer
-            beyond their turns, and the seconds that an exchange waits for a core.
+        oversubscription, switch: where there are more ranks than cores, the share that kernels
+            take longer beyond their turns, and the seconds that an exchange waits for a core.
         peak: FLOP/s of a rank by precision, which MFU divides by.
         forward, backward: the attention kernel.
         matmul: share of the peak that the model's matrix products reach, by tokens of a rank.
         memory, memory_bandwidth: of a rank's device, bytes and bytes/s.
-        inside, between: links in a node, and of one rank to other nodes.
-        collective: bytes/s of engines' collectives over those of ``inside`` and ``between``.
+        intra_node, inter_node: links in a node, and of one rank to other nodes.
+        collective: bytes/s of engines' collectives over those of ``intra_node`` and ``inter_node``.
         host, host_memory: a rank's link to host memory and its share of that, bytes.
-        hidden: share of an exchange's time that a kernel under way does not feel.
+        overlap_efficiency: share of an exchange's time that a kernel under way does not feel.
         dispatch: seconds per operator that the device waits for.
         step: seconds of an optimizer step, however small.
         framework: bytes that a rank holds before there is a model.
@@ -98,23 +101,23 @@ class Hardware:
     source: str
     node_size: int
     peak: tuple[tuple[str, float], ...]
-    forward: Kernel
-    backward: Kernel
+    forward: KernelSpeed
+    backward: KernelSpeed
     matmul: Curve
     memory: float
     memory_bandwidth: float
-    inside: Link
-    between: Link
+    intra_node: Link
+    inter_node: Link
     host: Link
     host_memory: float
     collective: float = 1.0
-    hidden: float = 1.0
+    overlap_efficiency: float = 1.0
     dispatch: float = 0.0
     step: float = 0.0
     framework: float = 0.0
     resident: float = 1.0
     cores: int | None = None
-    crowd: float = 0.0
+    oversubscription: float = 0.0
     switch: float = 0.0
 
     def flops(self, precision: str) -> float:
@@ -131,8 +134,18 @@ class Hardware:
         """From the plain mapping of a YAML file. Raises HardwareError."""
         unknown = set(given) - {f.name for f in fields(cls)}
         if unknown:
-            raise HardwareError(f"unknown key {min(unknown)!r}; this is no hardware description")
-        missing = {f.name for f in fields(cls)} - {*given, "cores", "crowd", "switch", "resident"}
+            now = _RENAMED.get(min(unknown))
+            raise HardwareError(
+                f"unknown key {min(unknown)!r}; "
+                + (f"it is {now} now" if now else "this is no hardware description")
+            )
+        missing = {f.name for f in fields(cls)} - {
+            *given,
+            "cores",
+            "oversubscription",
+            "switch",
+            "resident",
+        }
         if missing:
             raise HardwareError(f"{min(missing)} is missing")
         return cls(**{name: _value(name, value) for name, value in given.items()})
@@ -148,9 +161,9 @@ def _value(name: str, value: Any) -> Any:
                 f"{name} has efficiency, edge, band and softmax; got {', '.join(parts)}"
             )
         softmax = _number(f"{name}.softmax", parts.pop("softmax", 0.0))
-        return Kernel(**{key: _curve(f"{name}.{key}", x) for key, x in parts.items()},
+        return KernelSpeed(**{key: _curve(f"{name}.{key}", x) for key, x in parts.items()},
                       softmax=softmax)  # fmt: skip
-    if name in ("inside", "between", "host"):
+    if name in ("intra_node", "inter_node", "host"):
         parts = dict(_map(name, value))
         curve = _curve(f"{name}.bandwidth", parts.pop("bandwidth", None))
         numbers = {key: _number(f"{name}.{key}", x) for key, x in parts.items()}

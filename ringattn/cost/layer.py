@@ -20,7 +20,7 @@ _STATE_BYTES = 4  # partial states and K/V gradients are float32
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """Of one attention layer. ``itemsize``: bytes of an element of q, k and v; ``v_dim``: the
     head_dim of v, by default that of k."""
 
@@ -52,7 +52,7 @@ class Bytes:
     backward: int
 
 
-def received(plan: Plan, rank: int, shape: Shape) -> Bytes:
+def received(plan: Plan, rank: int, shape: AttentionShape) -> Bytes:
     """Bytes that ``rank`` receives; the log-sum-exp of ``return_lse`` with ulysses comes on top."""
     split, batch = plan.heads(rank), shape.batch
     kv_heads = kv_heads_of(split, shape)
@@ -69,19 +69,19 @@ def received(plan: Plan, rank: int, shape: Shape) -> Bytes:
     return Bytes(forward, backward)
 
 
-def state_bytes(shape: Shape) -> int:
+def state_bytes(shape: AttentionShape) -> int:
     """Bytes of an element of partial states and of K/V gradients."""
     return max(_STATE_BYTES, shape.itemsize)
 
 
-def kv_heads_of(split: HeadSplit | None, shape: Shape) -> int:
+def kv_heads_of(split: HeadSplit | None, shape: AttentionShape) -> int:
     """K/V heads that a rank holds in its ring."""
     return (
         len(split.kv_heads(split.member, shape.heads, shape.kv_heads)) if split else shape.kv_heads
     )
 
 
-def group_bytes(split: HeadSplit, shape: Shape) -> tuple[Bytes, Bytes]:
+def group_bytes(split: HeadSplit, shape: AttentionShape) -> tuple[Bytes, Bytes]:
     """The all-to-all over heads: (to all tokens, back to own tokens)."""
     heads, item, member = shape.heads, shape.itemsize * shape.batch, split.member
     others = [m for m in range(split.degree) if m != member]

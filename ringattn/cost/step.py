@@ -13,7 +13,7 @@ from typing import Any
 
 from ringattn import cost
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import BACKWARD, Shape
+from ringattn.cost.layer import BACKWARD, AttentionShape
 from ringattn.cost.model import (
     Footprint,
     Setup,
@@ -111,9 +111,9 @@ class Prediction:
         }
 
     @property
-    def _shape(self) -> Shape:
+    def _shape(self) -> AttentionShape:
         model = self.model
-        return Shape(model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide)
+        return AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide)
 
     def as_dict(self) -> dict:
         """For machines: seconds and bytes."""
@@ -158,7 +158,7 @@ def layer_of(
 ) -> Layer:
     """The attention layer of the model, of the slowest and the largest of ``ranks``: see
     :func:`ringattn.cost.simulate`, which takes the ``options``."""
-    shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=setup.wide)
+    shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=setup.wide)
     # A node holds neighbouring ranks, so those of one sequence.
     node, precision = hardware.node_size, setup.precision
     options |= {"together": setup.world}
@@ -222,14 +222,16 @@ def _parts(
     }
     traffic = setup.traffic(model)
     crossing = setup.world > hardware.node_size
-    link = hardware.between if crossing else hardware.inside
+    link = hardware.inter_node if crossing else hardware.intra_node
     # Ranks of a node share what crosses between nodes: each receives its part over its own port.
     rate = float(link.bandwidth(2**24)) * hardware.collective
     within = (traffic.gathered + traffic.reduced) / rate if setup.world > 1 else 0.0
     hides = (
-        hardware.hidden * (products + micro["attention kernel"]) if setup.engine.gathers else 0.0
+        hardware.overlap_efficiency * (products + micro["attention kernel"])
+        if setup.engine.gathers
+        else 0.0
     )
-    micro["engine"] = max(within - hides, (1 - hardware.hidden) * within, 0.0)
+    micro["engine"] = max(within - hides, (1 - hardware.overlap_efficiency) * within, 0.0)
     moved = 2 * memory.offloaded  # to host memory and back
     busy = micro["matrix products"] + micro["attention kernel"]
     micro["offload"] = max(0.0, moved / float(hardware.host.bandwidth(2**24)) - busy)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringattn.cost.hardware import Hardware, Kernel
-from ringattn.cost.layer import BACKWARD, Shape, group_bytes, kv_heads_of, state_bytes
+from ringattn.cost.hardware import Hardware, KernelSpeed
+from ringattn.cost.layer import BACKWARD, AttentionShape, group_bytes, kv_heads_of, state_bytes
 from ringattn.planning.schedules import Move, Step
 from ringattn.planning.slices import Bands
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Span:
+class Event:
     """``kind``: compute, exchange (of K/V or heads), gradients or wait; seconds from the start of
     the pass ``of``, forward or backward."""
 
@@ -40,7 +40,7 @@ class Timeline:
     forward: float
     backward: float
     compute: float
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Event, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -62,7 +62,7 @@ def sample(plan: Plan) -> list[int]:
 
 def simulate(
     plan: Plan,
-    shape: Shape,
+    shape: AttentionShape,
     hardware: Hardware,
     precision: str = "bf16",
     node_size: int | None = None,
@@ -86,7 +86,7 @@ def simulate(
 
 
 def kernel_seconds(
-    bands: Bands, flops: float, peak: float, kernel: Kernel, dims: int = 256
+    bands: Bands, flops: float, peak: float, kernel: KernelSpeed, dims: int = 256
 ) -> float:
     """Of one call over ``bands``; ``flops`` of a pair in this pass; ``dims``: head_dim of k and v
     together."""
@@ -140,7 +140,7 @@ class _Walk:
     def __init__(
         self,
         plan: Plan,
-        shape: Shape,
+        shape: AttentionShape,
         hardware: Hardware,
         precision: str,
         node_size: int,
@@ -169,7 +169,7 @@ class _Walk:
         dk = unit * shape.dims * kv_heads
 
         def times(
-            all_bands: Sequence[Bands], factor: float, kernel: Kernel, query: float, key: float
+            all_bands: Sequence[Bands], factor: float, kernel: KernelSpeed, query: float, key: float
         ) -> np.ndarray:
             return np.array(
                 [
@@ -188,7 +188,9 @@ class _Walk:
         # Beyond their turns, ranks that share cores are slower, and wait for one to exchange.
         crowded = hardware.cores is not None and together > hardware.cores
         self.together = together
-        self.crowd, self.switch = (hardware.crowd, hardware.switch) if crowded else (0.0, 0.0)
+        self.crowd, self.switch = (
+            (hardware.oversubscription, hardware.switch) if crowded else (0.0, 0.0)
+        )
         self.busy = 0.0  # seconds of cores in this pass
 
     def _exchange(
@@ -217,7 +219,8 @@ class _Walk:
             rows.append((near_bytes * unit, 2 * near, far_bytes * unit, 2 * remote))
         near_bytes, near, far_bytes, remote = np.array(rows, float).T
         seconds = np.maximum(
-            hardware.inside.seconds(near_bytes, near), hardware.between.seconds(far_bytes, remote)
+            hardware.intra_node.seconds(near_bytes, near),
+            hardware.inter_node.seconds(far_bytes, remote),
         )
         peers = [
             [self.at[m.peer] for m in (*moves_of(step), *back_of(step)) if m.peer in self.at]
@@ -229,7 +232,7 @@ class _Walk:
 
     def _compute(self, start: np.ndarray, kernel: np.ndarray, moving: np.ndarray) -> np.ndarray:
         """When a kernel that begins at ``start`` ends, ``moving`` seconds of exchange beside it."""
-        busy = kernel * (1 + self.crowd) + (1 - self.hardware.hidden) * moving
+        busy = kernel * (1 + self.crowd) + (1 - self.hardware.overlap_efficiency) * moving
         load = busy.sum() * self.together / len(self.ranks)
         self.busy += load
         slower = 1.0
@@ -307,7 +310,7 @@ class _Walk:
         if split is None:
             return 0.0, 0.0
         crosses = len({member // self.node_size for member in split.members}) > 1
-        link = self.hardware.between if crosses else self.hardware.inside
+        link = self.hardware.inter_node if crosses else self.hardware.intra_node
         into, back = (getattr(b, name) for b in group_bytes(split, self.shape))
         others = split.degree - 1
         before, after = (float(link.seconds(size, 3 * others)) for size in (into, back))
@@ -319,7 +322,7 @@ class _Walk:
             return
         begin, end = (np.broadcast_to(x, (len(self.ranks),)) for x in (begin, end))
         self.spans += [
-            Span(rank, of, kind, label, float(a), float(b))
+            Event(rank, of, kind, label, float(a), float(b))
             for rank, a, b in zip(self.ranks, begin, end, strict=True)
             if b > a
         ]

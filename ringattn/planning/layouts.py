@@ -19,6 +19,7 @@ from ringattn.planning.intervals import Side, Table, meet
 from ringattn.planning.masks import Mask
 from ringattn.planning.runs import Run, whole
 
+_SHOWN = 16  # ranks that a printed layout shows
 _TOLERANCE = 0.01  # of balanced: largest work over the mean, less 1
 
 
@@ -50,6 +51,13 @@ class Layout:
                 raise ValueError(f"the runs of a rank must ascend; those of rank {rank} do not")
         if meet or not inside or sum(map(len, every)) != self.n:
             raise ValueError(f"a layout must own each of the {self.n} positions exactly once")
+
+    def __str__(self) -> str:
+        owned = (", ".join(map(str, runs)) or "nothing" for runs in self.runs[:_SHOWN])
+        lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(owned))
+        more = self.world - _SHOWN
+        rest = f"\n  and {more} ranks more" if more > 0 else ""
+        return f"{self.name}, {self.n} tokens over {self.world} ranks{lines}{rest}"
 
     @property
     def world(self) -> int:

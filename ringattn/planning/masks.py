@@ -19,6 +19,7 @@ from ringattn.planning.runs import Run, whole
 from ringattn.planning.slices import Slice
 
 _DENSE_LIMIT = 2**28
+_SHOWN = 8  # slices that a printed mask shows
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Mask:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __str__(self) -> str:
+        first = "".join(f"\n  {part}" for part in self.slices[:_SHOWN])
+        more = len(self.slices) - _SHOWN
+        rest = f"\n  and {more} slices more" if more > 0 else ""
+        return f"{self.area} of {self.n_q} x {self.n_k} pairs{first}{rest}"
 
     @cached_property
     def _hash(self) -> int:

@@ -40,6 +40,10 @@ class Run:
     def __bool__(self) -> bool:
         return self.stop > self.start
 
+    def __str__(self) -> str:
+        """As a slice of Python: start:stop or start:stop:step."""
+        return f"{self.start}:{self.stop}" + (f":{self.step}" if self.step > 1 else "")
+
     @property
     def last(self) -> int:
         return self.stop - 1

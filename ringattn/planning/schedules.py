@@ -32,6 +32,10 @@ class Move:
     def tokens(self) -> int:
         return sum(map(len, self.rows))
 
+    def __str__(self) -> str:
+        rows = ", ".join(map(str, self.rows))
+        return f"rows {rows} of block {self.block}"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -60,6 +64,21 @@ class RankPlan:
 
     blocks: tuple[int, ...]
     steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        """What the rank does, step by step, for a person."""
+        lines = [f"{len(self.steps)} steps; rows of its blocks: {', '.join(map(str, self.blocks))}"]
+        for index, step in enumerate(self.steps):
+            lines.append(f"step {index}, on block {step.block}")
+            lines += [f"  computes {band}" for band in step.bands] or ["  computes nothing"]
+            for word, toward, moves in (
+                ("sends", "to", step.sends),
+                ("receives", "from", step.recvs),
+                ("backward, then sends gradients of", "to", step.grad_sends),
+                ("backward, then receives gradients of", "from", step.grad_recvs),
+            ):
+                lines += [f"  {word} {move} {toward} rank {move.peer}" for move in moves]
+        return "\n".join(lines)
 
     def blocks_done(self, index: int) -> list[int]:
         """The blocks that no step after ``index`` computes on, sends or receives."""

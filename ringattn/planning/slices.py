@@ -31,6 +31,10 @@ class Band:
         hi = len(k) if hi >= len(k) - 1 else hi
         return cls(q, k, lo, hi)
 
+    def __str__(self) -> str:
+        text = f"queries {self.q} x rows {self.k}"
+        return text if self.is_full else f"{text}, {self.lo} <= k - q <= {self.hi}"
+
     @property
     def is_full(self) -> bool:
         """True when the band excludes nothing: a plain rectangle."""
@@ -98,6 +102,10 @@ class Slice:
 
     def __bool__(self) -> bool:
         return bool(self.q)
+
+    def __str__(self) -> str:
+        text = f"queries {self.q} x keys {self.k}"
+        return text if self.is_full else f"{text}, {self.lo} <= k - q <= {self.hi}"
 
     @property
     def is_full(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.report import pictures
-from ringattn.report.read import Run
+from ringattn.report.read import RunRecord
 
 COLUMNS = ("point", "status", "ranks", "tokens", "tokens/s", "step s", "spread", "predicted s",
            "error", "exposed", "GiB", "predicted GiB", "error GiB", "MFU", "loss")  # fmt: skip
@@ -22,12 +22,12 @@ _TITLES = {
 }
 
 
-def rows(runs: list[Run]) -> list[dict[str, str]]:
+def rows(runs: list[RunRecord]) -> list[dict[str, str]]:
     """The table, as text; an empty cell is one without a figure."""
     return [_row(run) for run in runs]
 
 
-def _row(run: Run) -> dict[str, str]:
+def _row(run: RunRecord) -> dict[str, str]:
     def show(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -53,7 +53,7 @@ def _row(run: Run) -> dict[str, str]:
     return values
 
 
-def as_json(runs: list[Run]) -> list[dict[str, Any]]:
+def as_json(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """For machines: what the table says, in seconds and bytes."""
     keys = ("step_s", "tokens_per_s", "mfu", "compute_s", "exchange_s", "engine_s", "data_s")
     return [
@@ -75,7 +75,7 @@ def as_json(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def summary(runs: list[Run]) -> str:
+def summary(runs: list[RunRecord]) -> str:
     """How far predictions were off, in a sentence."""
     errors = [abs(e) for run in runs if (e := run.error()) is not None]
     if not errors:
@@ -88,7 +88,7 @@ def summary(runs: list[Run]) -> str:
     )
 
 
-def write(runs: list[Run], folder: Path) -> list[Path]:
+def write(runs: list[RunRecord], folder: Path) -> list[Path]:
     """Pictures as PNG and ``index.html`` in ``folder``; the files, the page first."""
     folder.mkdir(parents=True, exist_ok=True)
     files, images = [], []
@@ -103,7 +103,7 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
     return [page, *files]
 
 
-def _html(runs: list[Run], images: list[tuple[str, str]]) -> str:
+def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
     table = rows(runs)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS)
     body = "".join(

@@ -9,13 +9,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ringattn.report.read import Run
+from ringattn.report.read import RunRecord
 
 PARTS = {"compute": "#4878a8", "exchange": "#b3423a", "engine": "#7a7a7a", "data": "#c9b458"}
-Value = Callable[[Run], float | None]
+Value = Callable[[RunRecord], float | None]
 
 
-def draw(runs: list[Run]) -> dict[str, Figure]:
+def draw(runs: list[RunRecord]) -> dict[str, Figure]:
     """All that these runs have something for, by file name."""
     done = [run for run in runs if run.metrics and run.facts]
     if not done:
@@ -29,7 +29,7 @@ def draw(runs: list[Run]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def scaling(runs: list[Run]) -> Figure:
+def scaling(runs: list[RunRecord]) -> Figure:
     """Speed, memory, exposed exchange and efficiency against length, ranks or whatever varies."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     (a, b), (c, d) = figure.subplots(2, 2)
@@ -48,7 +48,7 @@ def scaling(runs: list[Run]) -> Figure:
     return figure
 
 
-def exposed(run: Run) -> float | None:
+def exposed(run: RunRecord) -> float | None:
     """Share of a step in which rank 0 waits for attention's exchanges."""
     waits, step = run.median("exchange_s"), run.median("step_s")
     return None if waits is None or not step else waits / step
@@ -58,7 +58,7 @@ def _share(predicted: dict[str, Any]) -> float | None:
     return predicted["exposed_s"] / predicted["seconds"] if predicted else None
 
 
-def parts(runs: list[Run]) -> Figure:
+def parts(runs: list[RunRecord]) -> Figure:
     """Where the time of a step goes, by the median of each part."""
     figure = Figure(figsize=(9, 1.4 + 0.3 * len(runs)), layout="constrained")
     axis = figure.subplots()
@@ -74,7 +74,7 @@ def parts(runs: list[Run]) -> Figure:
     return figure
 
 
-def predicted(runs: list[Run]) -> Figure | None:
+def predicted(runs: list[RunRecord]) -> Figure | None:
     """Prediction against measurement: the closer to the diagonal, the better."""
     both = [run for run in runs if run.predicted and run.median("step_s")]
     if not both:
@@ -101,7 +101,7 @@ def predicted(runs: list[Run]) -> Figure | None:
     return figure
 
 
-def loss(runs: list[Run]) -> Figure | None:
+def loss(runs: list[RunRecord]) -> Figure | None:
     """All curves on one axis, over tokens."""
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     axis = figure.subplots()
@@ -114,7 +114,7 @@ def loss(runs: list[Run]) -> Figure | None:
     return figure
 
 
-def _axis(runs: list[Run]) -> str:
+def _axis(runs: list[RunRecord]) -> str:
     """What the x axis is: the length if it varies by itself, else ranks, else the points."""
     lengths, ranks = {run.seq_len for run in runs}, {run.ranks for run in runs}
     if len(ranks) > 1:
@@ -122,7 +122,9 @@ def _axis(runs: list[Run]) -> str:
     return "tokens" if len(lengths) > 1 else "point"
 
 
-def _lines(axis: Axes, runs: list[Run], key: str, real: Value, guess: Value, label: str) -> None:
+def _lines(
+    axis: Axes, runs: list[RunRecord], key: str, real: Value, guess: Value, label: str
+) -> None:
     axis.set_ylabel(label)
     if key == "point":
         at = range(len(runs))
@@ -133,7 +135,7 @@ def _lines(axis: Axes, runs: list[Run], key: str, real: Value, guess: Value, lab
         names = [run.name.replace("parallel.", "").replace("attention.", "") for run in runs]
         axis.set_xticks(list(at), names, rotation=30, ha="right", fontsize=7)
         return
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(_group(run, key), []).append(run)
     for (name, some), colour in zip(groups.items(), _colours(len(groups)), strict=True):
@@ -150,11 +152,11 @@ def _lines(axis: Axes, runs: list[Run], key: str, real: Value, guess: Value, lab
         axis.legend(fontsize=7)
 
 
-def _x(run: Run, key: str) -> int:
+def _x(run: RunRecord, key: str) -> int:
     return run.ranks if key == "ranks" else run.seq_len
 
 
-def _group(run: Run, key: str) -> str:
+def _group(run: RunRecord, key: str) -> str:
     own = {"ranks": ("ranks",), "tokens": ("seq_len",)}[key]
     return ", ".join(f"{k}={v}" for k, v in run.varied.items() if k not in own)
 

@@ -21,7 +21,7 @@ class ReportError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run. ``status``: finished, memory, failed, interrupted, or running (a directory that no
     sweep has written). ``varied``: what differs between the points of its sweep."""
 
@@ -93,7 +93,7 @@ class Run:
         return self.predicted["peak_memory_bytes"] / measured - 1
 
 
-def find(paths: list[Path]) -> list[Run]:
+def find(paths: list[Path]) -> list[RunRecord]:
     """The runs in ``paths``: run directories, or folders of them such as a sweep's.
 
     Raises ReportError.
@@ -121,7 +121,7 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() and any((path / x).exists() for x in ("metrics.jsonl", "point.json"))
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path) -> RunRecord:
     point, facts = _json(path, "point.json"), _json(path, "facts.json")
     metrics = []
     if (path / "metrics.jsonl").exists():
@@ -141,7 +141,7 @@ def _read(path: Path) -> Run:
     status = point.get("status", "running")
     if not point and metrics and metrics[-1]["step"] >= config["train"]["steps"]:
         status = "finished"
-    return Run(path, status, point.get("reason", ""), point.get("varied", {}), config, facts,
+    return RunRecord(path, status, point.get("reason", ""), point.get("varied", {}), config, facts,
                metrics)  # fmt: skip
 
 

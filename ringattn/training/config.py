@@ -1,4 +1,4 @@
-"""From the command line to a :class:`ringattn.training.run.Run`: hydra composes, the types check.
+"""From the command line to a typed run: hydra composes, the types of ``run`` check.
 Every mistake is one line that names the key, what was given and what is legal, and is found before
 torch.distributed or a model exists.
 """
@@ -33,7 +33,7 @@ from ringattn.models.rope_config import RopeConfig
 from ringattn.planning.head_split import check_degree
 from ringattn.training.engines import ENGINES
 from ringattn.training.observing.loggers import LOGGERS
-from ringattn.training.run import Model, Run, with_keys
+from ringattn.training.run import Model, TrainingRun, with_keys
 from ringattn.typed import SettingsError
 
 _REQUIRED = "<must be given>"
@@ -47,7 +47,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("required", lambda: _REQUIRED, replace=True)
     OmegaConf.register_new_resolver("times", lambda *factors: math.prod(factors), replace=True)
     store = ConfigStore.instance()
-    store.store(name="keys", node=typed.defaults(Run))
+    store.store(name="keys", node=typed.defaults(TrainingRun))
     for group, kinds in (("engine", ENGINES), ("logger", LOGGERS)):
         for kind in kinds:
             store.store(group=group, name=kind.name, node=typed.defaults(kind))
@@ -66,9 +66,9 @@ def _open_keys(kind: type) -> dict[str, Any]:
     return tree
 
 
-def load(overrides: list[str]) -> Run:
+def load(overrides: list[str]) -> TrainingRun:
     """The run of these arguments, every value checked. Raises SettingsError."""
-    return typed.read(Run, composed(overrides))
+    return typed.read(TrainingRun, composed(overrides))
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         if "=" not in override.lstrip("~")[1:] and not override.startswith("~"):
             raise SettingsError(f"{override!r} is not an override; write KEY=VALUE")
         key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        typed.check_keys(Run, [key], {*typed.groups(Run), "experiment"})
+        typed.check_keys(TrainingRun, [key], {*typed.groups(TrainingRun), "experiment"})
     register()
     overrides = [quoted(override) for override in overrides]
     try:
@@ -140,7 +140,7 @@ def _fill_model(tree: dict[str, Any]) -> int | None:
     return window
 
 
-def settled(run: Run, world: int, node_size: int | None = None) -> Run:
+def settled(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:
     """``run`` in a world of so many ranks: what depends on it is checked, and the defaults of
     ``parallel.cp`` and ``parallel.node_size`` are filled in. ``node_size``: ranks of a machine, by
     default those of this one. Raises SettingsError."""
@@ -181,7 +181,7 @@ def settled(run: Run, world: int, node_size: int | None = None) -> Run:
     return with_keys(run, parallel={"cp": cp, "node_size": node_size})
 
 
-def hardware_of(run: Run) -> Hardware | None:
+def hardware_of(run: TrainingRun) -> Hardware | None:
     """The description that ``hardware`` names; "auto" is that of this machine, if it has been
     measured. Raises SettingsError."""
     name = run.hardware
@@ -196,7 +196,7 @@ def hardware_of(run: Run) -> Hardware | None:
     return hardware
 
 
-def as_yaml(run: Run) -> str:
+def as_yaml(run: TrainingRun) -> str:
     """Every key of the run with its value."""
     return yaml.safe_dump(asdict(run), sort_keys=False, width=100)
 
@@ -212,7 +212,7 @@ def help_text(tree: dict[str, Any]) -> str:
         lines.append(f"{group}: {', '.join(_choices(group))}")
     lines += ["", "keys, with the values of this command line:", ""]
     before = None
-    for key in typed.keys(Run, tree):
+    for key in typed.keys(TrainingRun, tree):
         *path, name = key.name.split(".")
         if path != before:
             lines += [""] if before is not None else []

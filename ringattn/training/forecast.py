@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringattn import cost
-from ringattn.cost import Bytes, Hardware, Shape
+from ringattn.cost import AttentionShape, Bytes, Hardware
 from ringattn.cost.model import Footprint, Setup, footprint, step_flops
 from ringattn.cost.step import Prediction, predict
 from ringattn.planning.plan import Plan
 from ringattn.training.config import hardware_of
-from ringattn.training.run import Run
+from ringattn.training.run import TrainingRun
 
 _FEW = 8  # ranks of a sequence of which each is followed; of more, a sample
 
@@ -24,7 +24,7 @@ class Forecast:
     """Of a run on ``world`` ranks whose micro-batches have ``plan``; ``device``: cuda or cpu.
     ``hardware``: what seconds are predicted for, if any. Of many ranks a few are followed."""
 
-    run: Run
+    run: TrainingRun
     world: int
     plan: Plan
     hardware: Hardware | None
@@ -79,7 +79,9 @@ class Forecast:
     def received(self) -> Bytes:
         """Bytes that a rank receives for one attention layer, at most."""
         model = self.run.model
-        shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide)
+        shape = AttentionShape(
+            model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide
+        )
         each = [cost.received(self.plan, rank, shape) for rank in self.ranks]
         return Bytes(max(x.forward for x in each), max(x.backward for x in each))
 
@@ -98,7 +100,7 @@ class Forecast:
         return predict(self.run.model, self.setup, self.plan, self.hardware, self.ranks)
 
 
-def on_paper(run: Run, world: int, hardware: Hardware | None = None) -> Forecast:
+def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> Forecast:
     """Of a settled run, from its keys alone: no data is opened, so every sequence counts as one
     document, the most that a step can cost. ``hardware``: in place of the run's own. Raises
     ValueError."""

@@ -14,7 +14,7 @@ from ringattn.training.checkpoints import saver, states
 from ringattn.training.checkpoints.saver import Found, Manifest
 from ringattn.training.config import hardware_of, path_errors
 from ringattn.training.evaluating.evaluate import make_probes
-from ringattn.training.run import Run
+from ringattn.training.run import TrainingRun
 from ringattn.typed import SettingsError
 
 
@@ -22,7 +22,7 @@ from ringattn.typed import SettingsError
 class Job:
     """A checked run."""
 
-    run: Run
+    run: TrainingRun
     model: ModelConfig
     data: Opened
     run_dir: Path
@@ -34,7 +34,7 @@ class Job:
 
 
 def prepare(
-    run: Run, run_dir: Path, world: int, progress: Progress = lambda done, total: None
+    run: TrainingRun, run_dir: Path, world: int, progress: Progress = lambda done, total: None
 ) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     run.logger.check()

@@ -110,7 +110,7 @@ class Profile:
 
 
 @settings
-class Run:
+class TrainingRun:
     """A training run."""
 
     seq_len: Count = 2048
@@ -149,12 +149,12 @@ class Run:
     checkpoint: Checkpoint
 
     @model_validator(mode="after")
-    def _mask_fits(self) -> Run:
+    def _mask_fits(self) -> TrainingRun:
         self.attention.check(self.seq_len)
         return self
 
 
-def with_keys(run: Run, **changed: dict[str, Any]) -> Run:
+def with_keys(run: TrainingRun, **changed: dict[str, Any]) -> TrainingRun:
     """``run`` with some keys of some groups changed: ``with_keys(run, parallel={"cp": 2})``."""
     groups = {name: replace(getattr(run, name), **keys) for name, keys in changed.items()}
     return replace(run, **groups)

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ringattn import cost
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import BACKWARD, Shape
+from ringattn.cost.layer import BACKWARD, AttentionShape
 from ringattn.cost.model import footprint
 from ringattn.cost.step import Layer, Prediction, gib, layer_of, predict
 from ringattn.cost.timeline import Timeline
@@ -28,7 +28,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import BUILDERS
 from ringattn.training.engines import ENGINES, EngineSettings
 from ringattn.training.forecast import Forecast, node_of
-from ringattn.training.run import Run, with_keys
+from ringattn.training.run import TrainingRun, with_keys
 
 _TILE = 8192  # tokens of the feed-forward at a time, where it is tiled
 _CHUNK = 2048  # tokens of the loss at a time
@@ -41,7 +41,7 @@ _SCHEDULES = sorted(BUILDERS, key=lambda name: name == "double_ring")
 class Split:
     """A run that is split in one way, and its optimizer step in time."""
 
-    run: Run
+    run: TrainingRun
     step: Prediction
 
 
@@ -57,11 +57,11 @@ class Answer:
     slower: int
     untried: dict[int, int]
     longest: int
-    longest_run: Run | None
+    longest_run: TrainingRun | None
 
 
 def search(
-    run: Run,
+    run: TrainingRun,
     world: int,
     hardware: Hardware,
     given: frozenset[str] = frozenset(),
@@ -79,7 +79,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Search:
-    run: Run
+    run: TrainingRun
     world: int
     hardware: Hardware
     given: frozenset[str]
@@ -148,7 +148,7 @@ class _Search:
         return self._layouts[name, cp]
 
     def _places(
-        self, fits: dict[int, dict[int, list[Run]]]
+        self, fits: dict[int, dict[int, list[TrainingRun]]]
     ) -> Iterator[tuple[int, int, Layout, list[str]]]:
         """(cp, ulysses, layout, schedules): the usual layout of all first."""
         names = self._allowed("parallel.layout", _LAYOUTS)
@@ -178,7 +178,7 @@ class _Search:
         own = self.run.parallel.ulysses
         return [u for u in degrees if u == own] if "parallel.ulysses" in self.given else degrees
 
-    def _runs(self, cp: int, ulysses: int) -> Iterator[Run]:
+    def _runs(self, cp: int, ulysses: int) -> Iterator[TrainingRun]:
         """The run with every choice of engine and memory, the cheapest in time first."""
         dp = self.world // cp
         parallel = {"cp": cp, "ulysses": ulysses, "node_size": node_of(self.hardware, cp)}
@@ -219,9 +219,9 @@ class _Search:
                 if all(getattr(engine, key) == getattr(own, key, None) for key in keys):
                     yield engine
 
-    def _fitting(self, cp: int, stopped: dict[int, str]) -> dict[int, list[Run]]:
+    def _fitting(self, cp: int, stopped: dict[int, str]) -> dict[int, list[TrainingRun]]:
         """By ulysses degree: the runs that fit; why none does goes to ``stopped``."""
-        fits: dict[int, list[Run]] = {}
+        fits: dict[int, list[TrainingRun]] = {}
         least: tuple[float, float] | None = None
         for ulysses in self._ulysses(cp):
             for run in self._runs(cp, ulysses):
@@ -242,11 +242,11 @@ class _Search:
             )
         return fits
 
-    def _forecast(self, run: Run, plan: Plan) -> Forecast:
+    def _forecast(self, run: TrainingRun, plan: Plan) -> Forecast:
         device = "cuda" if self.hardware.cores is None else "cpu"
         return Forecast(run, self.world, plan, self.hardware, device)
 
-    def _need(self, run: Run, seq_len: int) -> tuple[float, float]:
+    def _need(self, run: TrainingRun, seq_len: int) -> tuple[float, float]:
         """(device, host) bytes, each over what the machine has, with two blocks on their way."""
         hardware, cp, ulysses = self.hardware, run.parallel.cp, run.parallel.ulysses
         tokens = -(-seq_len * run.batch_size // cp)
@@ -258,7 +258,9 @@ class _Search:
         device *= shared / hardware.memory
         return device, memory.host * shared / hardware.host_memory
 
-    def _setup(self, run: Run, schedule: str = "ring", layout: str = "zigzag") -> cost.model.Setup:
+    def _setup(
+        self, run: TrainingRun, schedule: str = "ring", layout: str = "zigzag"
+    ) -> cost.model.Setup:
         return cost.model.Setup(
             engine=run.engine,
             memory=run.memory,
@@ -273,13 +275,13 @@ class _Search:
             device="cuda" if self.hardware.cores is None else "cpu",
         )
 
-    def _bound(self, cp: int, ulysses: int, layout: Layout, runs: list[Run]) -> float:
+    def _bound(self, cp: int, ulysses: int, layout: Layout, runs: list[TrainingRun]) -> float:
         """Tokens/s that no schedule of this layout can pass: nothing is exposed, and the rank with
         most pairs computes them as fast as its best blocks."""
         model, hardware = self.run.model, self.hardware
         plan = make_plan(self.mask, layout, "ring", ulysses, node_size=node_of(hardware, cp))
         wide = self._setup(runs[0]).wide
-        shape = Shape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
+        shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
         flops = float(plan.partition.pairs_per_rank.max()) / ulysses * shape.pair_flops()
         peak = hardware.flops(self.run.precision)
         forward, backward = (
@@ -293,7 +295,7 @@ class _Search:
         return max(step.tokens_per_s for step in steps)
 
     def _best(
-        self, cp: int, ulysses: int, layout: Layout, schedule: str, runs: list[Run]
+        self, cp: int, ulysses: int, layout: Layout, schedule: str, runs: list[TrainingRun]
     ) -> Split | None:
         """The fastest of ``runs`` that fits with this layout and schedule."""
         model, hardware = self.run.model, self.hardware
@@ -311,12 +313,12 @@ class _Search:
         run, step = max(found, key=lambda pair: pair[1].tokens_per_s)
         return Split(with_keys(run, parallel={"schedule": schedule, "layout": layout.name}), step)
 
-    def _longest(self) -> tuple[int, Run | None]:
+    def _longest(self) -> tuple[int, TrainingRun | None]:
         """The longest sequence whose memory fits, to 1 %, over all ranks, and its run."""
         runs = [run for cp in reversed(self.degrees) for u in self._ulysses(cp)
                 for run in self._runs(cp, u)]  # fmt: skip
 
-        def holds(seq_len: int) -> Run | None:
+        def holds(seq_len: int) -> TrainingRun | None:
             return next((run for run in runs if max(self._need(run, seq_len)) <= 1), None)
 
         low, best = 0, None

@@ -50,7 +50,9 @@ for n in (world - 1 or 1, 50, 333):
                 counted = Counted(connect(None))
                 out = ra.ring_attention(*own, plan, group=counted)
                 got = [out.detach(), *torch.autograd.grad(out, own, dout)]
-                bytes_ = cost.received(plan, rank, cost.Shape(heads, kv_heads, 16, None, 4, 2))
+                bytes_ = cost.received(
+                    plan, rank, cost.AttentionShape(heads, kv_heads, 16, None, 4, 2)
+                )
                 assert counted.received == bytes_.forward + bytes_.backward, plan
                 want = oracle.attention(*whole[:3], mask.to_dense(), whole[3])
                 for a, b in zip(got, want, strict=True):

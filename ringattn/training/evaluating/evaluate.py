@@ -20,7 +20,7 @@ from ringattn.training.batch import load_batch
 from ringattn.training.engines import Engine
 from ringattn.training.evaluating.settings import Eval
 from ringattn.training.observing.metrics import as_json
-from ringattn.training.run import Run
+from ringattn.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evaluation:
     ``probes``: (task, length, depth) of every cell of the heat maps.
     """
 
-    training: Run
+    training: TrainingRun
     context: Context
     engine: Engine
     split: Strategy
@@ -39,7 +39,7 @@ class Evaluation:
 
     @classmethod
     def make(
-        cls, run: Run, context: Context, engine: Engine, split: Strategy, data: Opened
+        cls, run: TrainingRun, context: Context, engine: Engine, split: Strategy, data: Opened
     ) -> Evaluation:
         """Raises DataError for a probe that does not fit its length."""
         held_out = data.held_out if run.eval.sequences else None
