@@ -109,23 +109,26 @@ def defaults(kind: type) -> dict[str, Any]:
     return tree
 
 
-def keys(kind: type, tree: Mapping[str, Any] | None = None) -> Iterator[Key]:
+def keys(kind: type, tree: Mapping[str, Any] | None = None) -> list[Key]:
     """Every key, with dots. A group that may be of several types has the keys of the one that
     ``tree`` names, or of all of them."""
+    found = []
     for name, annotation in _hints(kind).items():
         members = _groups(annotation)
-        if not members:
-            yield Key(name, annotation, _meaning(kind, name))
-        inside = tree.get(name) if tree else None
-        inside = inside if isinstance(inside, Mapping) else None
-        if inside and len(members) > 1:
-            members = [m for m in members if m.name == inside.get("name")] or members
-        seen: set[str] = set()
-        for member in members:
-            for key in keys(member, inside):
-                if key.name not in seen:
-                    seen.add(key.name)
-                    yield replace(key, name=f"{name}.{key.name}")
+        if len(members) > 1 and tree and isinstance(tree.get(name), Mapping):
+            members = [m for m in members if m.name == tree[name].get("name")] or members
+        found += _keys_of(kind, name, tuple(members))
+    return found
+
+
+@cache
+def _keys_of(kind: type, name: str, members: tuple[type, ...]) -> list[Key]:
+    """Of one field, which is a key or a group of one of these types."""
+    if not members:
+        return [Key(name, _hints(kind)[name], _meaning(kind, name))]
+    inside = {key.name: key for member in reversed(members) for key in keys(member)}
+    order = dict.fromkeys(key.name for member in members for key in keys(member))
+    return [replace(inside[key], name=f"{name}.{key}") for key in order]
 
 
 def check_keys(kind: type, given: Iterable[str], others: Iterable[str] = ()) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,17 +23,20 @@ TINY = [
 ]  # fmt: skip
 
 
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
 class Launch:
     """torchrun in a process group of its own; use as a context manager."""
 
     def __init__(self, world: int, script: Path, *arguments: str, restarts: int = 0) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         self.process = subprocess.Popen(
             [*TORCHRUN, str(world), f"--max-restarts={restarts}", str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=_environment(),
             start_new_session=True,
         )
 
@@ -59,8 +65,42 @@ class Launch:
         return [int(pid) for pid in children.read_text().split()]
 
 
-def launch(world: int, script: Path, *arguments: str, timeout: float = 150) -> tuple[int, str]:
-    with Launch(world, script, *arguments) as job:
+@cache
+def _zygote() -> subprocess.Popen:
+    """One for this process, that forks worlds of ranks: see ``workers/zygote.py``."""
+    zygote = subprocess.Popen(
+        [sys.executable, ROOT / "tests/workers/zygote.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=_environment(),
+        cwd="/",
+    )
+    atexit.register(zygote.kill)
+    return zygote
+
+
+def launch(world: int, *command: str | Path, timeout: float = 150) -> tuple[int, str]:
+    """Runs a script, or "-m" and a module, on forked ranks: (exit status, everything printed)."""
+    with tempfile.NamedTemporaryFile("r", errors="replace") as out:
+        job = {
+            "command": [str(word) for word in command],
+            "world": world,
+            "environment": _environment(),
+            "out": out.name,
+            "seconds": timeout,
+        }
+        zygote = _zygote()
+        zygote.stdin.write(json.dumps(job) + "\n")
+        zygote.stdin.flush()
+        answer = zygote.stdout.readline()
+        return json.loads(answer)["status"], out.read()
+
+
+def torchrun(world: int, *command: str | Path, timeout: float = 150) -> tuple[int, str]:
+    """The same by torchrun, as users start it."""
+    with Launch(world, *command) as job:
         return job.finish(timeout)
 
 

@@ -13,7 +13,7 @@ from ringattn.training.launching.world import pick_device
 from ringattn.training.main import main
 from ringattn.typed import SettingsError
 
-from .processes import TINY, metrics, train
+from .processes import ROOT, TINY, metrics, torchrun, train
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_checkpoint_of_another_model_or_run_is_refused(tmp_path, text, refused):
 
 
 def test_a_bad_key_under_torchrun_exits_with_its_line(text):
-    status, output = train(2, *TINY, text, "parallel.cp=5")
+    status, output = torchrun(2, ROOT / "train.py", *TINY, text, "parallel.cp=5")
     assert status != 0
     assert output.count("train.py: parallel.cp=5") == 1
     assert 'Traceback (most recent call last):\n  File "train.py' not in output
