@@ -4,8 +4,8 @@ in its forward, for masks, layouts, schedules and numbers of ranks.
     python benchmarks/planning.py [--repeat 5]
 
 One process; plans and lists are pure Python and NumPy. Every plan is fresh: mask, layout and plan
-caches are emptied before it is timed. Then seconds of `ringattn plan` for whole training runs.
-Medians (smallest-largest).
+caches are emptied before it is timed. Then what a training run plans at its start, and seconds of
+`ringattn estimate --search` for whole runs. Medians (smallest-largest).
 """
 
 import argparse
@@ -18,6 +18,10 @@ from ringattn.kernels.work import work
 
 import ringattn as ra
 from ringattn import make
+from ringattn.cost.presets import load
+from ringattn.strategy import Strategy
+from ringattn.training import config
+from ringattn.training.forecast import Forecast
 
 
 def timed(work, repeat):
@@ -34,12 +38,13 @@ def whole_runs(repeat):
     """Seconds of the whole command, start of Python included."""
     print("\n| command | seconds |\n|---|---|")
     for keys in (
-        ["seq_len=1M", "gpus=64"],
-        ["seq_len=1M", "gpus=1024"],
-        ["seq_len=16M", "gpus=1024"],
-        ["seq_len=16M", "gpus=1024", "mask=sliding_window(n, 4096)"],
+        ["seq_len=1M", "ranks=64"],
+        ["seq_len=1M", "ranks=1024"],
+        ["seq_len=16M", "ranks=1024"],
+        ["seq_len=16M", "ranks=1024", "attention.mask=sliding_window(4096)"],
     ):
-        command = ["plan", "model=8b", "vocab_size=128256", *keys, "--json"]
+        model = ["model=8b", "model.vocab_size=128256", "precision=bf16"]
+        command = ["estimate", *model, *keys, "--search", "--json"]
         times = []
         for _ in range(repeat):
             begin = time.perf_counter()
@@ -47,7 +52,48 @@ def whole_runs(repeat):
                            stdout=subprocess.DEVNULL)  # fmt: skip
             times.append(time.perf_counter() - begin)
         middle = f"{statistics.median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
-        print(f"| ringattn plan model=8b {' '.join(keys)} | {middle} |", flush=True)
+        print(f"| estimate --search model=8b {' '.join(keys)} | {middle} |", flush=True)
+
+
+def starts(repeat):
+    """What every rank plans before the first step, and rank 0 besides."""
+    n = 2**20
+    print("\n| ranks | schedule | layout | a rank's plan | self-check | rank 0: forecast |")
+    print("|---|---|---|---|---|---|")
+    hardware = load("h100")
+    for cp in (256, 1024):
+        for schedule, layout in (
+            ("ring", "zigzag"), ("double_ring", "zigzag"), ("all_gather", "zigzag"),
+            ("direct", "balanced"),
+        ):  # fmt: skip
+            split = Strategy(cp, layout, schedule, node_size=8)
+            rank, m = cp // 3, 4 * cp
+            alone = ra.masks.sliding_window(m, 1)
+            keys = [f"seq_len={n}", "precision=bf16", f"parallel.cp={cp}", "parallel.node_size=8",
+                    f"parallel.schedule={schedule}", f"parallel.layout={layout}"]  # fmt: skip
+            run = config.settled(config.load(["data.root=null", *keys]), cp)
+
+            def own(split=split, rank=rank, run=run):
+                plan = split.plan(run.attention.build([n], n))
+                plan.steps(rank)
+                return plan
+
+            def check(split=split, rank=rank, m=m, alone=alone):
+                for mask in (alone | ra.masks.sinks(m, 1), alone):
+                    split.plan(mask).steps(rank)
+
+            mine, _ = timed(own, repeat)
+            checks, _ = timed(check, repeat)
+
+            def ahead(run=run, cp=cp, own=own):
+                forecast = Forecast(run, cp, own(), hardware)
+                begin = time.perf_counter()
+                _ = forecast.received, forecast.memory, forecast.step.seconds
+                return time.perf_counter() - begin
+
+            seconds = [1e3 * timed(ahead, 1)[1] for _ in range(repeat)]
+            first = f"{statistics.median(seconds):.1f} ms ({min(seconds):.1f}-{max(seconds):.1f})"
+            print(f"| {cp} | {schedule} | {layout} | {mine} | {checks} | {first} |", flush=True)
 
 
 def main() -> None:
@@ -91,6 +137,7 @@ def main() -> None:
                 listed, _ = timed(list_all, repeat)
                 cells = (f"{n:,}", f"{world:,}", name, layout_name, made, schedule, took, listed)
                 print(f"| {' | '.join(cells)} |", flush=True)
+    starts(repeat)
     whole_runs(repeat)
 
 

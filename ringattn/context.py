@@ -147,7 +147,7 @@ def check_engaged(
     many ranks there are. Raises RuntimeError on all ranks when the model ignores the plan.
     """
     n = 4 * context.cp
-    alone = masks.documents([1] * n)
+    alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
     for mask, reaches in ((alone | masks.sinks(n, 1), True), (alone, False)):
         plan = strategy.plan(mask)
         own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ringattn.cli.request import RequestError
+from ringattn.extras import advice
 
 COMMANDS = {
     "plan": "what every rank does for a mask and a schedule",
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RequestError as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts many, one speaks
             print(f"ringattn {name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not (line := advice(error.name)):
+            raise
+        print(f"ringattn {name}: {line}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"ringattn {name}: too large for this machine: {error}", file=sys.stderr)

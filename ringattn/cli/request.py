@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringattn.extras import advice
 from ringattn.make import make_plan
 from ringattn.planning import layouts, mask_text
 from ringattn.planning.layouts import Layout
@@ -52,7 +53,7 @@ def drawable(file: str) -> None:
     """Before anything is computed: a picture can be drawn and written. Raises RequestError."""
     folder = Path(file).resolve().parent
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install matplotlib")
+        raise RequestError(f"--plot {advice('matplotlib')}")
     if not os.access(folder, os.W_OK) or Path(file).suffix.lower() not in _PICTURES:
         raise RequestError(
             f"--plot {file}: a file ending in {', '.join(_PICTURES)} in a folder that can be "

@@ -37,6 +37,7 @@ def prepare(
     run: TrainingRun, run_dir: Path, world: int, progress: Progress = lambda done, total: None
 ) -> Job:
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
+    run.engine.check()
     run.logger.check()
     model, path = run.model.sizes, run.model.path
     held_out = (run.eval.holdout, run.eval.root)

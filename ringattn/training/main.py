@@ -9,8 +9,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from ringattn.training import config
-from ringattn.training.run import with_keys
+from ringattn.extras import advice
 
 USAGE_ERROR = 2
 FAILED = 1
@@ -23,6 +22,20 @@ def main(arguments: list[str]) -> int:
 
     Bad input is one line from rank 0 and status 2, before any group or model is made.
     """
+    try:
+        return _main(arguments)
+    except ModuleNotFoundError as error:
+        if not (line := advice(error.name)):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train.py: {line}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _main(arguments: list[str]) -> int:
+    from ringattn.training import config  # here: hydra is an extra
+    from ringattn.training.run import with_keys
+
     if any(a in ("--multirun", "-m") for a in arguments):
         from ringattn.training.launching.sweep import main as sweep
 

@@ -5,12 +5,14 @@ DeepSpeed here; :mod:`ringattn.training.engines.deepspeed_engine` drives it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import model_validator
 
 from ringattn.cost.model import EngineTraffic, States
-from ringattn.typed import Flag, OneOf, settings
+from ringattn.extras import advice
+from ringattn.typed import Flag, OneOf, SettingsError, settings
 
 if TYPE_CHECKING:
     from ringattn.training.engines import Engine, Parts
@@ -48,6 +50,11 @@ class DeepSpeed:
         for stage in (1, 2, 3):
             yield cls(zero_stage=stage)
             yield cls(zero_stage=stage, offload_optimizer=True, offload_params=stage == 3)
+
+    def check(self) -> None:
+        """Raises SettingsError where DeepSpeed is not installed."""
+        if find_spec("deepspeed") is None:
+            raise SettingsError(f"engine=deepspeed {advice('deepspeed')}, or give engine=fsdp")
 
     def build(self, parts: Parts) -> Engine:
         from ringattn.training.engines.deepspeed_engine import DeepSpeedEngine

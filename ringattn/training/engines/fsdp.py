@@ -47,6 +47,9 @@ class FSDP:
             for away in (False, True):
                 yield cls(shard=shard, offload_params=away)
 
+    def check(self) -> None:
+        """torch is there."""
+
     def build(self, parts: Parts) -> Engine:
         from ringattn.training.engines.fsdp_engine import FSDPEngine
 

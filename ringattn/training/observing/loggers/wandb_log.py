@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ringattn.extras import advice
 from ringattn.typed import SettingsError, Text, settings
 
 ID = "wandb_id"  # the file of a run directory that holds its id
@@ -25,7 +27,10 @@ class Wandb:
     """Runs that belong together; --multirun gives its own."""
 
     def check(self) -> None:
-        """Raises SettingsError if metrics are to be sent and there is no key to send them with."""
+        """Raises SettingsError if wandb is not installed, or if metrics are to be sent and there is
+        no key to send them with."""
+        if find_spec("wandb") is None:
+            raise SettingsError(f"logger=wandb {advice('wandb')}, or give logger=none")
         if self.mode == "online":
             import wandb
 
