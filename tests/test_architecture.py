@@ -91,3 +91,69 @@ def test_the_checkout_does_not_shadow_packages():
     code = "import runpy; runpy.run_path('train.py'); import kernels"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "No module named 'kernels'" in run.stderr
+
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+
+
+def test_the_house_is_as_drawn():
+    """Every file in the drawing exists, and every room and file of planning, execution and the top
+    level is drawn."""
+    (drawing,) = re.findall(r"```\n(train\.py.*?)```", PAGE, re.DOTALL)
+    drawn, folders = set(), []
+    for line in drawing.splitlines():
+        indent, names = re.fullmatch(r"( *)(.*)", line).groups()
+        folders = folders[: len(indent) // 2]
+        for name in re.match(r"((?:[\w.]+\.py|\w+/)(?: +|$))+", names)[0].split():
+            path = "".join([*folders, name])
+            assert (ROOT / path).exists(), path
+            drawn.add(path)
+        first = names.split()[0]
+        if first.endswith("/"):
+            folders.append(first)
+    for room in ("ringattn", "ringattn/planning", "ringattn/execution"):
+        for path in (ROOT / room).iterdir():
+            name = path.relative_to(ROOT).as_posix() + "/" * path.is_dir()
+            if not path.name.startswith("__") and path.name not in ("comm.py", "extras.py"):
+                assert name in drawn, f"docs/architecture.md does not draw {name}"
+
+
+def test_the_example_prints_what_the_page_says(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(code, "docs/architecture.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
+def test_how_to_add_names_files_that_exist():
+    (table,) = re.findall(r"## How to add\n\n(.*?)\n\n", PAGE, re.DOTALL)
+    rows = table.splitlines()[2:]
+    assert len(rows) == 9
+    for row in rows:
+        paths = re.findall(r"`((?:ringattn|kernels)/[\w/.]*)`", row)
+        assert 1 <= len(paths) <= 2, row
+        assert all((ROOT / path).exists() for path in paths), row
+        file = (ROOT / paths[-1]).read_text() if paths[-1].endswith(".py") else ""
+        for name in re.findall(r"`([A-Z]+)`", row):
+            assert f"\n{name} = " in file, row
+
+
+def test_a_missing_extra_is_one_line():
+    blocked = {"deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "safetensors"}
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Missing())
+import ringattn.context, ringattn.models.decoder
+from ringattn.training.main import main
+from ringattn.cli import main as cli
+assert cli(["plan", "n=64", "world=2"]) == 0
+assert main([]) == cli(["estimate"]) == cli(["report", "/tmp"]) == 2
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr
+    lines = run.stderr.splitlines()
+    assert len(lines) == 3 and all("pip install 'ringattn[train]'" in line for line in lines)
