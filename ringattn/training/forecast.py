@@ -33,20 +33,9 @@ class Forecast:
     @property
     def setup(self) -> Setup:
         """The parts of the run that cost depends on, with what was chosen for the plan."""
-        run, plan = self.run, self.plan
-        return Setup(
-            engine=run.engine,
-            memory=run.memory,
-            world=self.world,
-            cp=plan.world,
-            ulysses=plan.ulysses,
-            schedule=plan.schedule,
-            layout=plan.layout.name,
-            precision=run.precision,
-            batch=run.batch_size,
-            grad_accum=run.train.grad_accum,
-            device=self.device,
-        )
+        plan = self.plan
+        chosen = (plan.world, plan.ulysses, plan.schedule, plan.layout.name)
+        return setup_of(self.run, self.world, *chosen, self.device)
 
     @property
     def dp(self) -> int:
@@ -98,6 +87,31 @@ class Forecast:
         if self.hardware is None:
             return None
         return predict(self.run.model, self.setup, self.plan, self.hardware, self.ranks)
+
+
+def setup_of(
+    run: TrainingRun,
+    world: int,
+    cp: int,
+    ulysses: int,
+    schedule: str = "ring",
+    layout: str = "zigzag",
+    device: str = "cuda",
+) -> Setup:
+    """The parts of a run that cost depends on."""
+    return Setup(
+        engine=run.engine,
+        memory=run.memory,
+        world=world,
+        cp=cp,
+        ulysses=ulysses,
+        schedule=schedule,
+        layout=layout,
+        precision=run.precision,
+        batch=run.batch_size,
+        grad_accum=run.train.grad_accum,
+        device=device,
+    )
 
 
 def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> Forecast:

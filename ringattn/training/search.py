@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from ringattn import cost
 from ringattn.cost.hardware import Hardware
 from ringattn.cost.layer import BACKWARD, AttentionShape
-from ringattn.cost.model import footprint
+from ringattn.cost.model import Setup, footprint
 from ringattn.cost.step import Layer, Prediction, gib, layer_of, predict
 from ringattn.cost.timeline import Timeline
 from ringattn.make import make_plan
@@ -27,7 +26,7 @@ from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import BUILDERS
 from ringattn.training.engines import ENGINES, EngineSettings
-from ringattn.training.forecast import Forecast, node_of
+from ringattn.training.forecast import Forecast, node_of, setup_of
 from ringattn.training.run import TrainingRun, with_keys
 
 _TILE = 8192  # tokens of the feed-forward at a time, where it is tiled
@@ -243,8 +242,7 @@ class _Search:
         return fits
 
     def _forecast(self, run: TrainingRun, plan: Plan) -> Forecast:
-        device = "cuda" if self.hardware.cores is None else "cpu"
-        return Forecast(run, self.world, plan, self.hardware, device)
+        return Forecast(run, self.world, plan, self.hardware, self._device)
 
     def _need(self, run: TrainingRun, seq_len: int) -> tuple[float, float]:
         """(device, host) bytes, each over what the machine has, with two blocks on their way."""
@@ -258,22 +256,13 @@ class _Search:
         device *= shared / hardware.memory
         return device, memory.host * shared / hardware.host_memory
 
-    def _setup(
-        self, run: TrainingRun, schedule: str = "ring", layout: str = "zigzag"
-    ) -> cost.model.Setup:
-        return cost.model.Setup(
-            engine=run.engine,
-            memory=run.memory,
-            world=self.world,
-            cp=run.parallel.cp,
-            ulysses=run.parallel.ulysses,
-            schedule=schedule,
-            layout=layout,
-            precision=run.precision,
-            batch=run.batch_size,
-            grad_accum=run.train.grad_accum,
-            device="cuda" if self.hardware.cores is None else "cpu",
-        )
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.hardware.cores is None else "cpu"
+
+    def _setup(self, run: TrainingRun, schedule: str = "ring", layout: str = "zigzag") -> Setup:
+        own = run.parallel
+        return setup_of(run, self.world, own.cp, own.ulysses, schedule, layout, self._device)
 
     def _bound(self, cp: int, ulysses: int, layout: Layout, runs: list[TrainingRun]) -> float:
         """Tokens/s that no schedule of this layout can pass: nothing is exposed, and the rank with
