@@ -148,6 +148,7 @@ def test_verify_on_processes():
         (["verify", "device=cuda"], "torch sees no GPU"),
         (["verify", "dtype=fp8"], "dtype must be one of: bf16, fp16, fp32, fp64; got 'fp8'"),
         (["verfy"], "unknown command 'verfy'; one of: plan, estimate, "),
+        (["predict", "world=2"], "predict is estimate now"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, says):

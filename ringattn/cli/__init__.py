@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {name:8s} {text}")
         return 0 if arguments else 2
     name, *rest = arguments
+    if name == "predict":
+        print("ringattn: predict is estimate now, with ranks=N for world=N", file=sys.stderr)
+        return 2
     if name not in COMMANDS:
         print(f"ringattn: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2

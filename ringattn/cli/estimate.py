@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from ringattn import typed
 from ringattn.cli.request import RequestError, count, drawable, flags_of
+from ringattn.cli.tables import wide_console
 from ringattn.cost.presets import USUAL, here, load
 from ringattn.cost.step import Prediction
 from ringattn.training import config
@@ -26,7 +27,7 @@ from ringattn.training.forecast import Forecast, on_paper
 from ringattn.training.run import TrainingRun
 from ringattn.training.search import Answer, Split, search
 
-_ROWS, _WIDTH = 10, 110
+_ROWS = 10
 # Of a command line, what does not change how a run is split.
 _SEARCHED = ("parallel.", "engine.", "memory.")
 
@@ -40,16 +41,13 @@ def _flags(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--trace", metavar="FILE", help="the (best) split's step, for Perfetto")
     parser.add_argument("--plot", metavar="FILE", help="draw the ranking (PNG, SVG)")
-    parser.add_argument("--all-keys", action="store_true", default=SUPPRESS,
-                        help="every key, its meaning and what is legal")  # fmt: skip
 
 
 def command(arguments: Sequence[str]) -> int:
     """The command; 1 if nothing fits."""
-    keys, options = flags_of("estimate", arguments, _flags, "keys: those of train.py; --all-keys")
-    if getattr(options, "all_keys", False):
-        print(config.help_text(config.composed(["data.root=null", *keys])))
-        return 0
+    listed = (f"  {key.name:30} {key.meaning}" for key in typed.keys(TrainingRun))
+    epilog = "\n".join(["keys, those of train.py (its --help says what is legal):", *listed])
+    keys, options = flags_of("estimate", arguments, _flags, epilog)
     if options.plot:
         drawable(options.plot)
     if options.trace and not Path(options.trace).resolve().parent.is_dir():
@@ -238,12 +236,10 @@ def _split(p: Prediction) -> str:
 
 
 def _print_one(ahead: Forecast, plain: TrainingRun, keys: list[str]) -> None:
-    from rich.console import Console
 
     from ringattn.training.observing.display import plan_table
 
-    console = Console(highlight=False)
-    console.width = max(console.width, _WIDTH) if console.is_terminal else 1000
+    console = wide_console()
     peak = ahead.hardware.flops(ahead.run.precision)
     console.print(plan_table(ahead, ahead.run.kernel, peak, f"peak of {ahead.hardware.name}"))
     if ahead.step.misfit:
@@ -256,11 +252,9 @@ def _print_one(ahead: Forecast, plain: TrainingRun, keys: list[str]) -> None:
 
 def _print(answer: Answer, run: TrainingRun, world: int, hardware: Any, keys: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.width = max(console.width, _WIDTH) if console.is_terminal else 1000
+    console = wide_console()
     console.print(
         f"{run.model.parameters / 1e9:.2f} B parameters, {run.seq_len:,} tokens a sequence, "
         f"{world} x {hardware.name} ({hardware.source})",

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ringattn.cli.request import Key, RequestError, choice, count, parse
+from ringattn.cli.tables import wide_console
 
 if TYPE_CHECKING:  # machines ask for --json, and may have no rich
-    from rich.console import Console
     from rich.table import Table
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -158,16 +158,8 @@ def _table(titles: Sequence[str]) -> Table:
     return table
 
 
-def _console() -> Console:
-    """Wide enough for the table where nobody's terminal is narrower."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
-
-
 def _print(facts: list[dict[str, Any]]) -> None:
-    console = _console()
+    console = wide_console()
     table = _table(("tile", "regs", "spill", "shared", "matrix", "warps", "FLOP/B", ""))
     for fact in facts:
         matrix = ", ".join(f"{n} {kind}" for kind, n in fact["matrix"].items()) or "none"
@@ -194,7 +186,7 @@ def _print(facts: list[dict[str, Any]]) -> None:
 
 
 def _print_mix(facts: list[dict[str, Any]]) -> None:
-    console = _console()
+    console = wide_console()
     kinds = ("matrix", "exp2", "float", "convert", "memory", "spill", "other")
     table = _table((*kinds, "all", "needed"))
     for fact in facts:

@@ -47,10 +47,11 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise RequestError(f"--out {folder}: {error.strerror}") from None
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console, table = Console(highlight=False), Table(box=SIMPLE_HEAD, padding=(0, 1))
+    from ringattn.cli.tables import wide_console
+
+    console, table = wide_console(), Table(box=SIMPLE_HEAD, padding=(0, 1))
     for title in page.COLUMNS:
         table.add_column(title, justify="left" if title in ("point", "status") else "right")
     for row in page.rows(runs):

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from ringattn.training.forecast import Forecast
 
+_TEXTS = {"documents": "document", "causal": "sequence"}
+
 
 def plan_table(
     ahead: Forecast, kernel: str, peak: float | None = None, measure: str = "peak_flops"
@@ -23,7 +25,7 @@ def plan_table(
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"),
         ("mesh", f"data {ahead.dp} x context {plan.world}, {ahead.device}"),
-        ("mask", run.attention.text),
+        ("mask", f"of each {_TEXTS[run.attention.name]}: {run.attention.text}"),
         ("attention", f"schedule {plan.schedule}, ulysses {plan.ulysses}, "
                       f"layout {plan.layout.name}, kernel {kernel}"),
         *([("chosen", plan.reason)] if plan.reason else []),
