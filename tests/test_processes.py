@@ -18,6 +18,14 @@ def test_ring_attention_on_processes(world):
     assert status == 0, output
 
 
+@pytest.mark.parametrize("how", ["late", "alone"])
+def test_a_refusal_is_always_read_and_once(how):
+    """torchrun ends all ranks when one has failed; the one that speaks may be late."""
+    status, output = launch(3, ROOT / "tests/workers/refusing.py", how)
+    assert status == 2 and output.startswith("train.py: no\n")
+    assert how == "alone" or output == "train.py: no\n"
+
+
 def test_the_example_in_the_readme_runs(tmp_path):
     """And its gradient, averaged over the ranks, is that of one rank."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from ringattn.cli.request import RequestError
-from ringattn.extras import advice
+from ringattn.refusal import advice, refuse
 
 COMMANDS = {
     "plan": "what every rank does for a mask and a schedule",
@@ -32,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name == "predict":
-        print("ringattn: predict is estimate now, with ranks=N for world=N", file=sys.stderr)
-        return 2
+        return refuse("ringattn: predict is estimate now, with ranks=N for world=N")
     if name not in COMMANDS:
-        print(f"ringattn: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return refuse(f"ringattn: unknown command {name!r}; one of: {', '.join(COMMANDS)}")
     try:
         if name == "plan":  # imported here: planning needs no torch
             from ringattn.cli.plan import run
@@ -58,14 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.verify import run
         return run(rest)
     except RequestError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts many, one speaks
-            print(f"ringattn {name}: {error}", file=sys.stderr)
-        return 2
+        return refuse(f"ringattn {name}: {error}")
     except ModuleNotFoundError as error:
         if not (line := advice(error.name)):
             raise
-        print(f"ringattn {name}: {line}", file=sys.stderr)
-        return 2
+        return refuse(f"ringattn {name}: {line}")
     except MemoryError as error:
-        print(f"ringattn {name}: too large for this machine: {error}", file=sys.stderr)
-        return 2
+        return refuse(f"ringattn {name}: too large for this machine: {error}")

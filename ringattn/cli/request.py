@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringattn.extras import advice
 from ringattn.make import make_plan
 from ringattn.planning import layouts, mask_text
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
+from ringattn.refusal import advice
 
 
 class RequestError(ValueError):

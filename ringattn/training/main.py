@@ -9,9 +9,8 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from ringattn.extras import advice
+from ringattn.refusal import advice, refuse
 
-USAGE_ERROR = 2
 FAILED = 1
 OUT_OF_MEMORY = 3
 LAUNCH = "launch"  # the file of a run directory that says who started it
@@ -20,16 +19,14 @@ LAUNCH = "launch"  # the file of a run directory that says who started it
 def main(arguments: list[str]) -> int:
     """Runs train.py's command line; returns the exit status.
 
-    Bad input is one line from rank 0 and status 2, before any group or model is made.
+    Bad input is one line of each machine and status 2, before any group or model is made.
     """
     try:
         return _main(arguments)
     except ModuleNotFoundError as error:
         if not (line := advice(error.name)):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: {line}", file=sys.stderr)
-        return USAGE_ERROR
+        return refuse(f"train.py: {line}")
 
 
 def _main(arguments: list[str]) -> int:
@@ -75,9 +72,7 @@ def _main(arguments: list[str]) -> int:
         select(run.kernel, DTYPES[run.precision], device, run.model.head_dim)
     except ValueError as error:
         # What is wrong may be wrong on one machine only, so each has a voice.
-        if os.environ["LOCAL_RANK"] == "0":
-            print(f"train.py: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return refuse(f"train.py: {error}")
 
     if rank == 0 and run.engine.notice:
         print(run.engine.notice, flush=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from ringattn.cost.model import EngineTraffic, States
-from ringattn.extras import advice
+from ringattn.refusal import advice
 from ringattn.typed import Flag, OneOf, SettingsError, settings
 
 if TYPE_CHECKING:

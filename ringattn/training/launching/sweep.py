@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.ringattn_launcher import TorchrunLauncher
+from ringattn.refusal import refuse
 from ringattn.training import config
 from ringattn.training.forecast import on_paper
 from ringattn.training.launching.limit import FAILURE
@@ -39,7 +40,6 @@ from ringattn.typed import SettingsError
 POINT, FORMAT = "point.json", 1
 ENDED = ("finished", "memory")  # what is not run again
 INTERRUPTED = 130
-USAGE_ERROR = 2
 _HOPELESS = 2.0  # times the memory that there is: not worth trying
 _RANKS = 2  # of a point that does not say
 
@@ -87,8 +87,7 @@ def main(arguments: list[str]) -> int:
         task()
     except (SettingsError, HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"train.py: {' '.join(lines)}", file=sys.stderr)
-        return USAGE_ERROR
+        return refuse(f"train.py: {' '.join(lines)}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one ended", file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ringattn.extras import advice
+from ringattn.refusal import advice
 from ringattn.typed import SettingsError, Text, settings
 
 ID = "wandb_id"  # the file of a run directory that holds its id
