@@ -71,7 +71,7 @@ def starts(repeat):
             alone = ra.masks.sliding_window(m, 1)
             keys = [f"seq_len={n}", "precision=bf16", f"parallel.cp={cp}", "parallel.node_size=8",
                     f"parallel.schedule={schedule}", f"parallel.layout={layout}"]  # fmt: skip
-            run = config.settled(config.load(["data.root=null", *keys]), cp)
+            run = config.resolved(config.load(["data.root=null", *keys]), cp)
 
             def own(split=split, rank=rank, run=run):
                 plan = split.plan(run.attention.build([n], n))

@@ -50,7 +50,7 @@ def measure(keys):
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/r", rank=0, world_size=1)
-        run = config.settled(config.load([
+        run = config.resolved(config.load([
             *keys, "engine=fsdp", "logger=none", "attention=causal", "attention.window=1024",
             "model.tied=false",
         ]), 1)  # fmt: skip

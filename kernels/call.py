@@ -109,12 +109,12 @@ class _Kept:
                 self.described.append((mine, place[id(base)]))
         if self.counters:
             self.counter = call.kernel.arg_names.index("counters")
-        self.blank = [(place.get(id(to)), place.get(id(held))) for to, held in call.blank]
+        self.blank = [(place.get(id(to)), place.get(id(source))) for to, source in call.blank]
 
     def run(self, tensors: Sequence[torch.Tensor | None]) -> None:
         """On tensors of the same forms, in the same order."""
-        for to, held in self.blank:
-            tensors[to].zero_() if held is None else tensors[to].copy_(tensors[held])
+        for to, source in self.blank:
+            tensors[to].zero_() if source is None else tensors[to].copy_(tensors[source])
         if not self.grid:
             return
         arguments = list(self.arguments)

@@ -30,8 +30,8 @@ def forward(
     # A row without any key so far has total = -inf; 0 in its place keeps exp() free of NaN.
     finite = total.masked_fill(total == -torch.inf, 0)
     weights = torch.exp(s - finite[..., None])
-    kept = torch.exp(lse - finite)
-    state.mul_(rearrange(kept, "b h q -> b q h 1"))
+    decay = torch.exp(lse - finite)
+    state.mul_(rearrange(decay, "b h q -> b q h 1"))
     state.add_(einsum(weights, _heads(v, q, state.dtype), "b h q k, b k h d -> b q h d"))
     lse.copy_(total)
     end(state, out)

@@ -135,10 +135,10 @@ def example(
     if case.name == "forward":
         out = torch.zeros_like(g, dtype=state)
         partial = out if case.adds else None
-        given = (q, k, v, bands, partial, out, lse, scores)
+        inputs = (q, k, v, bands, partial, out, lse, scores)
         if case.engine == "gluon":
-            return gluon_forward(line or case.line, *given), [out, lse]
-        return calls.forward(case.arch, *given, line), [out, lse]
+            return gluon_forward(line or case.line, *inputs), [out, lse]
+        return calls.forward(case.arch, *inputs, line), [out, lse]
     # lse of about the right size: the weights of a row add up to one.
     lse2 = torch.log2(torch.arange(tokens, device=device) + 1.0).expand(1, heads, -1).contiguous()
     delta = torch.zeros_like(lse2)
@@ -147,16 +147,16 @@ def example(
             torch.zeros_like(q, dtype=torch.float32),
             *(torch.zeros_like(x, dtype=state) for x in (k, v)),
         )
-        given = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, True, case.adds)
-        return gluon_backward(line or case.line, *given), [dq, *grads]
-    given = (case.arch, g, q, k, v, lse2, delta, bands)
+        inputs = (g, q, k, v, lse2, delta, bands, dq, *grads, scores, True, case.adds)
+        return gluon_backward(line or case.line, *inputs), [dq, *grads]
+    inputs = (case.arch, g, q, k, v, lse2, delta, bands)
     if case.name == "backward_keys":
         grads = [torch.zeros_like(x, dtype=state) for x in (k, v)]
-        made = calls.backward_keys(*given, *grads, scores, case.adds, line)
+        call = calls.backward_keys(*inputs, *grads, scores, case.adds, line)
     else:
         grads = [torch.zeros_like(q, dtype=torch.float32)]
-        made = calls.backward_queries(*given, *grads, scores, case.adds, line)
-    return made, grads
+        call = calls.backward_queries(*inputs, *grads, scores, case.adds, line)
+    return call, grads
 
 
 def compiled(call: Call, target: GPUTarget) -> Any:
@@ -236,8 +236,8 @@ def report(case: Case, line: Launch | None = None) -> Report:
     """Compiles one case, with the table's line or another, and reads the result. Raises what
     Triton raises."""
     target, limit, total, wanted = TARGETS[case.arch]
-    made, _ = example(case, line)
-    kernel = compiled(made, target)
+    call, _ = example(case, line)
+    kernel = compiled(call, target)
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     registers, spill, code = _read(kernel) if target.backend == "cuda" else _read_amd(kernel)
     most = _WARPS if target.backend == "cuda" else _WAVES

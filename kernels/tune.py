@@ -43,11 +43,11 @@ def candidates(case: Case, now: Launch) -> Iterator[Launch]:
                 yield line
 
 
-def fits(made: Report) -> bool:
+def fits(report: Report) -> bool:
     """Whether a compiled line may go into the table at all."""
-    whole = set(made.matrix) == {made.wanted} or made.case.dtype == torch.float32
-    sound = made.spill == 0 and made.shared <= made.shared_limit and not made.serialized
-    return sound and whole
+    complete = set(report.matrix) == {report.wanted} or report.case.dtype == torch.float32
+    sound = report.spill == 0 and report.shared <= report.shared_limit and not report.serialized
+    return sound and complete
 
 
 def tune(case: Case, now: Launch, measure: Measure, say: Callable[[str], None]) -> Launch:

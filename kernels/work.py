@@ -163,7 +163,7 @@ class Chain:
     turns: np.ndarray
 
 
-def chain(made: Work, columns: int, n: int) -> Chain:
+def chain(keys_work: Work, columns: int, n: int) -> Chain:
     """Orders the sums into tiles of ``n`` columns: of each, by the place of the visit in the list.
 
     The visits must be aligned. One is cut where the visit before it changes, so that every part
@@ -173,13 +173,13 @@ def chain(made: Work, columns: int, n: int) -> Chain:
     last = np.zeros(-(-columns // n), np.int32)  # number of the last visit to a tile of columns
     tiles, visits, turns = [], [], []
     own = 0
-    for first, begin, end in made.tiles.tolist():
+    for first, begin, end in keys_work.tiles.tolist():
         start = len(visits)
-        for visit in made.visits[begin:end]:
+        for visit in keys_work.visits[begin:end]:
             own += 1
             base = int(visit[COLUMN_START] + visit[FIRST]) // n
-            held = last[base : base + int(visit[TILES])]
-            cuts = [0, *(np.flatnonzero(held[1:] != held[:-1]) + 1).tolist(), len(held)]
+            latest = last[base : base + int(visit[TILES])]
+            cuts = [0, *(np.flatnonzero(latest[1:] != latest[:-1]) + 1).tolist(), len(latest)]
             for a, e in reversed(list(pairwise(cuts))):
                 part = visit.copy()
                 part[FIRST] += a * n
@@ -187,8 +187,8 @@ def chain(made: Work, columns: int, n: int) -> Chain:
                 for field in (FULL_FROM, FULL_TO):
                     part[field] = min(max(visit[field] - a, 0), e - a)
                 visits.append(part)
-                turns.append((held[a], own))
-            held[:] = own
+                turns.append((latest[a], own))
+            latest[:] = own
         tiles.append((first, start, len(visits)))
     return Chain(
         np.array(tiles, np.int32).reshape(-1, 3),

@@ -88,8 +88,8 @@ def local_batch(
 
 def _need_positions(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Without position_ids a model counts the local tokens from 0, and trains on that."""
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments | kwargs
-    if len(getattr(model, _HERE).plan.layout.ranks) > 1 and given.get("position_ids") is None:
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments | kwargs
+    if len(getattr(model, _HERE).plan.layout.ranks) > 1 and bound.get("position_ids") is None:
         raise ValueError(
             "position_ids are missing: this rank's tokens do not stand at 0, 1, 2...; "
             "ringattn.hf.local_batch gives them with the tokens"

@@ -12,7 +12,7 @@ from ringattn.planning import head_split, plan, schedules
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
-from ringattn.planning.runs import whole
+from ringattn.planning.runs import integer
 
 _FEW = 8  # ranks of which "auto" follows each
 _TIE = 0.01  # estimates closer than that say nothing
@@ -68,7 +68,7 @@ def make_plan(
     _check_layouts(mask, layout, key_layout)
     world = layout.world
     for name, value in (("ulysses", ulysses), ("node_size", node_size)):
-        if value is not None and world % whole(name, value, 1):
+        if value is not None and world % integer(name, value, 1):
             legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
             raise ValueError(
                 f"{name}={value} does not divide the {world} ranks; choose one of: {legal}"
@@ -77,9 +77,9 @@ def make_plan(
         raise ValueError(f"kv_heads={kv_heads} needs heads= beside it")
     if heads is not None:
         kv_heads = heads if kv_heads is None else kv_heads
-        head_split.check_heads(whole("heads", heads, 1), whole("kv_heads", kv_heads, 1))
+        head_split.check_heads(integer("heads", heads, 1), integer("kv_heads", kv_heads, 1))
         head_split.check_degree(ulysses or 1, world, heads)
-    whole("head_dim", head_dim, 1)
+    integer("head_dim", head_dim, 1)
     if schedule == "double_ring" and node_size is None:
         raise ValueError("schedule='double_ring' needs node_size=, the ranks of one node")
     if node_size and ulysses and node_size % ulysses and ulysses % node_size:
@@ -118,9 +118,9 @@ def _cheapest(
     estimates: list[tuple[float, str, int]] = []
     for ulysses in degrees:
         for name in names:
-            made = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
-            ranks = range(world) if world <= _FEW else cost.sample(made)
-            line = cost.simulate(made, shape, hardware, precision, made.node_size, ranks)
+            plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
+            ranks = range(world) if world <= _FEW else cost.sample(plan)
+            line = cost.simulate(plan, shape, hardware, precision, plan.node_size, ranks)
             estimates.append((line.seconds, name, ulysses))
     least = min(estimates)[0]
     near = [each for each in estimates if each[0] <= least * (1 + _TIE)]
@@ -134,8 +134,8 @@ def _cheapest(
         )
     if len(near) > 1:
         reason += f"; of {len(near)} within 1 % the lowest degree"
-    made = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
-    return replace(made, reason=reason)
+    plan = _plan(mask, layout, key_layout, name, ulysses, node_size or world)
+    return replace(plan, reason=reason)
 
 
 @lru_cache(maxsize=32)

@@ -67,26 +67,26 @@ def machine(
             multiprocessing.spawn(_rank, arguments, nprocs=ranks)
             return torch.load(out, weights_only=True)
 
-    found = spawned(precisions, False)
+    description = spawned(precisions, False)
     if device == "cpu":
-        found |= _training(found, ranks, precisions[0], engine, say)
+        description |= _training(description, ranks, precisions[0], engine, say)
         say("and now more ranks than cores, which take turns")
-        found |= _crowded(found, shape, precisions[0])
-    before = found["peak"][precisions[0]]
+        description |= _crowded(description, shape, precisions[0])
+    before = description["peak"][precisions[0]]
     after = spawned(precisions[:1], True)["peak"][precisions[0]]
     if abs(after / before - 1) > _STEADY:
         say(
             f"this machine was not steady: {before / 1e9:,.0f} GFLOP/s at the start, "
             f"{after / 1e9:,.0f} at the end; measure again when it is idle"
         )
-    return found
+    return description
 
 
-def _crowded(found: dict[str, Any], shape: Heads, precision: str) -> dict[str, float]:
+def _crowded(description: dict[str, Any], shape: Heads, precision: str) -> dict[str, float]:
     """What ranks lose that share cores: causal rings of twice as many ranks as cores beside what
     the rest of the description predicts. Least squares, relative to the measured times."""
-    hardware = Hardware.read(found | {"name": "", "source": ""})
-    ranks = 2 * found["cores"]
+    hardware = Hardware.read(description | {"name": "", "source": ""})
+    ranks = 2 * description["cores"]
     plans = [make_plan(masks.causal(n), layouts.zigzag(n, ranks), "ring") for n in _CROWDS]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.pt"
@@ -101,8 +101,8 @@ def _crowded(found: dict[str, Any], shape: Heads, precision: str) -> dict[str, f
     base = seconds()
     slopes = np.stack([seconds(oversubscription=0.1) - base, seconds(switch=0.001) - base], 1)
     weighed = slopes / measured[:, None]
-    crowd, switch = np.linalg.lstsq(weighed, (measured - base) / measured, rcond=None)[0]
-    return {"oversubscription": max(0.0, 0.1 * crowd), "switch": max(0.0, 0.001 * switch)}
+    share, switch = np.linalg.lstsq(weighed, (measured - base) / measured, rcond=None)[0]
+    return {"oversubscription": max(0.0, 0.1 * share), "switch": max(0.0, 0.001 * switch)}
 
 
 def _ring(rank: int, ranks: int, shape: Heads, precision: str, folder: str, out: Path) -> None:
@@ -149,9 +149,9 @@ def _rank(
     store = f"file://{folder}/store"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, **eager)
     bench = _Bench(place, shape, precisions)
-    found = {"peak": bench.peaks()} if only_peak else bench.run()
+    result = {"peak": bench.peaks()} if only_peak else bench.run()
     if rank == 0:
-        torch.save(found, out)
+        torch.save(result, out)
     end_distributed()
 
 
@@ -225,11 +225,13 @@ class _Bench:
 
     def _matmul(self) -> dict[int, float]:
         """Share of the peak by the shortest side: many tokens times a square weight."""
-        found = {}
+        efficiency = {}
         for side in _SIDES if self.device.type == "cpu" else (*_SIDES, 4096, 8192):
             x, w = self._random(max(4096, side), side), self._random(side, side)
-            found[side] = 2 * x.numel() * side / self._time(lambda x=x, w=w: x @ w.T) / self.peak
-        return found
+            efficiency[side] = (
+                2 * x.numel() * side / self._time(lambda x=x, w=w: x @ w.T) / self.peak
+            )
+        return efficiency
 
     def _attention(self) -> tuple[dict[str, Any], dict[str, Any]]:
         curves: list[dict[str, Any]] = [{"efficiency": {}, "edge": {}, "band": {}} for _ in "fb"]
@@ -361,7 +363,7 @@ class _Bench:
 
 
 def _training(
-    found: dict[str, Any],
+    description: dict[str, Any],
     ranks: int,
     precision: str,
     engine: EngineCost,
@@ -370,7 +372,7 @@ def _training(
     """What a training process costs beyond its arithmetic: seconds of a step and of an operator,
     bytes held before there is a model, and for each byte allocated. From three short runs."""
     hardware = Hardware.read(
-        found | {"name": "", "source": "", "dispatch": 0.0, "step": 0.0, "framework": 0.0}
+        description | {"name": "", "source": "", "dispatch": 0.0, "step": 0.0, "framework": 0.0}
     )
     sizes = {"dim": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn_dim": 704}
     runs = []

@@ -86,10 +86,10 @@ def read(kind: type[T], tree: Mapping[str, Any]) -> T:
 
     Raises SettingsError.
     """
-    given = [key for key, _ in values(tree)]
-    check_keys(kind, given)
+    present = [key for key, _ in values(tree)]
+    check_keys(kind, present)
     for key in keys(kind, tree):
-        if key.name not in given:
+        if key.name not in present:
             raise SettingsError(f"{key.name} is missing; give it as {key.name}=VALUE")
     try:
         return _adapter(kind).validate_python(tree)
@@ -112,13 +112,13 @@ def defaults(kind: type) -> dict[str, Any]:
 def keys(kind: type, tree: Mapping[str, Any] | None = None) -> list[Key]:
     """Every key, with dots. A group that may be of several types has the keys of the one that
     ``tree`` names, or of all of them."""
-    found = []
+    result = []
     for name, annotation in _hints(kind).items():
         members = _groups(annotation)
         if len(members) > 1 and tree and isinstance(tree.get(name), Mapping):
             members = [m for m in members if m.name == tree[name].get("name")] or members
-        found += _keys_of(kind, name, tuple(members))
-    return found
+        result += _keys_of(kind, name, tuple(members))
+    return result
 
 
 @cache
@@ -131,11 +131,11 @@ def _keys_of(kind: type, name: str, members: tuple[type, ...]) -> list[Key]:
     return [replace(inside[key], name=f"{name}.{key}") for key in order]
 
 
-def check_keys(kind: type, given: Iterable[str], others: Iterable[str] = ()) -> None:
+def check_keys(kind: type, names: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raises SettingsError for one that does not exist, with those that are near; ``others`` are
     legal too."""
     known = {key.name for key in keys(kind)} | set(others)
-    for key in given:
+    for key in names:
         if key not in known:
             near = difflib.get_close_matches(key, known, 3, 0.5)
             near = near or sorted({each.split(".")[0] for each in known})
@@ -216,8 +216,8 @@ def _adapter(kind: type) -> TypeAdapter:
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     """The annotation of every field."""
-    found = get_type_hints(kind, include_extras=True)
-    return {field.name: found[field.name] for field in fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _meaning(kind: type, name: str) -> str:

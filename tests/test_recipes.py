@@ -72,4 +72,4 @@ def test_every_recipe_composes(name, tmp_path):
     else:
         more = []
     run = config.load([f"experiment={name}", *more])
-    config.settled(run, run.ranks or 8)
+    config.resolved(run, run.ranks or 8)

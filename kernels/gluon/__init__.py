@@ -50,11 +50,11 @@ def forward(
         line = _line("forward", q, v, (q, k, v), bands, scores)
         if partial is not None and partial.stride() != out.stride():
             line = None
-        given = (q, k, v, bands, partial, out, lse, scores)
+        inputs = (q, k, v, bands, partial, out, lse, scores)
         if line is None:
-            yield triton.calls.forward(triton.architecture(q.device), *given)
+            yield triton.calls.forward(triton.architecture(q.device), *inputs)
         else:
-            yield calls.forward(line, *given)
+            yield calls.forward(line, *inputs)
 
     repeated(kept_with(bands), ("gluon forward", scores), (q, k, v, partial, out, lse), make)
 
@@ -75,18 +75,18 @@ def backward(
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`; ``dq`` is without ``sm_scale``."""
     dout, q, k, v = dense(dout), dense(q), dense(k), dense(v)
-    given = (dout, q, k, v, *prepared)
+    inputs = (dout, q, k, v, *prepared)
 
     def make() -> Iterator[Call]:
         line = _line("backward", q, v, (q, k, v, dout, dq), bands, scores)
-        ends = (bands, dq, dk, dv, scores, add_q, add_k)
+        outputs = (bands, dq, dk, dv, scores, add_q, add_k)
         if line is None:
-            yield from triton.calls.backward(triton.architecture(q.device), *given, *ends)
+            yield from triton.calls.backward(triton.architecture(q.device), *inputs, *outputs)
         else:
-            yield calls.backward(line, *given, *ends)
+            yield calls.backward(line, *inputs, *outputs)
 
     key = ("gluon backward", scores, add_q, add_k)
-    repeated(kept_with(bands), key, (*given, dq, dk, dv), make)
+    repeated(kept_with(bands), key, (*inputs, dq, dk, dv), make)
 
 
 def _line(
@@ -109,8 +109,8 @@ def _line(
 def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> str | None:
     """Why these kernels cannot do it, and what to do instead; None if they can."""
     if dtype not in DTYPES:
-        given = str(dtype).removeprefix("torch.")
-        return f"computes in bfloat16 and float16, not {given}; use kernel='triton'"
+        name = str(dtype).removeprefix("torch.")
+        return f"computes in bfloat16 and float16, not {name}; use kernel='triton'"
     if device.type != "cuda":
         return f"runs on a GPU, the tensors are on {device}; use kernel='aten'"
     if torch.version.hip or capability(device) != (9, 0):

@@ -45,11 +45,11 @@ def forward(
     listed = _listed(bands, rows, line, q.device)
     # The rows of tiles without work.
     blank = () if listed.everything or partial is out else ((out, partial),)
-    width, count = CHUNKS[_held(q.shape[3])]
+    width, count = CHUNKS[_chunk_of(q.shape[3])]
     arguments = {
         "q_desc": _tiles(q, line.m // WARPGROUPS, width),
         "k_desc": _tiles(k, line.n, width),
-        "v_desc": _tiles(v, line.n, _whole(v.shape[3])),
+        "v_desc": _tiles(v, line.n, _power_chunk_of(v.shape[3])),
         "partial": out if partial is None else partial,
         "out": out,
         "lse": lse,
@@ -96,7 +96,7 @@ def backward(
     blank = () if add_q else ((dq, None),)
     if not add_k and not listed.everything:  # the rows of tiles without work
         blank += (dk, None), (dv, None)
-    size, v_size, blocks = _whole(dim), _whole(v_dim), -(-queries // line.m)
+    size, v_size, blocks = _power_chunk_of(dim), _power_chunk_of(v_dim), -(-queries // line.m)
     arguments = {
         "q_desc": _tiles(q, line.m, size),
         "do_desc": _tiles(dout, line.m, v_size),
@@ -134,14 +134,14 @@ def backward(
     return Call(bwd.backward, grid, arguments, options, q.device, listed.tables, counters, blank)
 
 
-def _held(size: int) -> int:
+def _chunk_of(size: int) -> int:
     """The smallest size in CHUNKS that holds a head_dim."""
-    return min(held for held in CHUNKS if held >= size)
+    return min(chunk for chunk in CHUNKS if chunk >= size)
 
 
-def _whole(size: int) -> int:
+def _power_chunk_of(size: int) -> int:
     """The smallest power of two in CHUNKS that holds a head_dim."""
-    return min(held for held in CHUNKS if held >= size and held & (held - 1) == 0)
+    return min(chunk for chunk in CHUNKS if chunk >= size and chunk & (chunk - 1) == 0)
 
 
 def _options(line: Launch) -> dict[str, Any]:
@@ -159,17 +159,17 @@ class _Listed:
     """A work list on the device, of tiles with work only; ``turns`` are those of a chain, and empty
     for other work. ``everything``: every row is in one of the tiles."""
 
-    def __init__(self, made: Work | Chain, rows: int, m: int, device: torch.device) -> None:
-        turns = made.turns if isinstance(made, Chain) else made.visits[:0, :2]
-        self.tables = Tables((made.tiles, made.visits, turns), device)
+    def __init__(self, listed: Work | Chain, rows: int, m: int, device: torch.device) -> None:
+        turns = listed.turns if isinstance(listed, Chain) else listed.visits[:0, :2]
+        self.tables = Tables((listed.tiles, listed.visits, turns), device)
         self.tiles, self.visits, self.turns = self.tables.parts
-        self.everything = len(made.tiles) == -(-rows // m)
+        self.everything = len(listed.tiles) == -(-rows // m)
 
 
 def _listed(bands: Sequence[Band], rows: int, line: Launch, device: torch.device) -> _Listed:
     def make() -> _Listed:
-        made = work(bands, rows, line.m, line.n, False, False)
-        return _Listed(made, rows, line.m, device)
+        listed = work(bands, rows, line.m, line.n, False, False)
+        return _Listed(listed, rows, line.m, device)
 
     return derived(bands, ("work", rows, line.m, line.n, False, False, device), make)
 
@@ -180,8 +180,8 @@ def _chained(
     """Tiles of keys, and the order in which they add to tiles of queries."""
 
     def make() -> _Listed:
-        made = work(bands, rows, line.n, line.m, True, False, aligned=True)
-        return _Listed(chain(made, queries, line.m), rows, line.n, device)
+        listed = work(bands, rows, line.n, line.m, True, False, aligned=True)
+        return _Listed(chain(listed, queries, line.m), rows, line.n, device)
 
     return derived(bands, ("chain", rows, queries, line.m, line.n, device), make)
 

@@ -64,8 +64,8 @@ def disagreement(device: torch.device, dtype: torch.dtype, head_dim: int, v_dim:
         for line in (None, forward):
             out = torch.full_like(dout, torch.nan)
             lse = torch.full((1, heads, tokens), -torch.inf, device=device)
-            given = (q, k, v, bands, None, out, lse, scores)
-            triton.forward(*given) if line is None else calls.forward(line, *given).run()
+            inputs = (q, k, v, bands, None, out, lse, scores)
+            triton.forward(*inputs) if line is None else calls.forward(line, *inputs).run()
             outs.append((out, lse))
         pairs = dict(zip(("out", "lse"), zip(*outs, strict=True), strict=True))
         if backward:
@@ -73,11 +73,11 @@ def disagreement(device: torch.device, dtype: torch.dtype, head_dim: int, v_dim:
             for line in (None, backward):
                 dq = torch.zeros_like(q, dtype=torch.float32)
                 dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
-                ends = (bands, dq, dk, dv, scores, True, False)
+                outputs = (bands, dq, dk, dv, scores, True, False)
                 if line is None:
-                    triton.backward(dout, q, k, v, prepared, *ends)
+                    triton.backward(dout, q, k, v, prepared, *outputs)
                 else:
-                    calls.backward(line, dout, q, k, v, *prepared, *ends).run()
+                    calls.backward(line, dout, q, k, v, *prepared, *outputs).run()
                 grads.append((dq, dk, dv))
             pairs |= zip(("dq", "dk", "dv"), zip(*grads, strict=True), strict=True)
     except Exception as error:  # whatever a compiler or a driver raises: there is another kernel

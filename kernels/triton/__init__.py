@@ -54,10 +54,10 @@ def prepare(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Prepare
     lse2, delta = lse.new_empty(2, *heads, pitch).unbind(0)
     if pitch > tokens:
         lse2, delta = lse2[..., :tokens], delta[..., :tokens]
-    given = (dense(dout), dense(out), lse.contiguous(), lse2, delta)
+    inputs = (dense(dout), dense(out), lse.contiguous(), lse2, delta)
     if len(_PREPARED) > _FORMS:
         _PREPARED.clear()
-    repeated(_PREPARED, "prepare", given, lambda: [calls.prepare(*given)])
+    repeated(_PREPARED, "prepare", inputs, lambda: [calls.prepare(*inputs)])
     return lse2, delta
 
 
@@ -81,14 +81,14 @@ def backward(
     add_k: bool,
 ) -> None:
     """See :class:`ringattn.kernels.Kernel`; ``dq`` is without ``sm_scale``."""
-    given = (dense(dout), dense(q), dense(k), dense(v), *prepared)
+    inputs = (dense(dout), dense(q), dense(k), dense(v), *prepared)
 
     def make() -> Iterator[Call]:
-        ends = (bands, dq, dk, dv, scores, add_q, add_k)
-        return calls.backward(architecture(q.device), *given, *ends)
+        outputs = (bands, dq, dk, dv, scores, add_q, add_k)
+        return calls.backward(architecture(q.device), *inputs, *outputs)
 
     key = ("triton backward", scores, add_q, add_k)
-    repeated(kept_with(bands), key, (*given, dq, dk, dv), make)
+    repeated(kept_with(bands), key, (*inputs, dq, dk, dv), make)
 
 
 def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor:
@@ -100,8 +100,8 @@ def finish(dq: torch.Tensor, dtype: torch.dtype, scores: Scores) -> torch.Tensor
 def refusal(dtype: torch.dtype, device: torch.device, head_dim: int, v_dim: int) -> str | None:
     """Why these kernels cannot do it, and what to do instead; None if they can."""
     if dtype not in DTYPES:
-        given = str(dtype).removeprefix("torch.")
-        return f"computes in bfloat16, float16 and float32, not {given}; use kernel='reference'"
+        name = str(dtype).removeprefix("torch.")
+        return f"computes in bfloat16, float16 and float32, not {name}; use kernel='reference'"
     if max(head_dim, v_dim) > LARGEST:
         return (
             f"goes up to head_dim {LARGEST}, got {head_dim} (q, k) and {v_dim} (v); "

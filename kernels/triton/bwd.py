@@ -15,11 +15,11 @@ from ringattn.kernels.triton.tile import (
     VISIT,
     allowed,
     columns,
-    held,
     load,
     place,
     product,
     store,
+    sum_so_far,
     tanh,
     window,
 )
@@ -72,8 +72,10 @@ def backward_keys(
 
     b_k, b_k2 = load(k, k, k_strides, b, h, first, row_step, left, D, D1, D2, M, False, True)
     b_v, b_v2 = load(v, v, v_strides, b, h, first, row_step, left, DV, DV1, DV2, M, False, True)
-    b_dk, b_dk2 = held(dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD)
-    b_dv, b_dv2 = held(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
+    b_dk, b_dk2 = sum_so_far(
+        dk, dk_strides, b, h, first, row_step, left, 1 / sm_scale, D, D1, D2, M, ADD
+    )
+    b_dv, b_dv2 = sum_so_far(dv, dv_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD)
 
     for member in range(group):
         head = h * group + member
@@ -167,7 +169,7 @@ def backward_queries(
     )
     state = (b * heads + h).to(tl.int64) * pitch
     b_lse, b_delta = _prepared(lse2 + state, delta + state, first, row_step, left, M, True)
-    b_dq, b_dq2 = held(dq, dq_strides, b, h, first, row_step, left, 1.0, D, D1, D2, M, ADD)
+    b_dq, b_dq2 = sum_so_far(dq, dq_strides, b, h, first, row_step, left, 1.0, D, D1, D2, M, ADD)
 
     for number in range(begin, end):
         visit = visits + VISIT * number

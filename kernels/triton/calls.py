@@ -109,9 +109,9 @@ def backward(
     add_k: bool,
 ) -> Iterator[Call]:
     """Both passes, which share nothing but their inputs."""
-    given = (arch, dout, q, k, v, lse2, delta, bands)
-    yield backward_keys(*given, dk, dv, scores, add_k)
-    yield backward_queries(*given, dq, scores, add_q)
+    inputs = (arch, dout, q, k, v, lse2, delta, bands)
+    yield backward_keys(*inputs, dk, dv, scores, add_k)
+    yield backward_queries(*inputs, dq, scores, add_q)
 
 
 def backward_keys(
@@ -199,10 +199,10 @@ def _line(
 class _Listed:
     """A work list on the device."""
 
-    def __init__(self, made: Work, device: torch.device) -> None:
-        self.tables = Tables((made.tiles, made.visits), device)
+    def __init__(self, listed: Work, device: torch.device) -> None:
+        self.tables = Tables((listed.tiles, listed.visits), device)
         self.tiles, self.visits = self.tables.parts
-        self.row_step, self.stepped = made.row_step, made.stepped
+        self.row_step, self.stepped = listed.row_step, listed.stepped
 
 
 def _listed(

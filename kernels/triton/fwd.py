@@ -16,11 +16,11 @@ from ringattn.kernels.triton.tile import (
     VISIT,
     allowed,
     columns,
-    held,
     load,
     place,
     product,
     store,
+    sum_so_far,
     tanh,
     window,
 )
@@ -51,7 +51,7 @@ def forward(
     p_lse += tl.arange(0, M).to(tl.int64) * row_step
     m = tl.load(p_lse, mask=exist, other=float("-inf")) * 1.4426950408889634  # [M]
     l = tl.where(m == float("-inf"), 0.0, 1.0)  # [M]
-    acc, acc2 = held(
+    acc, acc2 = sum_so_far(
         partial, partial_strides, b, h, first, row_step, left, 1.0, DV, DV1, DV2, M, ADD
     )
 

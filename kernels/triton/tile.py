@@ -84,7 +84,7 @@ def _columns(p_x, exist, begin, D: tl.constexpr, SIZE: tl.constexpr, MASK: tl.co
 
 
 @triton.jit
-def held(
+def sum_so_far(
     x, strides, b, h, first, step, left, factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip

@@ -58,17 +58,17 @@ def run(arguments: Sequence[str]) -> int:
     shape = (values["heads"], values["kv_heads"], values["head_dim"])
     precisions = ["bf16", "fp32"] if device == "cuda" else ["fp32", "bf16"]
     begin = time.perf_counter()
-    found = machine(ranks, device, shape, precisions, DeepSpeed(), print)
+    description = machine(ranks, device, shape, precisions, DeepSpeed(), print)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    found |= {
+    description |= {
         "name": f"{platform.node()}, {name}",
         "source": (
             f"ringattn calibrate, {date.today()}, {ranks} ranks on {device}, "
             f"torch {importlib.metadata.version('torch')}, attention {shape}"
         ),
     }
-    write(found, out)
-    hardware = Hardware.read(found)
+    write(description, out)
+    hardware = Hardware.read(description)
     rate = hardware.flops(precisions[0])
     print(
         f"{out}: {rate / 1e9:,.0f} GFLOP/s {precisions[0]} a rank, attention "

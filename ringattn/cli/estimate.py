@@ -54,13 +54,13 @@ def command(arguments: Sequence[str]) -> int:
         raise RequestError(f"--trace {options.trace}: no such folder")
     keys = [_expanded(key) for key in keys]
     try:
-        run, given = _run(keys)
+        run, fixed = _run(keys)
         world = run.ranks or run.parallel.cp or 1
         hardware = load(_hardware(run))
         hardware.flops(run.precision)
         plain, run = run, replace(run, hardware=_hardware(run), ranks=None)
         if options.search:
-            answer = search(run, world, hardware, given, options.sequences, options.seconds)
+            answer = search(run, world, hardware, fixed, options.sequences, options.seconds)
             ranked = answer.ranked
         else:
             answer = None
@@ -96,16 +96,16 @@ def _run(keys: list[str]) -> tuple[TrainingRun, frozenset[str]]:
     tree = config.composed(["data.root=null", *keys])  # data is not opened
     run = typed.read(TrainingRun, tree)
     usual = typed.defaults(TrainingRun) | {"engine": typed.defaults(type(run.engine))}
-    given = {key.split("=", 1)[0].lstrip("+~") for key in keys}
-    if "engine" in given or type(run.engine) is not ENGINES[0]:  # not the usual one
-        given.add("engine.name")
+    fixed = {key.split("=", 1)[0].lstrip("+~") for key in keys}
+    if "engine" in fixed or type(run.engine) is not ENGINES[0]:  # not the usual one
+        fixed.add("engine.name")
     for key in typed.keys(TrainingRun, tree):
         group, _, name = key.name.rpartition(".")
         if key.name.startswith(_SEARCHED):
-            whole = group == "memory" and group in given
+            whole = group == "memory" and group in fixed
             if whole or tree[group][name] != usual[group].get(name):
-                given.add(key.name)
-    return run, frozenset(given)
+                fixed.add(key.name)
+    return run, frozenset(fixed)
 
 
 def _hardware(run: TrainingRun) -> str:
@@ -118,8 +118,8 @@ def _hardware(run: TrainingRun) -> str:
 def _as_given(run: TrainingRun, world: int, hardware: Any) -> Forecast:
     """The forecast of the run as it stands, on nodes of the hardware."""
     nodes = run if run.parallel.node_size else None
-    settled = config.settled(run, world, hardware.node_size if nodes is None else None)
-    return on_paper(settled, world, hardware)
+    resolved = config.resolved(run, world, hardware.node_size if nodes is None else None)
+    return on_paper(resolved, world, hardware)
 
 
 def train_command(

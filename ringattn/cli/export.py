@@ -55,10 +55,10 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if out.exists():
         raise ValueError(f"out={out} is already there")
     tokenizer = _tokenizer_files(values["tokenizer"])
-    found, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]))
-    if not found:
+    sound, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]))
+    if not sound:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
-    path, manifest = found[0]
+    path, manifest = sound[0]
     if manifest.attention.get("sinks"):
         raise ValueError(f"{path}: attention.sinks has no place in a Hugging Face config")
     for name, (_, digest) in manifest.files.items():
@@ -88,10 +88,10 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     return path, size, manifest.step
 
 
-def _tokenizer_files(given: str | None) -> list[Path]:
-    if given is None:
+def _tokenizer_files(tokenizer: str | None) -> list[Path]:
+    if tokenizer is None:
         return []
-    where = Path(given)
+    where = Path(tokenizer)
     if where.is_file():
         return [where]
     names = (
@@ -107,7 +107,7 @@ def _tokenizer_files(given: str | None) -> list[Path]:
 def _special_tokens(source: Path, config: Path) -> None:
     """The ids of the model that the tokenizer is of, if its config.json is there."""
     path = source / "config.json"
-    given = json.loads(path.read_text()) if path.is_file() else {}
-    ids = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-           if key in given}  # fmt: skip
+    tokenizer_config = json.loads(path.read_text()) if path.is_file() else {}
+    ids = {key: tokenizer_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+           if key in tokenizer_config}  # fmt: skip
     config.write_text(json.dumps(json.loads(config.read_text()) | ids, indent=2) + "\n")

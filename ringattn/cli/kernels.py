@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         values["processes"] or os.cpu_count(), multiprocessing.get_context("spawn")
     ) as pool:
         reports = list(pool.map(report.report, cases))
-    facts = [_facts(made) for made in reports]
+    facts = [_facts(each) for each in reports]
     if options.json:
         print(json.dumps(facts))
     else:
@@ -111,18 +111,18 @@ def _chosen(case: Any, values: dict[str, Any]) -> bool:
     )
 
 
-def _facts(made: Any) -> dict[str, Any]:
-    facts = asdict(made)
+def _facts(report: Any) -> dict[str, Any]:
+    facts = asdict(report)
     case = facts.pop("case")
     case["dtype"] = str(case["dtype"]).removeprefix("torch.")
     misses = []
-    if made.spill and max(made.case.head_dim, made.case.v_dim) <= SPILL_FREE:
-        misses.append(f"spills {made.spill} bytes")
-    if made.shared > made.shared_limit:
-        misses.append(f"{made.shared} bytes of shared memory, {made.shared_limit} is the limit")
-    if case["dtype"] != "float32" and set(made.matrix) != {made.wanted}:
-        misses.append(f"products are {', '.join(made.matrix) or 'none'}, not {made.wanted}")
-    if made.serialized:
+    if report.spill and max(report.case.head_dim, report.case.v_dim) <= SPILL_FREE:
+        misses.append(f"spills {report.spill} bytes")
+    if report.shared > report.shared_limit:
+        misses.append(f"{report.shared} bytes of shared memory, {report.shared_limit} is the limit")
+    if case["dtype"] != "float32" and set(report.matrix) != {report.wanted}:
+        misses.append(f"products are {', '.join(report.matrix) or 'none'}, not {report.wanted}")
+    if report.serialized:
         misses.append("ptxas serializes the products")
     if (
         case["engine"] == "gluon"
@@ -130,7 +130,10 @@ def _facts(made: Any) -> dict[str, Any]:
         and not case["softcap"]
     ):
         for what, count, most in zip(
-            ("", "masked "), (sum(made.mix.values()), made.edge), MOST[case["name"]], strict=True
+            ("", "masked "),
+            (sum(report.mix.values()), report.edge),
+            MOST[case["name"]],
+            strict=True,
         ):
             if not 0 < count <= most:
                 misses.append(f"{count} instructions a {what}turn, {most} is the limit")
@@ -214,13 +217,13 @@ def _tune(cases: list[Any]) -> int:
     if not torch.cuda.is_available():
         raise RequestError("--tune needs a GPU, and torch sees none here")
     arch = architecture(torch.device("cuda"))
-    found = {a: {p: dict(lines) for p, lines in ps.items()} for a, ps in launch.table().items()}
+    table = {a: {p: dict(lines) for p, lines in ps.items()} for a, ps in launch.table().items()}
     for case in cases:
         if case.arch == arch and not case.adds and not case.softcap:
             key = f"{case.name} {8 * case.dtype.itemsize} bit" + " pointers" * case.pointers
             key += " gluon" * (case.engine == "gluon")
-            now = found[arch][key][_dims(case)]
-            found[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, print)
-            launch.FILE.write_text(launch.render(found))  # what follows may fail
+            now = table[arch][key][_dims(case)]
+            table[arch][key][_dims(case)] = tune.tune(case, now, tune.measured, print)
+            launch.FILE.write_text(launch.render(table))  # what follows may fail
     print(f"written: {launch.FILE}; compile it all with `ringattn kernels`, then commit it")
     return 0

@@ -101,10 +101,10 @@ def parse(
         f"  {name:10s} {key.text}" + ("" if key.default is None else f" (default {key.default})")
         for name, key in keys.items()
     ]
-    given, options = flags_of(command, arguments, flags, "keys:\n" + "\n".join(lines))
+    pairs, options = flags_of(command, arguments, flags, "keys:\n" + "\n".join(lines))
     values = {name: key.default for name, key in keys.items()}
     seen: set[str] = set()
-    for item in given:
+    for item in pairs:
         name, _, text = item.partition("=")
         if name in seen:
             raise RequestError(f"{name} is given twice")
@@ -133,7 +133,7 @@ def flags_of(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
     )
-    parser.add_argument("given", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("pairs", nargs="*", metavar="KEY=VALUE")
     flags(parser)
     try:
         options, unknown = parser.parse_known_intermixed_args(list(arguments))
@@ -141,10 +141,10 @@ def flags_of(
         raise RequestError(str(error)) from None
     if unknown:
         raise RequestError(f"unknown flag {unknown[0]}; --help lists them")
-    for item in options.given:
+    for item in options.pairs:
         if "=" not in item:
             raise RequestError(f"{item!r} is not KEY=VALUE")
-    return options.given, options
+    return options.pairs, options
 
 
 def planned(values: dict[str, Any], world: int, tokens: int) -> Plan:

@@ -130,9 +130,9 @@ class Hardware:
         return rates[precision]
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> Hardware:
+    def read(cls, description: Mapping[str, Any]) -> Hardware:
         """From the plain mapping of a YAML file. Raises HardwareError."""
-        unknown = set(given) - {f.name for f in fields(cls)}
+        unknown = set(description) - {f.name for f in fields(cls)}
         if unknown:
             now = _RENAMED.get(min(unknown))
             raise HardwareError(
@@ -140,7 +140,7 @@ class Hardware:
                 + (f"it is {now} now" if now else "this is no hardware description")
             )
         missing = {f.name for f in fields(cls)} - {
-            *given,
+            *description,
             "cores",
             "oversubscription",
             "switch",
@@ -148,7 +148,7 @@ class Hardware:
         }
         if missing:
             raise HardwareError(f"{min(missing)} is missing")
-        return cls(**{name: _value(name, value) for name, value in given.items()})
+        return cls(**{name: _value(name, value) for name, value in description.items()})
 
 
 def _value(name: str, value: Any) -> Any:

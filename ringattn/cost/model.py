@@ -158,8 +158,8 @@ def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     block = (10 * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
     passes = 4 if setup.memory.checkpoint else 3
-    ends = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
-    return float(tokens) * (passes * model.layers * block + ends)
+    outside = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
+    return float(tokens) * (passes * model.layers * block + outside)
 
 
 def operators(model: Sizes, setup: Setup) -> int:

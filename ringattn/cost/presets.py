@@ -43,15 +43,15 @@ def load(name: str) -> Hardware:
         legal = ", ".join([*names(), "this"])
         raise HardwareError(f"hardware={name} is unknown; one of: {legal}, or a .yaml file")
     try:
-        given = yaml.safe_load(path.read_text())
+        description = yaml.safe_load(path.read_text())
     except OSError as error:
         raise HardwareError(f"hardware={name}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise HardwareError(f"hardware={name}: this is no YAML file") from None
-    if not isinstance(given, Mapping):
+    if not isinstance(description, Mapping):
         raise HardwareError(f"hardware={name}: a mapping is needed; ringattn calibrate writes one")
     try:
-        return Hardware.read(given)
+        return Hardware.read(description)
     except HardwareError as error:
         raise HardwareError(f"hardware={name}: {error}") from None
 
@@ -65,7 +65,7 @@ def usual() -> Hardware:
     return load(USUAL)
 
 
-def write(given: Mapping[str, Any], path: Path) -> None:
+def write(description: Mapping[str, Any], path: Path) -> None:
     """As YAML, numbers rounded to four digits: more were not measured."""
 
     def rounded(value: Any) -> Any:
@@ -73,5 +73,5 @@ def write(given: Mapping[str, Any], path: Path) -> None:
             return {key: rounded(x) for key, x in value.items()}
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
-    text = yaml.safe_dump(rounded(given), sort_keys=False, width=100)
+    text = yaml.safe_dump(rounded(description), sort_keys=False, width=100)
     path.write_text(text)

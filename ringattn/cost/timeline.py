@@ -188,7 +188,7 @@ class _Walk:
         # Beyond their turns, ranks that share cores are slower, and wait for one to exchange.
         crowded = hardware.cores is not None and together > hardware.cores
         self.together = together
-        self.crowd, self.switch = (
+        self.oversubscription, self.switch = (
             (hardware.oversubscription, hardware.switch) if crowded else (0.0, 0.0)
         )
         self.busy = 0.0  # seconds of cores in this pass
@@ -232,7 +232,9 @@ class _Walk:
 
     def _compute(self, start: np.ndarray, kernel: np.ndarray, moving: np.ndarray) -> np.ndarray:
         """When a kernel that begins at ``start`` ends, ``moving`` seconds of exchange beside it."""
-        busy = kernel * (1 + self.crowd) + (1 - self.hardware.overlap_efficiency) * moving
+        busy = (
+            kernel * (1 + self.oversubscription) + (1 - self.hardware.overlap_efficiency) * moving
+        )
         load = busy.sum() * self.together / len(self.ranks)
         self.busy += load
         slower = 1.0

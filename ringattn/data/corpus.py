@@ -52,14 +52,14 @@ class Corpus:
         wanted = max(0, min(stop, size) - start)
         path = self.root / self.names[document]
         try:
-            found = np.fromfile(path, np.uint8, count=wanted, offset=start) if wanted else []
+            content = np.fromfile(path, np.uint8, count=wanted, offset=start) if wanted else []
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-        if len(found) != wanted:
+        if len(content) != wanted:
             raise DataError(f"{path} is shorter than the {size} bytes it had at the start")
-        tokens = np.asarray(found[::step], np.int64)
-        ends = start <= size < stop and (size - start) % step == 0
-        return np.append(tokens, END) if ends else tokens
+        tokens = np.asarray(content[::step], np.int64)
+        with_end = start <= size < stop and (size - start) % step == 0
+        return np.append(tokens, END) if with_end else tokens
 
 
 def list_files(root: str | None, pattern: str) -> tuple[Path, list[tuple[str, int]]]:

@@ -67,5 +67,7 @@ def hold_out(documents: Documents, share: float) -> tuple[Documents, Documents]:
             f"eval.holdout={share:g} of {len(draw)} documents leaves {len(parts[0])} to train on "
             f"and {len(parts[1])} held out; give another share, or eval.root"
         )
-    train, held = (Subset(documents, p, f"{n}{share:g}") for p, n in zip(parts, "th", strict=True))
-    return train, held
+    train, held_out = (
+        Subset(documents, p, f"{n}{share:g}") for p, n in zip(parts, "th", strict=True)
+    )
+    return train, held_out

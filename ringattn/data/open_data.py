@@ -55,32 +55,32 @@ def open_data(
                 f"data.format={data.format} has no documents to hold out; leave out "
                 "eval.holdout and eval.root, and give eval.probes"
             )
-        known = tokenizer.make(data.tokenizer, data.end)
+        loaded = tokenizer.make(data.tokenizer, data.end)
         # A seed that no evaluation draws from.
-        task = Probe(data.format, known, seq_len, seed + 2**32, halvings=3)
-        return Opened(known, task, None, [f"data: {data.format}, made on the fly"])
+        task = Probe(data.format, loaded, seq_len, seed + 2**32, halvings=3)
+        return Opened(loaded, task, None, [f"data: {data.format}, made on the fly"])
     parts, weights = [data], [1.0]
     if data.mix:
         parts, weights = [_like(data, part) for part in data.mix], [p.weight for p in data.mix]
     whole = opened = [_open(part, progress) for part in parts]
-    known = _tokenizer(data, opened)
-    held = [None] * len(parts)
+    loaded = _tokenizer(data, opened)
+    evaluation = [None] * len(parts)
     if held_out_root is not None:
         known_as, end = _tokenizer_of(opened[0])
         other = replace(parts[0], root=held_out_root, tokenizer=known_as, end=end)
-        held = [_open(other, progress)]
-        if _tokenizer(data, held).fingerprint != known.fingerprint:
+        evaluation = [_open(other, progress)]
+        if _tokenizer(data, evaluation).fingerprint != loaded.fingerprint:
             raise SettingsError(
                 f"eval.root={held_out_root}: its tokens are of another tokenizer than data's"
             )
     elif holdout:
-        opened, held = zip(*(hold_out(d, holdout) for d in opened), strict=True)
+        opened, evaluation = zip(*(hold_out(d, holdout) for d in opened), strict=True)
     remarks: list[str] = []
 
     def stream(documents: list[Documents], weights: list[float], seed: int) -> Sequences:
         seeds = [seed] if len(documents) == 1 else [(seed, i) for i in range(len(documents))]
         streams = [
-            Stream(d, seq_len, s, data.packing, known.end)
+            Stream(d, seq_len, s, data.packing, loaded.end)
             for d, s in zip(documents, seeds, strict=True)
         ]
         return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
@@ -89,12 +89,12 @@ def open_data(
     for documents, own in zip(whole, getattr(train, "streams", [train]), strict=True):
         remarks.append(_remark(documents, own))
     held_out = None
-    if held[0] is not None:
-        held_out = stream(list(held), weights[: len(held)], 0)
-        tokens = sum(int(d.lengths.sum()) for d in held)
-        remarks.append(f"held out: {sum(len(d.lengths) for d in held):,} documents, "
+    if evaluation[0] is not None:
+        held_out = stream(list(evaluation), weights[: len(evaluation)], 0)
+        tokens = sum(int(d.lengths.sum()) for d in evaluation)
+        remarks.append(f"held out: {sum(len(d.lengths) for d in evaluation):,} documents, "
                        f"{tokens:,} tokens")  # fmt: skip
-    return Opened(known, train, held_out, remarks)
+    return Opened(loaded, train, held_out, remarks)
 
 
 def _like(data: settings.Data, part: settings.Part) -> settings.Data:
@@ -120,8 +120,8 @@ def _open(part: settings.Data, progress: Progress) -> Documents:
 
 def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     """Token shards of a source, written by the first process of a machine that comes here."""
-    known = tokenizer.make(part.tokenizer, part.end)
-    about = [known.fingerprint, source.format, source.field, source.split, str(source.root)]
+    loaded = tokenizer.make(part.tokenizer, part.end)
+    about = [loaded.fingerprint, source.format, source.field, source.split, str(source.root)]
     for each in source.parts:
         about += [each.path, str(each.start), str(each.stop), _age(each.path)]
     key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
@@ -132,13 +132,13 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
         with (cache / f"{key}.lock").open("w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if (cache / key / MANIFEST).is_file():
-                found = Shards(cache / key)
-                if (corrupt := found.about["corrupt"]) > part.max_corrupt:
+                shards = Shards(cache / key)
+                if (corrupt := shards.about["corrupt"]) > part.max_corrupt:
                     raise DataError(
                         f"data.max_corrupt={part.max_corrupt}: {corrupt} records cannot be "
                         f"read: {cache / key / 'corrupt.jsonl'}"
                     )
-                return found
+                return shards
             return write(
                 source, cache / key, part.tokenizer, part.end, part.max_corrupt, part.workers,
                 progress,
@@ -157,26 +157,28 @@ def _tokenizer_of(documents: Documents) -> tuple[str | None, str | None]:
     """``data.tokenizer`` and ``data.end`` that documents were made with."""
     if not isinstance(documents, Shards):
         return None, None
-    given = documents.about["tokenizer"]
-    where = None if given == tokenizer.BYTES else str(documents.root / given)
+    name = documents.about["tokenizer"]
+    where = None if name == tokenizer.BYTES else str(documents.root / name)
     return where, documents.about["end_token"]
 
 
 def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
     """The one tokenizer of all sources: token shards bring theirs."""
-    made = [d.tokenizer if isinstance(d, Shards) else tokenizer.ByteTokenizer() for d in opened]
-    if len({known.fingerprint for known in made}) > 1:
+    tokenizers = [
+        d.tokenizer if isinstance(d, Shards) else tokenizer.ByteTokenizer() for d in opened
+    ]
+    if len({each.fingerprint for each in tokenizers}) > 1:
         raise DataError(
             "data.mix: its sources have different tokenizers; tokenize them with the same one"
         )
     if data.tokenizer is not None:
         asked = tokenizer.make(data.tokenizer, data.end)
-        if asked.fingerprint != made[0].fingerprint:
+        if asked.fingerprint != tokenizers[0].fingerprint:
             raise DataError(
                 f"data.tokenizer={data.tokenizer}: the tokens in data.root={data.root} are "
                 "of another one; leave it out"
             )
-    return made[0]
+    return tokenizers[0]
 
 
 def _remark(documents: Documents, stream: Stream) -> str:

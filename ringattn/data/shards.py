@@ -69,8 +69,8 @@ class Shards:
     @property
     def tokenizer(self) -> Tokenizer:
         """The one that the tokens came from."""
-        given = self.about["tokenizer"]
-        where = given if given == tokenizers.BYTES else str(self.root / given)
+        name = self.about["tokenizer"]
+        where = name if name == tokenizers.BYTES else str(self.root / name)
         return tokenizers.make(where, self.about["end_token"])
 
     def _map(self, shard: int) -> np.ndarray:
@@ -112,11 +112,11 @@ def _start() -> None:
 
 
 def _write_unit(
-    folder: Path, number: int, parts: list[FileRange], source: Source, given: str | None,
+    folder: Path, number: int, parts: list[FileRange], source: Source, tokenizer_name: str | None,
     end: str | None, most: int,
 ) -> _Written:  # fmt: skip
     """One shard. Gives up after more than ``most`` corrupt records: the caller ends it."""
-    tokenizer = _loaded(given, end)
+    tokenizer = _loaded(tokenizer_name, end)
     dtype, name = _dtype(tokenizer), f"{number:05}"
     corrupt: list[Corrupt] = []
     ends, at, digest = [], 0, hashlib.sha256()
@@ -158,7 +158,7 @@ def write(
 
     Raises DataError; nothing is then left at ``out``.
     """
-    made = tokenizers.make(tokenizer, end)
+    loaded = tokenizers.make(tokenizer, end)
     units = source.units()
     workers = min(workers or os.cpu_count() or 1, len(units))
     draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
@@ -173,18 +173,18 @@ def write(
             lines = [json.dumps(asdict(c)) + "\n" for c in corrupt]
             (draft / "corrupt.jsonl").write_text("".join(lines))
         name = tokenizers.BYTES
-        if isinstance(made, tokenizers.FileTokenizer):
+        if isinstance(loaded, tokenizers.FileTokenizer):
             name = "tokenizer.json"
-            shutil.copy(made.path, draft / name)
-            beside = made.path.with_name("tokenizer_config.json")
+            shutil.copy(loaded.path, draft / name)
+            beside = loaded.path.with_name("tokenizer_config.json")
             if beside.is_file():
                 shutil.copy(beside, draft)
         about = {
             "format": FORMAT,
-            "dtype": _dtype(made).str,
+            "dtype": _dtype(loaded).str,
             "tokenizer": name,
             "end_token": end,
-            "vocab_size": made.vocab_size,
+            "vocab_size": loaded.vocab_size,
             "tokens": tokens,
             "documents": sum(w.documents for w in written),
             "corrupt": len(corrupt),

@@ -61,13 +61,18 @@ class FileTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        ends = [end] if end else [*_said(self.path.with_name("tokenizer_config.json")), *USUAL_ENDS]
-        found = [i for i in map(self._fast.token_to_id, ends) if i is not None]
-        if not found:
+        candidates = (
+            [end]
+            if end
+            else [*_end_token(self.path.with_name("tokenizer_config.json")), *USUAL_ENDS]
+        )
+        ids = [i for i in map(self._fast.token_to_id, candidates) if i is not None]
+        if not ids:
             raise DataError(
-                f"data.tokenizer={self.path} has no token {' or '.join(ends)}; give data.end=TOKEN"
+                f"data.tokenizer={self.path} has no token {' or '.join(candidates)}; "
+                "give data.end=TOKEN"
             )
-        self.end = found[0]
+        self.end = ids[0]
         self.fingerprint = hashlib.sha256(content + bytes(str(self.end), "ascii")).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
@@ -77,7 +82,7 @@ class FileTokenizer:
         return self._fast.decode(list(ids))
 
 
-def _said(path: Path) -> list[str]:
+def _end_token(path: Path) -> list[str]:
     """The eos_token of a tokenizer_config.json, if there is one."""
     try:
         token: Any = json.loads(path.read_text()).get("eos_token")
@@ -87,11 +92,11 @@ def _said(path: Path) -> list[str]:
     return [token] if isinstance(token, str) else []
 
 
-def make(given: str | None, end: str | None = None) -> Tokenizer:
+def make(name: str | None, end: str | None = None) -> Tokenizer:
     """The tokenizer of ``data.tokenizer``: bytes (or None), a tokenizer.json or its folder."""
-    if given in (None, BYTES):
+    if name in (None, BYTES):
         return ByteTokenizer()
-    return FileTokenizer(Path(given).expanduser(), end)
+    return FileTokenizer(Path(name).expanduser(), end)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> int:

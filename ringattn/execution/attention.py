@@ -62,9 +62,9 @@ def ring_attention(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     cap = 0.0 if softcap is None else softcap
-    ends = (name_of(group), kernel, scale, cap, plan.ulysses)
+    options = (name_of(group), kernel, scale, cap, plan.ulysses)
     out, lse, _ = torch.ops.ringattn.attention.default(
-        q, k, v, sinks, return_lse, plan.number, *ends
+        q, k, v, sinks, return_lse, plan.number, *options
     )
     return (out, lse.detach()) if return_lse else out
 
@@ -75,7 +75,7 @@ _library.define(
     "str group, str kernel, float scale, float softcap, int ulysses) -> (Tensor, Tensor, Tensor[])"
 )
 _library.define(
-    "attention_backward(Tensor dout, Tensor[] kept, Tensor? sinks, SymInt[] keys, SymInt plan, "
+    "attention_backward(Tensor dout, Tensor[] saved, Tensor? sinks, SymInt[] keys, SymInt plan, "
     "str group, str kernel, float scale, float softcap, int ulysses) -> Tensor[]"
 )
 
@@ -110,12 +110,12 @@ def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, 
     q, k, v = scatter_heads([(q, *on_q), (k, *on_k), (v, *on_k)], split, comm, "heads of q, k, v")
     out, lse = forward(q, k, v, _own(sinks, split), job)
     (own,) = gather_heads([(out, *on_q, heads)], split, comm, "heads of out")
-    kept = [x.flatten() for x in (q, k, v, out, lse)]
+    saved = [x.flatten() for x in (q, k, v, out, lse)]
     if not return_lse:
-        return own, lse.new_empty(0), kept
+        return own, lse.new_empty(0), saved
     rows = [(rearrange(lse, "b h q -> b q h 1"), *on_q, heads)]
     (rows,) = gather_heads(rows, split, comm, "heads of the log-sum-exp")
-    return own, rearrange(rows, "b q h 1 -> b h q").contiguous(), kept
+    return own, rearrange(rows, "b q h 1 -> b h q").contiguous(), saved
 
 
 @torch.library.register_fake("ringattn::attention", lib=_library)
@@ -131,7 +131,7 @@ def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 @_exact
-def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+def _attention_backward(dout, saved, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
     """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
     plan, comm = numbered(plan), connect(group)
     scores = Scores(scale, softcap)
@@ -140,8 +140,8 @@ def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, sof
     if split:
         on_q, on_k = _sides(split, heads, kv_heads)
         (dout,) = scatter_heads([(dout, *on_q)], split, comm, "heads of the gradient")
-        kept = _shaped(kept, dout, len(on_k[1][split.member]), keys[2])
-    q, k, v, out, lse = kept
+        saved = _shaped(saved, dout, len(on_k[1][split.member]), keys[2])
+    q, k, v, out, lse = saved
     dsinks = [] if sinks is None else [_sinks_grad(dout, out, lse, sinks, split)]
     dq, dk, dv = backward(dout, q, k, v, out, lse, job)
     if not split:
@@ -155,7 +155,7 @@ def _attention_backward(dout, kept, sinks, keys, plan, group, kernel, scale, sof
 
 
 @torch.library.register_fake("ringattn::attention_backward", lib=_library)
-def _(dout, kept, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+def _(dout, saved, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
     tokens, heads, dim = keys
     shapes = ((*dout.shape[:3], dim), (dout.shape[0], tokens, heads, dim))
     shapes = (*shapes, (dout.shape[0], tokens, heads, dout.shape[3]))
@@ -169,25 +169,25 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keys, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, kept = torch.ops.ringattn.attention.default.redispatch(keys, *inputs)
-        q, k, v, sinks, _, *ctx.ends = inputs
+            out, lse, saved = torch.ops.ringattn.attention.default.redispatch(keys, *inputs)
+        q, k, v, sinks, _, *ctx.options = inputs
         ctx.keys, ctx.sinks = list(k.shape[1:]), sinks is not None
-        ctx.save_for_backward(*(kept or (q, k, v, out, lse)), *([sinks] if ctx.sinks else []))
+        ctx.save_for_backward(*(saved or (q, k, v, out, lse)), *([sinks] if ctx.sinks else []))
         ctx.set_materialize_grads(False)
-        number, group = ctx.ends[:2]
+        number, group = ctx.options[:2]
         # Held until the backward; a compiled graph holds neither and relies on the caller.
         ctx.alive = (numbered(number), connect(group)) if isinstance(number, int) else None
-        return out, lse, *kept
+        return out, lse, *saved
 
     @staticmethod
     def backward(ctx, dout, *_):
-        none = (None,) * (1 + len(ctx.ends))
+        none = (None,) * (1 + len(ctx.options))
         if dout is None:
             return None, None, None, None, None, *none
-        kept = list(ctx.saved_tensors)
-        sinks = kept.pop() if ctx.sinks else None
+        saved = list(ctx.saved_tensors)
+        sinks = saved.pop() if ctx.sinks else None
         operator = torch.ops.ringattn.attention_backward.default
-        grads = operator(dout, kept, sinks, ctx.keys, *ctx.ends)
+        grads = operator(dout, saved, sinks, ctx.keys, *ctx.options)
         return None, *grads, *([] if ctx.sinks else [None]), *none
 
 
@@ -217,19 +217,19 @@ def _wanted(*tensors: torch.Tensor | None) -> bool:
 def _differentiably(keys, *inputs):
     below = keys & torch._C._after_autograd_keyset
     if _wanted(*inputs[:4]):
-        out, lse, *kept = _Differentiable.apply(below, *inputs)
-        return out, lse, kept
+        out, lse, *saved = _Differentiable.apply(below, *inputs)
+        return out, lse, saved
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.ringattn.attention.default.redispatch(below, *inputs)
 
 
-def _once(keys, dout, kept, sinks, *ends):
+def _once(keys, dout, saved, sinks, *options):
     below = keys & torch._C._after_autograd_keyset
-    if _wanted(dout, *kept, sinks):
-        return list(_Once.apply(below, len(kept), dout, *kept, sinks, *ends))
+    if _wanted(dout, *saved, sinks):
+        return list(_Once.apply(below, len(saved), dout, *saved, sinks, *options))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.ringattn.attention_backward.default.redispatch(
-            below, dout, kept, sinks, *ends
+            below, dout, saved, sinks, *options
         )
 
 
@@ -254,18 +254,18 @@ def _sinks_grad(
 ) -> torch.Tensor:
     """``[heads]``, 0 for heads of other ranks: a sink's weight times what its value, 0, is below
     the output."""
-    drops = rearrange((dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), "b q h -> b h q")
+    delta = rearrange((dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), "b q h -> b h q")
     own = _own(sinks, split)
     weights = torch.exp(own.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
     whole = torch.zeros_like(sinks)
-    _own(whole, split).copy_(-(weights * drops).sum((0, 2)))
+    _own(whole, split).copy_(-(weights * delta).sum((0, 2)))
     return whole
 
 
 def _shaped(
-    kept: list[torch.Tensor], dout: torch.Tensor, kv_heads: int, dim: int
+    saved: list[torch.Tensor], dout: torch.Tensor, kv_heads: int, dim: int
 ) -> list[torch.Tensor]:
-    """What the forward has kept flat, in its shapes; dout is ``[batch, rows, heads, v_dim]``."""
+    """What the forward has saved flat, in its shapes; dout is ``[batch, rows, heads, v_dim]``."""
     (batch, rows, heads, v_dim), keys = dout.shape, (dout.shape[0], -1, kv_heads)
     shapes = (
         (batch, rows, heads, dim),
@@ -274,7 +274,7 @@ def _shaped(
         (batch, rows, heads, v_dim),
         (batch, heads, rows),
     )
-    return [x.view(shape) for x, shape in zip(kept, shapes, strict=True)]
+    return [x.view(shape) for x, shape in zip(saved, shapes, strict=True)]
 
 
 def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple, tuple]:

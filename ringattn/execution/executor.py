@@ -60,7 +60,7 @@ def forward(
         lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
     last = max((i for i, step in enumerate(job.plan.steps) if step.bands), default=None)
     out = None
-    for index, step, held in _walk((k, v), job):
+    for index, step, kv in _walk((k, v), job):
         if step.bands:
             # The last step writes what is returned, the others the running state.
             before, wanted = out, q.dtype if index == last else dtype
@@ -69,8 +69,8 @@ def forward(
             with _named(f"forward, step {index}: block {step.block}"):
                 job.kernel.forward(
                     q=q,
-                    k=held[0],
-                    v=held[1],
+                    k=kv[0],
+                    v=kv[1],
                     bands=step.bands,
                     partial=before,
                     out=out,
@@ -78,7 +78,7 @@ def forward(
                     scores=job.scores,
                 )
             del before
-        del held  # or it would live on beside the next two
+        del kv  # or it would live on beside the next two
     return q.new_zeros(shape) if out is None else out, lse
 
 
@@ -126,14 +126,14 @@ def backward(
     prepared = kernel.prepare(dout, out, lse)
     begun = False
 
-    def compute(held: Pair, block: int, bands: Bands) -> None:
+    def compute(kv: Pair, block: int, bands: Bands) -> None:
         nonlocal begun
         dk, dv = grads.pair(block)
         kernel.backward(
             dout=dout,
             q=q,
-            k=held[0],
-            v=held[1],
+            k=kv[0],
+            v=kv[1],
             prepared=prepared,
             bands=bands,
             dq=dq,
@@ -165,11 +165,11 @@ def backward(
         return finish
 
     finish = None
-    for index, step, held in _walk((k, v), job):
+    for index, step, kv in _walk((k, v), job):
         if bands := step.bands if index else early:
             with _named(f"backward, step {index}: block {step.block}"):
-                compute(held, step.block, bands)
-        del held
+                compute(kv, step.block, bands)
+        del kv
         if finish:
             with _named(f"wait for K/V gradients, step {index - 1}"):
                 finish()

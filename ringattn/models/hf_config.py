@@ -56,8 +56,8 @@ def read(folder: Path) -> tuple[dict[str, Any], int | None]:
 
 def _read(path: Path) -> tuple[dict[str, Any], int | None]:
     try:
-        given = json.loads(path.read_text())
-        kind = given["model_type"]
+        config = json.loads(path.read_text())
+        kind = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UnknownModel(f"{path}: not a model's config.json ({error})") from None
     if kind not in MODEL_TYPES:
@@ -69,11 +69,11 @@ def _read(path: Path) -> tuple[dict[str, Any], int | None]:
         ("attention_dropout", (0, 0.0, None)),
         ("pretraining_tp", (1, None)),
     ):
-        if given.get(key, legal[0]) not in legal:
-            raise UnknownModel(f"{path}: {key}={given[key]!r}; this decoder has {legal[0]!r} only")
+        if config.get(key, legal[0]) not in legal:
+            raise UnknownModel(f"{path}: {key}={config[key]!r}; this decoder has {legal[0]!r} only")
     defaults = {
-        "head_dim": given.get("hidden_size", 0) // max(given.get("num_attention_heads", 1), 1),
-        "num_key_value_heads": given.get("num_attention_heads"),
+        "head_dim": config.get("hidden_size", 0) // max(config.get("num_attention_heads", 1), 1),
+        "num_key_value_heads": config.get("num_attention_heads"),
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6,
     }
@@ -81,20 +81,20 @@ def _read(path: Path) -> tuple[dict[str, Any], int | None]:
         defaults["head_dim"] = 128
     model: dict[str, Any] = {}
     for ours, theirs in NAMES.items():
-        value = given.get(theirs)
+        value = config.get(theirs)
         value = defaults.get(theirs) if value is None else value
         if value is None:
             raise UnknownModel(f"{path}: {theirs} is missing")
         model[ours] = value
     model["qkv_bias"], model["qk_norm"] = kind == "qwen2", kind == "qwen3"
-    model["rope"] = _rope(path, given)
-    return model, _window(path, given)
+    model["rope"] = _rope(path, config)
+    return model, _window(path, config)
 
 
-def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _rope(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: ``rope_parameters`` (transformers 5), or ``rope_theta`` and
     ``rope_scaling``."""
-    scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_USES:
         raise UnknownModel(
@@ -106,26 +106,26 @@ def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
             raise UnknownModel(f"{path}: {key} is not supported; give model.rope.attention_factor")
     if scaling.get("truncate") is False:
         raise UnknownModel(f"{path}: truncate=false is not supported")
-    rope = {"type": kind, "theta": scaling.get("rope_theta", given.get("rope_theta", 10000.0))}
-    if given.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)) != 1.0:
+    rope = {"type": kind, "theta": scaling.get("rope_theta", config.get("rope_theta", 10000.0))}
+    if config.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnknownModel(f"{path}: partial_rotary_factor is not supported")
     for ours in ROPE_USES[kind]:
         if (value := scaling.get(ROPE_NAMES[ours])) is not None:
             rope[ours] = value
     # What an extension starts from, if one is asked for.
-    rope.setdefault("original_length", given.get("max_position_embeddings"))
+    rope.setdefault("original_length", config.get("max_position_embeddings"))
     return rope
 
 
-def _window(path: Path, given: dict[str, Any]) -> int | None:
-    usual = 4096 if given["model_type"] == "mistral" else None
-    window = given.get("sliding_window", usual)
-    if window is None or given.get("use_sliding_window") is False:
+def _window(path: Path, config: dict[str, Any]) -> int | None:
+    usual = 4096 if config["model_type"] == "mistral" else None
+    window = config.get("sliding_window", usual)
+    if window is None or config.get("use_sliding_window") is False:
         return None
-    layers = given["num_hidden_layers"]
-    kinds = given.get("layer_types")
-    if kinds is None and given["model_type"] in ("qwen2", "qwen3"):
-        first = given.get("max_window_layers", 28)
+    layers = config["num_hidden_layers"]
+    kinds = config.get("layer_types")
+    if kinds is None and config["model_type"] in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     sliding = sum(kind == "sliding_attention" for kind in kinds or ["sliding_attention"] * layers)
     if sliding not in (0, layers):

@@ -44,9 +44,9 @@ class Pretrained:
             if names:
                 raise UnknownModel(f"{folder} {what} {len(names)} weights, as {min(names)}")
         for name, shape in shapes.items():
-            found = tuple(self._slice(name).get_shape())
-            if found != tuple(shape):
-                raise UnknownModel(f"{folder}: {hf_name(name)} is {found}, not {tuple(shape)}")
+            stored = tuple(self._slice(name).get_shape())
+            if stored != tuple(shape):
+                raise UnknownModel(f"{folder}: {hf_name(name)} is {stored}, not {tuple(shape)}")
 
     def _index(self) -> dict[str, Path]:
         try:
@@ -90,22 +90,22 @@ def save(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes:
     """Writes (our name, tensor) pairs as safetensors of up to ``shard_bytes`` (or one tensor), with
     an index; holds one shard at a time. Returns the bytes of all tensors."""
     shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     total = size = 0
 
     def flush() -> None:
         nonlocal size
-        save_file(held, folder / f"part_{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
+        save_file(shard, folder / f"part_{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
         size = 0
 
     for name, tensor in weights:
-        if held and size + tensor.nbytes > shard_bytes:
+        if shard and size + tensor.nbytes > shard_bytes:
             flush()
-        held[hf_name(name)] = tensor.contiguous()
+        shard[hf_name(name)] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    if held:
+    if shard:
         flush()
     places = {}
     for i, names in enumerate(shards):

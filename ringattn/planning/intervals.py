@@ -125,7 +125,7 @@ class Meetings:
         # Every key in between sees a query if the band is at least as wide as their step.
         sparse = self.irregular | (t.hi[at] - t.lo[at] + 1 < self.step)
         dense = np.nonzero(~sparse & (low <= high))[0]
-        found = [
+        runs = [
             (tag, Run(start, stop, by))
             for tag, start, stop, by in zip(
                 self.tags[dense].tolist(),
@@ -137,8 +137,8 @@ class Meetings:
         ]
         tags = self.tags
         for index in np.nonzero(sparse)[0].tolist():
-            found += [(int(tags[index]), run) for run in attended_keys(self.part(index))]
-        return found
+            runs += [(int(tags[index]), run) for run in attended_keys(self.part(index))]
+        return runs
 
 
 def meet(table: Table, side: Side) -> Meetings:

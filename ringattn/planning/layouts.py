@@ -17,7 +17,7 @@ import numpy as np
 
 from ringattn.planning.intervals import Side, Table, meet
 from ringattn.planning.masks import Mask
-from ringattn.planning.runs import Run, whole
+from ringattn.planning.runs import Run, integer
 
 _SHOWN = 16  # ranks that a printed layout shows
 _TOLERANCE = 0.01  # of balanced: largest work over the mean, less 1
@@ -129,8 +129,8 @@ def _at(ndim: int, dim: int, index: np.ndarray) -> tuple[Any, ...]:
 
 
 def _checked(n: int, world: int) -> None:
-    whole("n", n, 0)
-    whole("world", world, 1)
+    integer("n", n, 0)
+    integer("world", world, 1)
 
 
 def _cuts(n: int, parts: int) -> list[int]:
@@ -188,7 +188,7 @@ def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     n = mask.n_q
     _checked(n, world)
     if chunk is not None:
-        whole("chunk", chunk, 1)
+        integer("chunk", chunk, 1)
     table = Table(mask.slices)
     if chunk is not None:
         return _dealt(table, [*range(0, n, chunk), n], world)[0]

@@ -15,7 +15,7 @@ from operator import index
 import numpy as np
 
 from ringattn.planning.intervals import progressions, union
-from ringattn.planning.runs import Run, whole
+from ringattn.planning.runs import Run, integer
 from ringattn.planning.slices import Slice
 
 _DENSE_LIMIT = 2**28
@@ -115,16 +115,16 @@ def _without(part: Slice, holes: Iterable[Slice]) -> list[Slice]:
     return left
 
 
-def _parsed(given: Slice | tuple) -> Slice:
+def _parsed(item: Slice | tuple) -> Slice:
     try:
-        q, k, lo, hi = (given.q, given.k, given.lo, given.hi) if isinstance(given, Slice) else given
+        q, k, lo, hi = (item.q, item.k, item.lo, item.hi) if isinstance(item, Slice) else item
         q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
         lo, hi = (bound if bound is None else index(bound) for bound in (lo, hi))
         return Slice.make(q, k, lo, hi)
     except (TypeError, ValueError):
         raise ValueError(
             "a slice is Slice(q, k, lo, hi) or ((start, stop[, step]), (start, stop[, step]), "
-            f"lo, hi); got {given!r}"
+            f"lo, hi); got {item!r}"
         ) from None
 
 
@@ -138,29 +138,29 @@ def _listed(values: Iterable[int]) -> list[int]:
 
 def full(n_q: int, n_k: int | None = None) -> Mask:
     """Every query sees every key; ``n_k`` defaults to ``n_q``."""
-    n_q = whole("n_q", n_q, 0)
-    n_k = n_q if n_k is None else whole("n_k", n_k, 0)
+    n_q = integer("n_q", n_q, 0)
+    n_k = n_q if n_k is None else integer("n_k", n_k, 0)
     return from_slices([Slice.make(Run(0, n_q), Run(0, n_k))], n_q, n_k)
 
 
 def causal(n: int, n_k: int | None = None) -> Mask:
     """n queries over n keys, ``k <= q``. With ``n_k`` keys, the queries are the last n of n_k
     tokens, so the last query sees the last key: ``k <= q + n_k - n``."""
-    n = whole("n", n, 0)
-    n_k = n if n_k is None else whole("n_k", n_k, 0)
+    n = integer("n", n, 0)
+    n_k = n if n_k is None else integer("n_k", n_k, 0)
     return from_slices([Slice.make(Run(0, n), Run(0, n_k), None, n_k - n)], n, n_k)
 
 
 def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
     """``0 <= q - k < window``, or ``|q - k| < window`` when not causal."""
-    n, window = whole("n", n, 0), whole("window", window, 1)
+    n, window = integer("n", n, 0), integer("window", window, 1)
     band = Slice.make(Run(0, n), Run(0, n), 1 - window, 0 if causal else window - 1)
     return from_slices([band], n, n)
 
 
 def documents(lengths: Sequence[int], causal: bool = True) -> Mask:
     """Packed documents: each sees itself only (causally or whole)."""
-    lengths = [whole("every document length", length, 0) for length in _listed(lengths)]
+    lengths = [integer("every document length", length, 0) for length in _listed(lengths)]
     runs = [Run(at, at + x) for at, x in zip(accumulate(lengths, initial=0), lengths, strict=False)]
     n = sum(lengths)
     return Mask(tuple(Slice.make(r, r, None, 0 if causal else None) for r in runs if r), n, n)
@@ -217,7 +217,7 @@ def from_document_ids(ids: Sequence[int], causal: bool = True) -> Mask:
 
 def prefix_lm(n: int, prefix: int) -> Mask:
     """The first ``prefix`` tokens see each other whole; the rest is causal."""
-    n, prefix = whole("n", n, 0), whole("prefix", prefix, 0)
+    n, prefix = integer("n", n, 0), integer("prefix", prefix, 0)
     if prefix > n:
         raise ValueError(f"prefix must be at most n = {n}, got {prefix}")
     head = Mask((Slice.make(Run(0, prefix), Run(0, prefix)),) if prefix else (), n, n)
@@ -227,8 +227,8 @@ def prefix_lm(n: int, prefix: int) -> Mask:
 def shared_question(prompt: int, answers: Sequence[int]) -> Mask:
     """A prompt of ``prompt`` tokens, then several answers laid end to end: each sees the prompt and
     itself, causally, and no other answer."""
-    prompt = whole("prompt", prompt, 0)
-    answers = [whole("every answer length", length, 0) for length in _listed(answers)]
+    prompt = integer("prompt", prompt, 0)
+    answers = [integer("every answer length", length, 0) for length in _listed(answers)]
     n = prompt + sum(answers)
     shared = Slice.make(Run(0, n), Run(0, prompt), None, 0)
     ends = accumulate(answers, initial=prompt)
@@ -239,17 +239,17 @@ def shared_question(prompt: int, answers: Sequence[int]) -> Mask:
 
 def sinks(n: int, count: int) -> Mask:
     """Causal pairs whose key is one of the first ``count``."""
-    n, count = whole("n", n, 0), whole("count", count, 0)
+    n, count = integer("n", n, 0), integer("count", count, 0)
     return from_slices([Slice.make(Run(0, n), Run(0, min(n, count)), None, 0)], n, n)
 
 
 def global_tokens(n: int, tokens: int | Sequence[int], causal: bool = False) -> Mask:
     """Pairs whose query or key is a global token (Beltagy et al. 2020, "Longformer"): the first
     ``tokens`` of the sequence, or the positions listed. Combine with a local mask by ``|``."""
-    n = whole("n", n, 0)
+    n = integer("n", n, 0)
     if isinstance(tokens, (int, np.integer)):
-        tokens = range(min(n, whole("tokens", tokens, 0)))
-    tokens = sorted({whole("every global token", x, 0) for x in _listed(tokens)})
+        tokens = range(min(n, integer("tokens", tokens, 0)))
+    tokens = sorted({integer("every global token", x, 0) for x in _listed(tokens)})
     if tokens and tokens[-1] >= n:
         raise ValueError(f"every global token must be below n = {n}, got {tokens[-1]}")
     hi = 0 if causal else None
@@ -270,15 +270,15 @@ def block_local(n: int, block: int, causal: bool = True) -> Mask:
 def shifted_block(n: int, block: int, shift: int | None = None, causal: bool = True) -> Mask:
     """Like block_local, all boundaries moved by ``shift`` (default: half a block), so that layers
     which alternate between the two let neighbours meet (Liu et al. 2021, "Swin Transformer")."""
-    n, block = whole("n", n, 0), whole("block", block, 1)
-    shift = block // 2 if shift is None else whole("shift", shift, 0) % block
+    n, block = integer("n", n, 0), integer("block", block, 1)
+    shift = block // 2 if shift is None else integer("shift", shift, 0) % block
     ends = [0, *range(shift or block, n, block), n]
     return documents([b - a for a, b in pairwise(ends)], causal)
 
 
 def block_causal(n: int, block: int) -> Mask:
     """Each token sees its own block of ``block`` tokens whole, and all blocks before it."""
-    n, block = whole("n", n, 0), whole("block", block, 1)
+    n, block = integer("n", n, 0), integer("block", block, 1)
     starts = range(0, n, block)
     parts = (Slice.make(Run(at, min(at + block, n)), Run(0, min(at + block, n))) for at in starts)
     return Mask(tuple(parts), n, n)
@@ -288,9 +288,9 @@ def dilated(n: int, window: int, dilation: int, causal: bool = True) -> Mask:
     """Every ``dilation``-th of the keys up to ``(window - 1) * dilation`` away, the token itself
     included: a window with gaps (Beltagy et al. 2020, "Longformer"); ``dilation`` slices."""
     n, window, dilation = (
-        whole("n", n, 0),
-        whole("window", window, 1),
-        whole("dilation", dilation, 1),
+        integer("n", n, 0),
+        integer("window", window, 1),
+        integer("dilation", dilation, 1),
     )
     far = (window - 1) * dilation
     classes = [Run(start, n, dilation) for start in range(min(n, dilation))]
@@ -316,9 +316,9 @@ def big_bird(
     """In blocks of ``block`` tokens: the ``window`` nearest blocks (an odd number, the own one in
     the middle), ``random`` blocks drawn for each block of queries, and the first ``global_blocks``,
     which see and are seen by all (Zaheer et al. 2020, "Big Bird"). One ``seed``, one mask."""
-    n, block, window = whole("n", n, 0), whole("block", block, 1), whole("window", window, 1)
-    random = whole("random", random, 0)
-    global_blocks, seed = whole("global_blocks", global_blocks, 0), whole("seed", seed, 0)
+    n, block, window = integer("n", n, 0), integer("block", block, 1), integer("window", window, 1)
+    random = integer("random", random, 0)
+    global_blocks, seed = integer("global_blocks", global_blocks, 0), integer("seed", seed, 0)
     if window % 2 == 0:
         raise ValueError(f"window must be an odd number of blocks, got {window}")
     blocks, generator = -(-n // block), np.random.default_rng(seed)
@@ -343,8 +343,8 @@ def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
     ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
     anything else, and outside of the range.
     """
-    n_q, n_k = whole("n_q", n_q, 0), whole("n_k", n_k, 0)
-    parts = [part for given in slices if (part := _parsed(given))]
+    n_q, n_k = integer("n_q", n_q, 0), integer("n_k", n_k, 0)
+    parts = [part for item in slices if (part := _parsed(item))]
     for part in parts:
         if part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k:
             raise ValueError(f"{part} reaches outside of {n_q} queries x {n_k} keys")

@@ -126,14 +126,14 @@ class Partition:
             pieces = self.pieces(rank)
             low = np.array([part.k.start for _, _, part in pieces], np.int64)
             high = np.array([part.k.last for _, _, part in pieces], np.int64)
-            found: dict[int, list[Slice]] = {}
+            by_owner: dict[int, list[Slice]] = {}
             of_piece, of_run = self._keys.overlaps(low, high)
             tags = self._keys.tags[of_run].tolist()
             for at, tag in zip(of_piece.tolist(), tags, strict=True):
                 owner, k_first, k_run = self._key_runs[tag]
                 if local := _localised(*pieces[at], k_first, k_run):
-                    found.setdefault(owner, []).append(local)
-            self._blocks[rank] = {owner: tuple(parts) for owner, parts in found.items()}
+                    by_owner.setdefault(owner, []).append(local)
+            self._blocks[rank] = {owner: tuple(parts) for owner, parts in by_owner.items()}
         return self._blocks[rank]
 
     @cached_property

@@ -90,7 +90,7 @@ class Run:
 EMPTY = Run(0, 0)
 
 
-def whole(name: str, value: object, least: int) -> int:
+def integer(name: str, value: object, least: int) -> int:
     """``value`` as an int; ValueError that names the argument if it is none, or below ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -261,16 +261,16 @@ def _stages(partition: Partition) -> list[list[int]]:
     )
     quarter = -(-int(rows.sum(1).max(initial=0)) // 4)
     limit = min(quarter, -(-partition.k_layout.n // partition.world))
-    stages, held = [], np.zeros(len(rows), np.int64)
+    stages, rows_so_far = [], np.zeros(len(rows), np.int64)
     for distance in distances.tolist():
         more = rows[:, distance - 1]
         if not more.any():
             continue
-        if not stages or (held + more).max() > limit:
+        if not stages or (rows_so_far + more).max() > limit:
             stages.append([])
-            held = np.zeros(len(rows), np.int64)
+            rows_so_far = np.zeros(len(rows), np.int64)
         stages[-1].append(distance)
-        held = held + more
+        rows_so_far = rows_so_far + more
     return stages
 
 
@@ -287,18 +287,18 @@ def _gathered(
     own = coalesced(bands(rank, _whole(blocks[0])))
     work, incoming, outgoing = [own], [], []
     for stage in stages:
-        filled, sends, recvs, found = 0, [], [], []
+        filled, sends, recvs, computes = 0, [], [], []
         for distance in stage:
             reader, owner = (rank + distance) % world, (rank - distance) % world
             if partition.rows_needed[reader, rank] and (rows := rows_of(reader, rank)):
                 sends.append(Move(reader, 0, rows))
             if partition.rows_needed[rank, owner] and (rows := rows_of(rank, owner)):
-                found += bands(owner, rows, filled)
+                computes += bands(owner, rows, filled)
                 stop = filled + sum(map(len, rows))
                 recvs.append(Move(owner, len(blocks), (Run(filled, stop),)))
                 filled = stop
         blocks.append(filled)
-        work.append(coalesced(found))
+        work.append(coalesced(computes))
         outgoing.append(tuple(sends))
         incoming.append(tuple(recvs))
     # Gradients take the same ways back: what came in goes out, into the rows it was read from.

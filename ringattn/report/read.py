@@ -62,8 +62,8 @@ class RunRecord:
 
     @property
     def peak_memory(self) -> float | None:
-        found = [step["peak_memory_bytes"] for step in self.metrics]
-        return max(found, default=None)
+        peaks = [step["peak_memory_bytes"] for step in self.metrics]
+        return max(peaks, default=None)
 
     @property
     def predicted(self) -> dict[str, Any]:
@@ -150,13 +150,13 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError:
         raise ReportError(f"{file}: this is no JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        given = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        version = content.get("format") if isinstance(content, dict) else None
         raise ReportError(
-            f"{file}: written by another version of ringattn (format {given}; this one reads "
+            f"{file}: written by another version of ringattn (format {version}; this one reads "
             f"{FORMAT})"
         )
-    return found
+    return content

@@ -120,11 +120,11 @@ def _fill_model(tree: dict[str, Any]) -> int | None:
         return None
     with path_errors("model.path", model["path"]):
         try:
-            found, window = hf_config.read(Path(model["path"]).expanduser())
+            read, window = hf_config.read(Path(model["path"]).expanduser())
         except hf_config.UnknownModel as error:
             raise SettingsError(f"model.path: {error}") from None
-    rope = found.pop("rope")
-    for key, value in found.items():
+    rope = read.pop("rope")
+    for key, value in read.items():
         if model.get(key) is not None and model[key] != value:
             raise SettingsError(
                 f"model.{key}={model[key]}: the model in model.path={model['path']} has {value}"
@@ -140,7 +140,7 @@ def _fill_model(tree: dict[str, Any]) -> int | None:
     return window
 
 
-def settled(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:
+def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:
     """``run`` in a world of so many ranks: what depends on it is checked, and the defaults of
     ``parallel.cp`` and ``parallel.node_size`` are filled in. ``node_size``: ranks of a machine, by
     default those of this one. Raises SettingsError."""
@@ -238,15 +238,15 @@ def _choices(group: str) -> list[str]:
 
 
 @contextmanager
-def path_errors(key: str, given: Any) -> Iterator[None]:
+def path_errors(key: str, value: Any) -> Iterator[None]:
     """Turns what a file system says about ``key`` into a SettingsError."""
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename and error.filename != given else ""
-        raise SettingsError(f"{key}={given}: {where}{error.strerror}") from None
+        where = f"{error.filename}: " if error.filename and error.filename != value else ""
+        raise SettingsError(f"{key}={value}: {where}{error.strerror}") from None
     except RuntimeError as error:  # "~nobody"
-        raise SettingsError(f"{key}={given}: {error}") from None
+        raise SettingsError(f"{key}={value}: {error}") from None
 
 
 def writable(run_dir: Path) -> None:

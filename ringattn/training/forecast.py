@@ -115,7 +115,7 @@ def setup_of(
 
 
 def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> Forecast:
-    """Of a settled run, from its keys alone: no data is opened, so every sequence counts as one
+    """Of a resolved run, from its keys alone: no data is opened, so every sequence counts as one
     document, the most that a step can cost. ``hardware``: in place of the run's own. Raises
     ValueError."""
     hardware = hardware or hardware_of(run)

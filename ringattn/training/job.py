@@ -69,8 +69,8 @@ def prepare(
                 "eval.root (and eval.sequences above 0), or eval.probes"
             )
     resume, remarks = saver.find(run.checkpoint.resume, run_dir)
-    for found in resume:
-        saver.check(*found, manifest)
+    for checkpoint in resume:
+        saver.check(*checkpoint, manifest)
     source: states.Source = states.Fresh(model, run.seed)
     if path is not None:
         with path_errors("model.path", path):

@@ -120,8 +120,8 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
                 heartbeat,
             ).run(start, saved)  # fmt: skip
         if end.step < run.train.steps:
-            kept = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
-            display.say(f"stopped on request at step {end.step}; {kept}")
+            what = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
+            display.say(f"stopped on request at step {end.step}; {what}")
         elif run.train.sample_tokens:
             text = generate(
                 engine,

@@ -43,12 +43,12 @@ def _main(arguments: list[str]) -> int:
         os.environ.setdefault(name, str(value))  # plain `python train.py` is a world of one
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        given = [a for a in arguments if a not in ("-h", "--help")]
-        if len(given) < len(arguments):
+        overrides = [a for a in arguments if a not in ("-h", "--help")]
+        if len(overrides) < len(arguments):
             if rank == 0:
-                print(config.help_text(config.composed(given)))
+                print(config.help_text(config.composed(overrides)))
             return 0
-        run = config.settled(config.load(given), world)
+        run = config.resolved(config.load(overrides), world)
         with config.path_errors("run_dir", run.run_dir):
             run_dir = _run_dir(run.run_dir)
             config.writable(run_dir)
@@ -88,8 +88,8 @@ def _main(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        said = str(error).strip().splitlines()
-        reason = f"rank {rank} ran out of memory: {said[0] if said else type(error).__name__}"
+        lines = str(error).strip().splitlines()
+        reason = f"rank {rank} ran out of memory: {lines[0] if lines else type(error).__name__}"
         write_failure(job.run_dir, "memory", reason)
         print(f"train.py: {reason} (run directory: {job.run_dir})", file=sys.stderr)
         # Peers wait in an exchange that will not come: no orderly end. torchrun stops them.
@@ -128,11 +128,11 @@ def train(job, device) -> None:
         loop.train(job, context, stops)
 
 
-def _run_dir(given: str | None) -> Path:
+def _run_dir(run_dir: str | None) -> Path:
     """``run_dir``; where it is not given, a new one, or after a restart by torchrun the one that
     this launch began with."""
-    if given is not None:
-        return Path(given).expanduser().absolute()
+    if run_dir is not None:
+        return Path(run_dir).expanduser().absolute()
     runs = Path("runs").absolute()
     for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
         if _begun(path.parent):
@@ -158,12 +158,12 @@ def _launch() -> str:
 
 def _tokenizing() -> Callable[[int, int], None]:
     """Speaks of every tenth of the text that this process tokenizes."""
-    said = 0
+    tenths_printed = 0
 
     def report(done: int, total: int) -> None:
-        nonlocal said
-        if (tenths := 10 * done // max(total, 1)) > said:
-            said = tenths
+        nonlocal tenths_printed
+        if (tenths := 10 * done // max(total, 1)) > tenths_printed:
+            tenths_printed = tenths
             print(f"tokenizing: {10 * tenths} % of {total / 1e6:,.1f} MB", flush=True)
 
     return report

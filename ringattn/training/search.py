@@ -63,7 +63,7 @@ def search(
     run: TrainingRun,
     world: int,
     hardware: Hardware,
-    given: frozenset[str] = frozenset(),
+    fixed: frozenset[str] = frozenset(),
     sequences: int | None = None,
     seconds: float = 0.6,
 ) -> Answer:
@@ -73,7 +73,7 @@ def search(
     accumulation; None: train.grad_accum stays. ``seconds``: of trying. Raises ValueError where no
     split is legal at all.
     """
-    return _Search(run, world, hardware, given, sequences).answer(seconds)
+    return _Search(run, world, hardware, fixed, sequences).answer(seconds)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Search:
     run: TrainingRun
     world: int
     hardware: Hardware
-    given: frozenset[str]
+    fixed: frozenset[str]
     sequences: int | None
 
     def answer(self, seconds: float) -> Answer:
@@ -101,9 +101,9 @@ class _Search:
                     slower += 1
                 elif time.monotonic() > end:
                     untried[cp] = untried.get(cp, 0) + 1
-                elif found := self._best(cp, ulysses, layout, name, fits[cp][ulysses]):
-                    ranked.append(found)
-                    best[cp] = max(best[cp], found.step.tokens_per_s)
+                elif fastest := self._best(cp, ulysses, layout, name, fits[cp][ulysses]):
+                    ranked.append(fastest)
+                    best[cp] = max(best[cp], fastest.step.tokens_per_s)
         for cp in fits:
             if not best[cp] and cp not in untried:
                 stopped[cp] = "does not fit once the blocks on their way are counted"
@@ -114,7 +114,7 @@ class _Search:
     def degrees(self) -> list[int]:
         """The values of cp."""
         degrees = [cp for cp in range(1, self.world + 1) if self.world % cp == 0]
-        if "parallel.cp" in self.given:
+        if "parallel.cp" in self.fixed:
             degrees = [cp for cp in degrees if cp == self.run.parallel.cp]
         if not degrees:
             raise ValueError(
@@ -167,7 +167,7 @@ class _Search:
 
     def _allowed(self, key: str, names: tuple[str, ...] | list[str]) -> list[str]:
         own = getattr(self.run.parallel, key.split(".")[1])
-        return [own] if key in self.given and own != "auto" else list(names)
+        return [own] if key in self.fixed and own != "auto" else list(names)
 
     def _ulysses(self, cp: int) -> list[int]:
         node = node_of(self.hardware, cp)
@@ -175,7 +175,7 @@ class _Search:
             u for u in legal_degrees(cp, self.run.model.heads) if node % u == 0 or u % node == 0
         ]
         own = self.run.parallel.ulysses
-        return [u for u in degrees if u == own] if "parallel.ulysses" in self.given else degrees
+        return [u for u in degrees if u == own] if "parallel.ulysses" in self.fixed else degrees
 
     def _runs(self, cp: int, ulysses: int) -> Iterator[TrainingRun]:
         """The run with every choice of engine and memory, the cheapest in time first."""
@@ -199,7 +199,7 @@ class _Search:
             {"checkpoint": True, "ffn_tile": _TILE, "offload": True},
         ):
             usual = {"checkpoint": False, "ffn_tile": None, "offload": False, "loss_chunk": _CHUNK}
-            own = {k: v for k, v in (usual | keys).items() if f"memory.{k}" not in self.given}
+            own = {k: v for k, v in (usual | keys).items() if f"memory.{k}" not in self.fixed}
             try:
                 memory = replace(self.run.memory, **own)
             except ValueError:  # with what is given, this is not legal
@@ -214,7 +214,7 @@ class _Search:
             for engine in kind.choices():
                 if engine.shard == "context" and not 1 < cp < self.world:
                     continue  # as over the world, or not at all
-                keys = [f.name for f in fields(engine) if f"engine.{f.name}" in self.given]
+                keys = [f.name for f in fields(engine) if f"engine.{f.name}" in self.fixed]
                 if all(getattr(engine, key) == getattr(own, key, None) for key in keys):
                     yield engine
 
@@ -224,7 +224,7 @@ class _Search:
         least: tuple[float, float] | None = None
         for ulysses in self._ulysses(cp):
             for run in self._runs(cp, ulysses):
-                need = self._need(run, self.run.seq_len)
+                need = self._memory_shares(run, self.run.seq_len)
                 least = need if least is None else min(least, need, key=max)
                 if max(need) <= 1:
                     fits.setdefault(ulysses, []).append(run)
@@ -244,7 +244,7 @@ class _Search:
     def _forecast(self, run: TrainingRun, plan: Plan) -> Forecast:
         return Forecast(run, self.world, plan, self.hardware, self._device)
 
-    def _need(self, run: TrainingRun, seq_len: int) -> tuple[float, float]:
+    def _memory_shares(self, run: TrainingRun, seq_len: int) -> tuple[float, float]:
         """(device, host) bytes, each over what the machine has, with two blocks on their way."""
         hardware, cp, ulysses = self.hardware, run.parallel.cp, run.parallel.ulysses
         tokens = -(-seq_len * run.batch_size // cp)
@@ -291,15 +291,15 @@ class _Search:
         plan = make_plan(self.mask, layout, schedule, ulysses, node_size=node_of(hardware, cp))
         first = self._forecast(runs[0], plan)
         layer = layer_of(model, first.setup, plan, hardware, first.ranks)
-        found = []
+        fitting = []
         for run in runs:
             setup = self._setup(run, schedule, layout.name)
             step = predict(model, setup, plan, hardware, layer=layer)
             if step.misfit is None:
-                found.append((run, step))
-        if not found:
+                fitting.append((run, step))
+        if not fitting:
             return None
-        run, step = max(found, key=lambda pair: pair[1].tokens_per_s)
+        run, step = max(fitting, key=lambda pair: pair[1].tokens_per_s)
         return Split(with_keys(run, parallel={"schedule": schedule, "layout": layout.name}), step)
 
     def _longest(self) -> tuple[int, TrainingRun | None]:
@@ -308,14 +308,14 @@ class _Search:
                 for run in self._runs(cp, u)]  # fmt: skip
 
         def holds(seq_len: int) -> TrainingRun | None:
-            return next((run for run in runs if max(self._need(run, seq_len)) <= 1), None)
+            return next((run for run in runs if max(self._memory_shares(run, seq_len)) <= 1), None)
 
         low, best = 0, None
         high = 1024
-        while (found := holds(high)) and high < 2**40:
-            low, best, high = high, found, 2 * high
+        while (fitting := holds(high)) and high < 2**40:
+            low, best, high = high, fitting, 2 * high
         while high - low > max(1, low // 100):
             middle = (low + high) // 2
-            found = holds(middle)
-            low, high, best = (middle, high, found) if found else (low, middle, best)
+            fitting = holds(middle)
+            low, high, best = (middle, high, fitting) if fitting else (low, middle, best)
         return low, best

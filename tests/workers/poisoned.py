@@ -38,5 +38,5 @@ Decoder.forward = poisoned
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
     calls.clear()
     world = int(os.environ["WORLD_SIZE"])
-    run = config.settled(config.load(overrides), world)
+    run = config.resolved(config.load(overrides), world)
     train(prepare(run, Path(run.run_dir), world), device)

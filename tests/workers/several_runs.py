@@ -18,5 +18,5 @@ device = pick_device("cpu")
 start_distributed(device, 60, DeepSpeed())
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
     world = int(os.environ["WORLD_SIZE"])
-    run = config.settled(config.load(overrides), world)
+    run = config.resolved(config.load(overrides), world)
     train(prepare(run, Path(run.run_dir), world), device)

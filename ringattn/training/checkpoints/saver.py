@@ -94,7 +94,7 @@ def find(resume: str, run_dir: Path) -> tuple[list[Found], list[str]]:
             f"checkpoint.resume={resume}: no finished checkpoint there "
             "(give auto, never, a run directory or a checkpoints/step_N folder)"
         )
-    return sorted(sound, key=lambda found: -found[1].step), damaged
+    return sorted(sound, key=lambda checkpoint: -checkpoint[1].step), damaged
 
 
 def _read(path: Path) -> Manifest:
@@ -120,9 +120,9 @@ def _read(path: Path) -> Manifest:
 def _check_sizes(path: Path, manifest: Manifest) -> None:
     for name, (size, _) in manifest.files.items():
         file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, not {size}"
+        stored = file.stat().st_size if file.is_file() else None
+        if stored != size:
+            what = "is missing" if stored is None else f"has {stored} bytes, not {size}"
             raise SettingsError(f"{path} is damaged: {name} {what}")
 
 
@@ -141,10 +141,10 @@ def first_sound(candidates: list[Found]) -> tuple[Found | None, list[str]]:
                 bad.append(f"{name}: {error.strerror}")
         everyone: list[list[str]] = [[]] * world
         dist.all_gather_object(everyone, bad)
-        found = [remark for remarks in everyone for remark in remarks]
-        if not found:
+        problems = [remark for remarks in everyone for remark in remarks]
+        if not problems:
             return (path, manifest), remarks
-        remarks.append(f"{path} is damaged: {found[0]}")
+        remarks.append(f"{path} is damaged: {problems[0]}")
     return None, remarks
 
 

@@ -96,7 +96,7 @@ def fill(engine: Engine, source: Source, adam_steps: int) -> None:
         for f in engine.fragments():
             for kind in KINDS:
                 f.write(kind, source.read(kind, f.name, f.shape, f.start, f.count))
-        engine.written(adam_steps)
+        engine.fragments_written(adam_steps)
 
 
 def snapshot(engine: Engine) -> dict[str, torch.Tensor]:

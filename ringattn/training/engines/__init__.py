@@ -80,7 +80,7 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of every parameter, in the same order of names on all ranks."""
 
-    def written(self, adam_steps: int) -> None:
+    def fragments_written(self, adam_steps: int) -> None:
         """Collective. To be called after fragments were written: what is computed with follows
         them, and the optimizer has made ``adam_steps`` steps."""
 

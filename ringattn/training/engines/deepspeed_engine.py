@@ -122,7 +122,7 @@ class DeepSpeedEngine:
             elif p._hp_mapping is not None:
                 yield _slice(name, p)
 
-    def written(self, adam_steps: int) -> None:
+    def fragments_written(self, adam_steps: int) -> None:
         set_steps(self.engine.basic_optimizer, adam_steps)
         optimizer = self.engine.optimizer
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3

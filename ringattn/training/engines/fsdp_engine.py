@@ -116,7 +116,7 @@ class FSDPEngine:
                 name, tuple(p.shape), start, count, tensor, _writer(tensor), copy, copies
             )
 
-    def written(self, adam_steps: int) -> None:
+    def fragments_written(self, adam_steps: int) -> None:
         set_steps(self.optimizer, adam_steps)
 
     def close(self) -> None:

@@ -156,6 +156,8 @@ def summary(values: dict[str, Any]) -> str:
         parts.append(f"held-out loss {values['loss']:.4f} (perplexity {values['perplexity']:.2f})")
     cells = values.get("probes", [])
     for task in dict.fromkeys(cell["task"] for cell in cells):
-        found = [cell["accuracy"] for cell in cells if cell["task"] == task]
-        parts.append(f"{task} {sum(found) / len(found):.1%} (worst cell {min(found):.1%})")
+        accuracies = [cell["accuracy"] for cell in cells if cell["task"] == task]
+        parts.append(
+            f"{task} {sum(accuracies) / len(accuracies):.1%} (worst cell {min(accuracies):.1%})"
+        )
     return f"evaluation at step {values['step']}: " + ", ".join(parts)

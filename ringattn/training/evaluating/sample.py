@@ -41,9 +41,9 @@ def generate(
         noise = torch.rand(1, generator=generator, dtype=torch.float64)
         token = torch.zeros(1, dtype=torch.int64, device=context.device)
         if len(own) and own[-1] == n - 1:
-            known = logits[0, -1, : tokenizer.vocab_size].double().cpu()
-            weights = torch.softmax(known / temperature, -1)
-            drawn = torch.searchsorted(weights.cumsum(0), noise).clamp(max=len(known) - 1)
+            usable = logits[0, -1, : tokenizer.vocab_size].double().cpu()
+            weights = torch.softmax(usable / temperature, -1)
+            drawn = torch.searchsorted(weights.cumsum(0), noise).clamp(max=len(usable) - 1)
             token.copy_(drawn)
         # The last position is owned by one rank of each sequence group; others hold 0.
         dist.all_reduce(token, group=context.cp_group)

@@ -29,9 +29,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, torch or CUDA raise where memory ends."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    said = str(error)
+    message = str(error)
     return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in said or "can't start new thread" in said
+        "can't allocate memory" in message or "can't start new thread" in message
     )
 
 

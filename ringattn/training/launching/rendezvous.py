@@ -42,11 +42,11 @@ def fresh_store(timeout_s: float) -> dist.Store | None:
     prefix = ""
     while time.monotonic() < until:
         if rank == 0:
-            said = [_get(store, f"ringattn/hello/{r}") for r in range(world)]
-            missing = [r for r in range(world) if not said[r]]
+            hellos = [_get(store, f"ringattn/hello/{r}") for r in range(world)]
+            missing = [r for r in range(world) if not hellos[r]]
             if not missing:
-                if said != seen:
-                    seen, prefix = said, f"ringattn/{secrets.token_hex(8)}"
+                if hellos != seen:
+                    seen, prefix = hellos, f"ringattn/{secrets.token_hex(8)}"
                     store.set("ringattn/proposal", json.dumps([prefix, seen]))
                 missing = [r for r in range(1, world) if not store.check([f"{prefix}/yes/{r}"])]
             if not missing:

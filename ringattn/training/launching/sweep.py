@@ -64,9 +64,9 @@ class Point:
     def read(cls, folder: Path) -> Point | None:
         """None where there is none, or not of this version."""
         try:
-            found = json.loads((folder / POINT).read_text())
+            content = json.loads((folder / POINT).read_text())
             known = {field.name for field in fields(cls)}
-            return cls(**found) if found["format"] == FORMAT and set(found) <= known else None
+            return cls(**content) if content["format"] == FORMAT and set(content) <= known else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -124,8 +124,8 @@ def _run_all(folder: Path, jobs: list[tuple[Path, Point, float | None]]) -> list
         else:
             end, how = _run(path, point, limit), ""
         results.append(end)
-        said = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
-        print(f"{number}/{len(jobs)} {path.name}: {said} ({end.seconds:.0f} s)", flush=True)
+        outcome = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
+        print(f"{number}/{len(jobs)} {path.name}: {outcome} ({end.seconds:.0f} s)", flush=True)
     failed = sum(end.status == "failed" for end in results)
     if failed:
         print(f"{failed} failed; log.txt in their folders says why; they run again next time")
@@ -176,7 +176,7 @@ def _prepared(
     name = "_".join(f"{key}-{value}" for key, value in varied.items()) or "point"
     run = config.load(own)
     ranks = run.ranks or _RANKS
-    run = config.settled(run, ranks)
+    run = config.resolved(run, ranks)
     path = folder / re.sub(r"[^\w.+-]", "_", name)
     point = Point("interrupted", own, varied, ranks)
     gpus = run.device != "cpu" and torch.cuda.device_count() >= ranks
@@ -259,16 +259,16 @@ def _interruptible() -> Iterator[None]:
 def _failure(path: Path, status: int) -> tuple[str, str]:
     """(status of the point, why): as the run has said, or as its log tells."""
     try:
-        found = json.loads((path / FAILURE).read_text())
-        return str(found["kind"]), str(found["reason"])
+        failure = json.loads((path / FAILURE).read_text())
+        return str(failure["kind"]), str(failure["reason"])
     except (OSError, ValueError, KeyError):
         pass
     lines = (path / "log.txt").read_text(errors="replace").splitlines()
     if any("Signal 9 (SIGKILL)" in line for line in lines):
         return "memory", "a rank was killed (SIGKILL), as hosts do that run out of memory"
-    said = [line for line in lines if line.startswith("train.py: ")]
-    said += [line for line in lines if re.match(r"\S*(Error|Exception)\b.*: ", line)]
-    return "failed", said[0].removeprefix("train.py: ") if said else f"exit status {status}"
+    messages = [line for line in lines if line.startswith("train.py: ")]
+    messages += [line for line in lines if re.match(r"\S*(Error|Exception)\b.*: ", line)]
+    return "failed", messages[0].removeprefix("train.py: ") if messages else f"exit status {status}"
 
 
 def _returned(end: Point) -> JobReturn:

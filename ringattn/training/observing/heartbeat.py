@@ -64,17 +64,17 @@ class Heartbeat:
             count += 1
             try:
                 self._store.set(self._key(self.rank), f"{count}|{self.where}")
-                known = self._store.check([self._key(peer)])
-                said = self._store.get(self._key(peer)).decode() if known else ""
+                present = self._store.check([self._key(peer)])
+                beat = self._store.get(self._key(peer)).decode() if present else ""
             except RuntimeError:  # the store is gone: torchrun is ending
                 return
-            if said == "done":
+            if beat == "done":
                 return
             now = time.monotonic()
-            if said != heard:
-                heard, since = said, now
+            if beat != heard:
+                heard, since = beat, now
             elif now - since > 0.5 * self.timeout_s:
-                there = said.split("|", 1)[-1] or "the start"
+                there = beat.split("|", 1)[-1] or "the start"
                 print(
                     f"train.py: rank {self.rank}: rank {peer} has not been heard of for "
                     f"{now - since:.0f} s; it was at {there}, this rank is at "

@@ -81,11 +81,11 @@ class MetricsLog:
         """To the logger: loss, perplexity, every probe's mean accuracy, and the pictures."""
         if not self.log:
             return
-        found: dict[str, list[float]] = {}
+        accuracies: dict[str, list[float]] = {}
         for cell in values.get("probes", []):
-            found.setdefault(cell["task"], []).append(cell["accuracy"])
+            accuracies.setdefault(cell["task"], []).append(cell["accuracy"])
         line = {f"eval/{key}": values[key] for key in ("loss", "perplexity") if key in values}
-        line |= {f"eval/{task}": sum(each) / len(each) for task, each in found.items()}
+        line |= {f"eval/{task}": sum(each) / len(each) for task, each in accuracies.items()}
         self.log.write(values["step"], line)
         self.log.draw(values["step"], {f"eval/{name}_map": file for name, file in pictures.items()})
 
