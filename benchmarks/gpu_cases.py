@@ -3,7 +3,8 @@
     python benchmarks/gpu_cases.py 3/8     # every eighth case from the third on; one JSON line each
 
 A case is a name and how it differs from one causal sequence of 1,501 tokens, bf16, head_dim 128,
-four heads over two. gpu_suite.py runs the shares side by side, as compiling is most of the time.
+four heads over two (a rehearsal has less of each). gpu_suite.py runs the shares side by side, as
+compiling is most of the time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from ringattn.verify import oracle
 DEVICE = torch.device("cpu" if SMALL else "cuda")
 N = 36 if SMALL else 1501
 HALF = torch.float16 if SMALL else torch.bfloat16
+HEADS = (2, 1) if SMALL else (4, 2)
+RANKS = 2 if SMALL else 4
 ENGINES = ("triton",) if SMALL else ("gluon", "triton")
 # RMS of the error over that of the values, for standard normal inputs.
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
@@ -46,7 +49,7 @@ class Case:
     softcap: float = 0.0
     ranks: int = 1
     batch: int = 1
-    heads: tuple[int, int] = (4, 2)
+    heads: tuple[int, int] = HEADS
     l2: int | None = None
     views: str = ""  # how the inputs lie in memory
 
@@ -91,9 +94,9 @@ def cases() -> list[Case]:
             made.append(Case("causal", kernel, causal, dims))
         for dim in (64, 128):
             made.append(Case("softcap", kernel, causal, (dim, dim), softcap=5.0))
-            made.append(Case("4 ranks in turn", kernel, causal, (dim, dim), ranks=4))
+            made.append(Case(f"{RANKS} ranks in turn", kernel, causal, (dim, dim), ranks=RANKS))
         made.append(Case("2 sequences, small L2", kernel, causal, (64, 64), batch=2, l2=1))
-        made.append(Case("one K/V head", kernel, causal, heads=(8, 1)))
+        made.append(Case("one K/V head", kernel, causal, heads=(2 * HEADS[0], 1)))
         made.append(Case("odd length", kernel, ra.masks.causal(N - 4)))
         for views in ("packed QKV", "misaligned base", "another stream"):
             made.append(Case(views, kernel, causal, views=views))

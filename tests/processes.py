@@ -9,11 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+# After this a job has hung. Far above what any takes, for a slow machine is not a fault.
+PATIENCE_S = 600
 
 # The smallest run that still has grouped heads, several documents and more layers than one.
 TINY = [
@@ -54,7 +59,7 @@ class Launch:
                 self.process.wait()
         self.process.stdout.close()
 
-    def finish(self, timeout: float = 150) -> tuple[int, str]:
+    def finish(self, timeout: float = PATIENCE_S) -> tuple[int, str]:
         """(exit status, everything printed)."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
@@ -63,6 +68,15 @@ class Launch:
         """Process ids of the ranks."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    """Returns once the condition holds, which ``process`` is to bring about."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None, f"ended before: {process.communicate()[0]}"
+        assert time.monotonic() < end, f"{condition} did not come"
+        time.sleep(0.02)
 
 
 @cache
@@ -81,7 +95,7 @@ def _zygote() -> subprocess.Popen:
     return zygote
 
 
-def launch(world: int, *command: str | Path, timeout: float = 150) -> tuple[int, str]:
+def launch(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tuple[int, str]:
     """Runs a script, or "-m" and a module, on forked ranks: (exit status, everything printed)."""
     with tempfile.NamedTemporaryFile("r", errors="replace") as out:
         job = {
@@ -98,13 +112,13 @@ def launch(world: int, *command: str | Path, timeout: float = 150) -> tuple[int,
         return json.loads(answer)["status"], out.read()
 
 
-def torchrun(world: int, *command: str | Path, timeout: float = 150) -> tuple[int, str]:
+def torchrun(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tuple[int, str]:
     """The same by torchrun, as users start it."""
     with Launch(world, *command) as job:
         return job.finish(timeout)
 
 
-def train(world: int, *arguments: str, timeout: float = 150) -> tuple[int, str]:
+def train(world: int, *arguments: str, timeout: float = PATIENCE_S) -> tuple[int, str]:
     return launch(world, ROOT / "train.py", *arguments, timeout=timeout)
 
 

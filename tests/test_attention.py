@@ -17,6 +17,7 @@ from ringattn.planning import schedules
 
 from . import oracle
 from .cases import KINDS, masks, plans
+from .processes import PATIENCE_S
 
 INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compiled for a GPU here: see test_triton.py"
@@ -46,7 +47,7 @@ def distributed(q, k, v, dout, plan, kernel="auto", scale=None, carrier=lambda r
         out = ra.ring_attention(*own, plan, group=carrier(rank), kernel=kernel, scale=scale)
         return out.detach(), *torch.autograd.grad(out, own, plan.layout.shard(dout, rank.rank))
 
-    results = zip(*VirtualWorld(plan.world, timeout=60).run(work), strict=True)
+    results = zip(*VirtualWorld(plan.world, timeout=PATIENCE_S).run(work), strict=True)
     return [
         layout.unshard(parts)
         for layout, parts in zip((plan.layout, *layouts), results, strict=True)
@@ -165,7 +166,7 @@ def test_blocks_live_no_longer_than_the_plan_says(schedule, monkeypatch):
             own = (plan.layout.shard(x, rank.rank) for x in (q, k, v))
             return ra.ring_attention(*own, plan, group=Watching(rank))
 
-    VirtualWorld(8, timeout=60).run(work)
+    VirtualWorld(8, timeout=PATIENCE_S).run(work)
     for rank in range(8):
         assert peaks[rank] == cost.buffers(plan.rank(rank)).kv
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from .processes import ROOT
+from .processes import PATIENCE_S, ROOT
 
 
 def cases():
@@ -37,7 +37,7 @@ def test_rehearsal(tmp_path):
         [sys.executable, ROOT / "benchmarks/gpu_suite.py", "--rehearse", "--to", tmp_path],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")

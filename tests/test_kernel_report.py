@@ -15,7 +15,7 @@ from ringattn.kernels.report import Case, Report
 from ringattn.cli import main
 from ringattn.cli.kernels import _facts
 
-from .processes import ROOT
+from .processes import PATIENCE_S, ROOT
 
 COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 PASSES = {"forward", "backward_keys", "backward_queries"}
@@ -28,7 +28,7 @@ def kernels(*arguments):
         capture_output=True,
         text=True,
         env=COMPILED,
-        timeout=400,
+        timeout=PATIENCE_S,
     )
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
@@ -89,7 +89,7 @@ for dtype in (torch.bfloat16, torch.float32):
             if target.backend == "cuda":
                 assert report._read(kernel)[1] == 0, (dtype, dim, target)
 """
-    subprocess.run([sys.executable, "-c", script], env=COMPILED, check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", script], env=COMPILED, check=True, timeout=PATIENCE_S)
 
 
 GOOD = Report(

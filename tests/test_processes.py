@@ -4,12 +4,11 @@ import json
 import os
 import re
 import signal
-import time
 from itertools import pairwise
 
 import pytest
 
-from .processes import ROOT, TINY, Launch, launch, metrics, train
+from .processes import ROOT, TINY, Launch, launch, metrics, train, wait_until
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -178,16 +177,6 @@ def _job(run_dir, text, *more):
     return [*TINY, text, f"run_dir={run_dir}", "parallel.cp=2", "train.steps=60", *more]
 
 
-def _wait_for(path, condition, job, limit=90):
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
-        if path.exists() and condition(path):
-            return
-        assert job.process.poll() is None, job.finish(10)[1]
-        time.sleep(0.02)
-    raise AssertionError(f"nothing in {path} after {limit} s")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, text):
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -208,7 +197,8 @@ def test_a_signal_saves_and_exits_zero_and_resume_changes_nothing(
 ):
     run_dir = tmp_path / "run"
     with Launch(2, ROOT / "train.py", *_job(run_dir, text)) as job:
-        _wait_for(run_dir / "metrics.jsonl", lambda p: len(p.read_text().splitlines()) > 4, job)
+        file = run_dir / "metrics.jsonl"
+        wait_until(lambda: file.exists() and file.read_text().count("\n") > 4, job.process)
         os.kill(job.workers()[1], number)
         status, output = job.finish()
     assert status == 0 and "stopped on request" in output, output
@@ -220,7 +210,7 @@ def test_sigkill_of_one_rank_and_resume(tmp_path, text, undisturbed):
     run_dir = tmp_path / "run"
     keys = ("checkpoint.every=3", "engine.zero_stage=1")
     with Launch(2, ROOT / "train.py", *_job(run_dir, text, *keys)) as job:
-        _wait_for(run_dir / "checkpoints/step_6/ringattn.json", lambda p: True, job)
+        wait_until((run_dir / "checkpoints/step_6/ringattn.json").exists, job.process)
         os.kill(job.workers()[0], signal.SIGKILL)
         assert job.finish()[0] != 0
     assert _resumed(run_dir, text, *keys) == undisturbed

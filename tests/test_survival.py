@@ -13,27 +13,19 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from .processes import ROOT, TINY, Launch, launch, metrics, train
+from .processes import PATIENCE_S, ROOT, TINY, Launch, launch, metrics, train, wait_until
 
 
 def job(run_dir, text, *more):
     return [*TINY, text, f"run_dir={run_dir}", "parallel.cp=2", *more]
 
 
-def wait_for(condition, running, limit=90):
-    until = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < until, "nothing happened"
-        assert running.process.poll() is None, running.finish(10)[1]
-        time.sleep(0.02)
-
-
 def test_kills_under_max_restarts_change_nothing():
     """benchmarks/restarts.py does it 20 times; the run without a directory of its own finds it."""
     run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/restarts.py", "--kills", "2", "--limit", "100",
-         "train.steps=60"],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, ROOT / "benchmarks/restarts.py", "--kills", "2",
+         "--limit", str(PATIENCE_S / 2), "train.steps=60"],
+        capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout)
@@ -46,7 +38,9 @@ def test_a_restart_finds_the_run_directory_that_was_not_named(tmp_path, text, mo
     keys = [key for key in job("x", text, "train.steps=40", "checkpoint.every=2")
             if not key.startswith("run_dir")]  # fmt: skip
     with Launch(2, ROOT / "train.py", *keys, restarts=1) as running:
-        wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step_4/ringattn.json")), running)
+        wait_until(
+            lambda: list(tmp_path.glob("runs/*/checkpoints/step_4/ringattn.json")), running.process
+        )
         os.kill(running.workers()[0], signal.SIGKILL)
         status, output = running.finish()
     assert status == 0 and "resumed" in output, output
@@ -63,12 +57,13 @@ def test_a_stopped_rank_is_named_with_its_step(tmp_path, text):
     run_dir = tmp_path / "run"
     keys = ("train.steps=100000", "parallel.timeout_s=8")
     with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
-        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir), running)
+        file = run_dir / "metrics.jsonl"
+        wait_until(lambda: file.exists() and file.read_text(), running.process)
         time.sleep(2.5)  # beats say where a rank is once a second
         waiting, stopped = running.workers()
         os.kill(stopped, signal.SIGSTOP)
         # torchrun would give it half a minute to end.
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while waiting in running.workers() and time.monotonic() < until:
             time.sleep(0.05)
         os.kill(stopped, signal.SIGCONT)
@@ -114,7 +109,7 @@ def test_a_full_disk_ends_with_a_line_and_the_earlier_checkpoint(tmp_path, text)
     keys = ("checkpoint.every=1", "train.steps=100000", "checkpoint.keep=null")
     with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
         first = run_dir / "checkpoints/step_1/ringattn.json"
-        wait_for(first.exists, running)
+        wait_until(first.exists, running.process)
         # No file may grow beyond 20 kB: what a full disk does to a checkpoint.
         resource.prlimit(running.workers()[1], resource.RLIMIT_FSIZE, (20_000, 20_000))
         status, output = running.finish()
@@ -132,7 +127,7 @@ def test_a_vanished_run_directory_ends_with_a_line(tmp_path, text):
     run_dir = tmp_path / "run"
     keys = ("checkpoint.every=1", "train.steps=100000")
     with Launch(2, ROOT / "train.py", *job(run_dir, text, *keys)) as running:
-        wait_for((run_dir / "checkpoints/step_2/ringattn.json").exists, running)
+        wait_until((run_dir / "checkpoints/step_2/ringattn.json").exists, running.process)
         run_dir.rename(tmp_path / "away")
         status, output = running.finish()
     lines = [line for line in output.splitlines() if line.startswith("train.py:")]

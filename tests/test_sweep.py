@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from ringattn.report.read import find
 
-from .processes import ROOT, TINY, launch, metrics, train
+from .processes import PATIENCE_S, ROOT, TINY, launch, metrics, train, wait_until
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 SWEEP = [*TINY, "seq_len=64", "train.steps=3", "checkpoint.every=null", "attention=causal",
@@ -29,9 +28,9 @@ def sweep(folder, text, *keys, **options):
     )  # fmt: skip
 
 
-def finish(job, timeout=150):
+def finish(job):
     try:
-        output, _ = job.communicate(timeout=timeout)
+        output, _ = job.communicate(timeout=PATIENCE_S)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
@@ -86,10 +85,7 @@ def test_ctrl_c_leaves_nothing_behind_and_the_rest_is_done_later(text, tmp_path)
     keys = ["train.steps=3,2000"]
     job = sweep(folder, text, *keys)
     second = folder / "train.steps-2000" / "metrics.jsonl"
-    until = time.monotonic() + 100
-    while not (second.exists() and second.read_text().count("\n") > 2):
-        assert job.poll() is None and time.monotonic() < until
-        time.sleep(0.2)
+    wait_until(lambda: second.exists() and second.read_text().count("\n") > 2, job)
     assert alive(folder)
     status, output = finish(sweep(folder, text, *keys))
     assert status == 2 and "another sweep is at work" in output

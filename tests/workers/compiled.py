@@ -8,7 +8,7 @@ import torch.distributed as dist
 import ringattn as ra
 from ringattn.execution.carriers import end_distributed
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(seconds=300))
 rank, world = dist.get_rank(), dist.get_world_size()
 group = dist.new_group(list(range(world)))
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import ringattn as ra
 from ringattn import cost
 from ringattn.execution.carriers import Counted, ProcessRank, connect, end_distributed
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(seconds=300))
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.set_num_threads(1)
 worst = 0.0
