@@ -59,9 +59,9 @@ class Launch:
                 self.process.wait()
         self.process.stdout.close()
 
-    def finish(self, timeout: float = PATIENCE_S) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """(exit status, everything printed)."""
-        output, _ = self.process.communicate(timeout=timeout)
+        output, _ = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, output
 
     def workers(self) -> list[int]:
@@ -74,7 +74,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> No
     """Returns once the condition holds, which ``process`` is to bring about."""
     end = time.monotonic() + PATIENCE_S
     while not condition():
-        assert process.poll() is None, f"ended before: {process.communicate()[0]}"
+        assert process.poll() is None, f"ended before: {process.communicate(timeout=10)[0]}"
         assert time.monotonic() < end, f"{condition} did not come"
         time.sleep(0.02)
 
@@ -95,7 +95,7 @@ def _zygote() -> subprocess.Popen:
     return zygote
 
 
-def launch(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tuple[int, str]:
+def launch(world: int, *command: str | Path) -> tuple[int, str]:
     """Runs a script, or "-m" and a module, on forked ranks: (exit status, everything printed)."""
     with tempfile.NamedTemporaryFile("r", errors="replace") as out:
         job = {
@@ -103,7 +103,7 @@ def launch(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tup
             "world": world,
             "environment": _environment(),
             "out": out.name,
-            "seconds": timeout,
+            "seconds": PATIENCE_S,
         }
         zygote = _zygote()
         zygote.stdin.write(json.dumps(job) + "\n")
@@ -112,14 +112,14 @@ def launch(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tup
         return json.loads(answer)["status"], out.read()
 
 
-def torchrun(world: int, *command: str | Path, timeout: float = PATIENCE_S) -> tuple[int, str]:
+def torchrun(world: int, *command: str | Path) -> tuple[int, str]:
     """The same by torchrun, as users start it."""
     with Launch(world, *command) as job:
-        return job.finish(timeout)
+        return job.finish()
 
 
-def train(world: int, *arguments: str, timeout: float = PATIENCE_S) -> tuple[int, str]:
-    return launch(world, ROOT / "train.py", *arguments, timeout=timeout)
+def train(world: int, *arguments: str) -> tuple[int, str]:
+    return launch(world, ROOT / "train.py", *arguments)
 
 
 def metrics(run_dir: Path) -> list[dict]:

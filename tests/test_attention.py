@@ -17,7 +17,6 @@ from ringattn.planning import schedules
 
 from . import oracle
 from .cases import KINDS, masks, plans
-from .processes import PATIENCE_S
 
 INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compiled for a GPU here: see test_triton.py"
@@ -47,7 +46,7 @@ def distributed(q, k, v, dout, plan, kernel="auto", scale=None, carrier=lambda r
         out = ra.ring_attention(*own, plan, group=carrier(rank), kernel=kernel, scale=scale)
         return out.detach(), *torch.autograd.grad(out, own, plan.layout.shard(dout, rank.rank))
 
-    results = zip(*VirtualWorld(plan.world, timeout=PATIENCE_S).run(work), strict=True)
+    results = zip(*VirtualWorld(plan.world).run(work), strict=True)
     return [
         layout.unshard(parts)
         for layout, parts in zip((plan.layout, *layouts), results, strict=True)
@@ -166,7 +165,7 @@ def test_blocks_live_no_longer_than_the_plan_says(schedule, monkeypatch):
             own = (plan.layout.shard(x, rank.rank) for x in (q, k, v))
             return ra.ring_attention(*own, plan, group=Watching(rank))
 
-    VirtualWorld(8, timeout=PATIENCE_S).run(work)
+    VirtualWorld(8).run(work)
     for rank in range(8):
         assert peaks[rank] == cost.buffers(plan.rank(rank)).kv
 
@@ -509,3 +508,21 @@ def test_unknown_kernel_and_wrong_world():
         ra.ring_attention(q, k, v, plan, kernel="cudnn")
     with pytest.raises(ValueError, match="plan is for 2 ranks"):
         ra.ring_attention(q, k, v, ra.make_plan(ra.masks.causal(16), ra.layouts.zigzag(16, 2)))
+
+
+@pytest.mark.parametrize("own", [None, ValueError("mine")])
+def test_a_rank_that_ends_without_taking_part_ends_its_peers(own):
+    """At once, with the step and the peer; and what it raised itself is what is told."""
+    plan = ra.make_plan(ra.masks.causal(10), ra.layouts.zigzag(10, 3))
+    q, k, v, _ = inputs(10)
+
+    def work(rank):
+        if rank.rank == 1:
+            if own:
+                raise own
+            return
+        ra.ring_attention(*(plan.layout.shard(x, rank.rank) for x in (q, k, v)), plan, group=rank)
+
+    message = "mine" if own else "exchange of K/V, step 0 failed: from rank 1.*: rank 1 has ended"
+    with pytest.raises(type(own) if own else ConnectionError, match=message):
+        VirtualWorld(3, timeout=60).run(work)

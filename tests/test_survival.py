@@ -63,9 +63,7 @@ def test_a_stopped_rank_is_named_with_its_step(tmp_path, text):
         waiting, stopped = running.workers()
         os.kill(stopped, signal.SIGSTOP)
         # torchrun would give it half a minute to end.
-        until = time.monotonic() + PATIENCE_S
-        while waiting in running.workers() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_until(lambda: waiting not in running.workers(), running.process)
         os.kill(stopped, signal.SIGCONT)
         status, output = running.finish()
     said = [line for line in output.splitlines() if "has not been heard of" in line]

@@ -136,29 +136,43 @@ def _describe(label: str, sends: Sequence[Message], recvs: Sequence[Message]) ->
     return f"the exchange of {label} failed: {', '.join(moves)}"
 
 
-class VirtualWorld:
-    """``world`` ranks as threads of this process, exchanging through queues."""
+_ENDED = None  # what a rank leaves in its peers' boxes when it is done, well or not
 
-    def __init__(self, world: int, timeout: float = 60.0) -> None:
+
+class VirtualWorld:
+    """``world`` ranks as threads of this process, exchanging through queues. ``timeout``: seconds
+    that a rank waits for another that is still at work."""
+
+    boxes: dict[tuple[int, int], queue.SimpleQueue]  # from, to: of one run
+
+    def __init__(self, world: int, timeout: float = 600.0) -> None:
         self.world, self.timeout = world, timeout
-        self.boxes = {(a, b): queue.SimpleQueue() for a in range(world) for b in range(world)}
 
     def run(self, work: Callable[[VirtualRank], Any]) -> list[Any]:
-        """``work(rank)`` for every rank at once; the results in rank order."""
+        """``work(rank)`` for every rank at once; the results in rank order. Raises what was
+        raised first: a rank's own error; ConnectionError if one waits for another that has ended;
+        TimeoutError if they wait for each other."""
+        each = range(self.world)
+        self.boxes = {(a, b): queue.SimpleQueue() for a in each for b in each}
+        errors: list[BaseException] = []  # as they come: the first is the cause of the others
 
         def one(rank: int) -> Any:
-            # Or all backwards on one GPU would share one thread of autograd, where a rank that
-            # waits for another would keep that one from running.
-            with torch.autograd.set_multithreading_enabled(False):
-                return work(VirtualRank(self, rank))
+            try:
+                # Or all backwards on one GPU would share one thread of autograd, where a rank that
+                # waits for another would keep that one from running.
+                with torch.autograd.set_multithreading_enabled(False):
+                    return work(VirtualRank(self, rank))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                for peer in each:
+                    self.boxes[rank, peer].put(_ENDED)
 
         with ThreadPoolExecutor(self.world) as pool:
-            jobs = [pool.submit(one, rank) for rank in range(self.world)]
-            errors = [error for job in jobs if (error := job.exception())]
-            # A rank that failed first makes its peers time out: report the cause, not the echo.
-            for error in sorted(errors, key=lambda error: isinstance(error, TimeoutError)):
-                raise error
-            return [job.result() for job in jobs]
+            results = list(pool.map(one, each))
+        if errors:
+            raise errors[0]
+        return results
 
 
 @dataclass
@@ -186,9 +200,13 @@ class _VirtualPending:
         for buffer, peer in self.recvs:
             try:
                 box = self.at.home.boxes[peer, self.at.rank]
-                buffer.copy_(box.get(timeout=self.at.home.timeout))
+                message = box.get(timeout=self.at.home.timeout)
             except queue.Empty:
                 raise TimeoutError(_describe(self.label, [], [(buffer, peer)])) from None
+            if message is _ENDED:
+                said = _describe(self.label, [], [(buffer, peer)])
+                raise ConnectionError(f"{said}: rank {peer} has ended")
+            buffer.copy_(message)
 
 
 class Counted:

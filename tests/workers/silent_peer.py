@@ -8,7 +8,7 @@ import torch.distributed as dist
 import ringattn as ra
 from ringattn.execution.carriers import end_distributed
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+dist.init_process_group("gloo", timeout=timedelta(seconds=300))
 ring = dist.new_group(timeout=timedelta(seconds=1))
 if dist.get_rank() == 0:
     plan = ra.make_plan(ra.masks.causal(10), ra.layouts.zigzag(10, 2))
