@@ -22,7 +22,7 @@ from .cases import masks, plans
 from .test_attention import distributed, inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LIMIT = {torch.float32: 1e-5, torch.float16: 3e-3}
+LIMIT = {torch.float32: 1e-5, torch.float16: 1.5e-3}  # of gap, and of oracle.half_error
 
 
 def bands_of(mask):
@@ -60,8 +60,10 @@ def gap(got, want):
 def checked(mask, tensors, steps=None, **ends):
     """The error against float64, over its limit."""
     got = one_rank(*tensors, steps or [bands_of(mask)], **ends)
-    want = oracle.attention(*tensors[:3], mask.to_dense(), tensors[3], **ends)
-    return gap(got, want) / LIMIT[tensors[0].dtype]
+    asked = (*tensors[:3], mask.to_dense(), tensors[3])
+    want, dtype = oracle.attention(*asked, **ends), tensors[0].dtype
+    half = dtype == torch.float16
+    return (oracle.half_error(got, want, *asked, **ends) if half else gap(got, want)) / LIMIT[dtype]
 
 
 # --- work lists ---
@@ -167,6 +169,15 @@ def test_random_bands_heads_and_steps(data):
     batch = data.draw(st.integers(1, 2))
     tensors = inputs(mask.n_q, kv_heads * group, kv_heads, dim, dim_v, batch, dtype, n_k=mask.n_k)
     assert checked(mask, tensors, steps) <= 1
+
+
+def test_a_gradient_that_all_but_cancels_is_not_held_against_half_precision():
+    """dq is off by what rounding out does: 0.4 % of dq, and far less of what it is summed from."""
+    mask = ra.masks.from_slices([((16, 37), (0, 2), None, None)], 37, 37)
+    tensors = inputs(37, 2, 1, 1, 1, 2, torch.float16)
+    want = oracle.attention(*tensors[:3], mask.to_dense(), tensors[3])
+    assert oracle.error(one_rank(*tensors, [bands_of(mask)])[1], want[1]) > 3e-3
+    assert checked(mask, tensors) <= 1
 
 
 @pytest.mark.parametrize("dtype", list(LIMIT))
@@ -317,8 +328,9 @@ def test_offsets_past_two_to_the_31_elements(step):
     prepared = triton.prepare(dout, out, lse)
     triton.backward(dout, q, k, v, prepared, bands, *grads, scores, False, False)
     grads[0] *= scores.sm_scale
-    want = oracle.attention(*tensors[:3], ra.masks.causal(n).to_dense(), tensors[3])
-    assert gap([x.cpu() for x in (out, *grads)], want) <= LIMIT[torch.float16]
+    asked = (*tensors[:3], ra.masks.causal(n).to_dense(), tensors[3])
+    got = [x.cpu() for x in (out, *grads)]
+    assert oracle.half_error(got, oracle.attention(*asked), *asked) <= LIMIT[torch.float16]
 
 
 def test_no_work_is_no_launch():
