@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -99,6 +100,28 @@ def make_plan(
         hardware = hardware or presets.usual()
         return _cheapest(mask, layout, key_layout, node_size, shape, degrees, hardware)
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
+
+
+def make_plans(masks: Mapping[str, Mask], layout: Layout, **as_make_plan: Any) -> dict[str, Plan]:
+    """One plan for each kind of layer, by name, all on one layout: {kind: plan} of {kind: mask}.
+
+    Arguments as of :func:`make_plan`; a schedule of "auto" is chosen for each. A layout for them:
+    ``layouts.balanced([masks[kind] for kind in layers], world)`` balances the sum over layers.
+
+    >>> masks = {"local": ringattn.masks.sliding_window(n, 512), "global": ringattn.masks.causal(n)}
+    >>> plans = ringattn.make_plans(masks, ringattn.layouts.zigzag(n, 8))
+
+    Raises ValueError as make_plan does, with the kind; and if there is no mask.
+    """
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(f"make_plans needs {{kind: mask}}, got {masks!r}")
+    plans = {}
+    for kind, mask in masks.items():
+        try:
+            plans[kind] = make_plan(mask, layout, **as_make_plan)
+        except ValueError as error:
+            raise ValueError(f"{kind}: {error}") from None
+    return plans
 
 
 @lru_cache(maxsize=32)

@@ -15,7 +15,7 @@ from ringattn.planning.prove import check
 from ringattn.planning.runs import Run, floor_sum
 from ringattn.planning.slices import Slice
 
-from .cases import masks, plans
+from .cases import KINDS, masks, plans
 
 runs = st.builds(Run, st.integers(-5, 25), st.integers(-5, 40), st.integers(1, 6))
 
@@ -516,3 +516,52 @@ def test_many_documents_and_long_runs_are_quick_to_combine():
     assert calls < 10_000
     # Even queries never meet odd keys at distance 0, and it takes no walk to know.
     assert not Slice.make(Run(0, 2**40, 2), Run(1, 2**40, 2), 0, 0)
+
+
+@given(st.data())
+def test_pieces_are_what_no_pair_joins(data):
+    """Of packed documents their lengths, of any mask the finest cut of the sequence."""
+    mask = data.draw(masks(kinds=[kind for kind in KINDS if kind != "unequal"]))
+    dense = mask.to_dense()
+    cuts = [
+        at for at in range(mask.n_q + 1) if not (dense[:at, at:].any() or dense[at:, :at].any())
+    ]
+    # A cut inside the hull of one slice, which only a run with a step has, is not looked for.
+    assert set(np.cumsum([0, *mask.pieces])) <= set(cuts) | {0}
+    assert sum(mask.pieces) == mask.n_q and all(mask.pieces)
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1))
+    assert ra.masks.documents(lengths).pieces == lengths
+
+
+def test_a_layout_balanced_for_the_layers_of_a_model():
+    """Near-equal sums over layers, where balancing one kind leaves another uneven."""
+    n, world = 4096, 4
+    local = ra.masks.block_local(n, 2048) & ra.masks.from_slices(
+        [((0, 2048), (0, n), None, 0)], n, n
+    )
+    layers = [local] * 5 + [ra.masks.causal(n)]
+    work = {}
+    for name, balanced_for in (("layers", layers), ("causal", layers[-1])):
+        layout = ra.layouts.balanced(balanced_for, world)
+        each = ra.make_plans(dict(enumerate(layers)), layout).values()
+        sums = [sum(plan.area(rank) for plan in each) for rank in range(world)]
+        work[name] = max(sums) * world / sum(sums)
+    assert work["layers"] < 1.02 < 1.2 < work["causal"]
+    assert ra.layouts.build("zigzag", layers, world) == ra.layouts.zigzag(n, world)
+
+
+def test_plans_of_kinds_share_a_layout_and_errors_name_the_kind():
+    n = 64
+    kinds = {"local": ra.masks.sliding_window(n, 8), "global": ra.masks.causal(n)}
+    layout = ra.layouts.zigzag(n, 4)
+    each = ra.make_plans(kinds, layout, schedule="direct", ulysses=2)
+    assert list(each) == list(kinds)
+    assert all(plan.mask is kinds[kind] and plan.layout is layout for kind, plan in each.items())
+    assert each["local"] is ra.make_plan(kinds["local"], layout, "direct", ulysses=2)
+    with pytest.raises(ValueError, match="global: the mask has 65"):
+        ra.make_plans(kinds | {"global": ra.masks.causal(n + 1)}, layout)
+    for wrong in ({}, ra.masks.causal(n), [ra.masks.causal(n)]):
+        with pytest.raises(ValueError, match="make_plans needs"):
+            ra.make_plans(wrong, layout)
+    with pytest.raises(ValueError, match="equal lengths"):
+        ra.layouts.balanced([ra.masks.causal(8), ra.masks.causal(9)], 2)

@@ -6,7 +6,8 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
@@ -171,8 +172,9 @@ def striped(n: int, world: int) -> Layout:
     return Layout(n, tuple(_joined([Run(r, n, world)]) for r in range(world)), "striped")
 
 
-def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
-    """Equal token counts (to one chunk) and near-equal work for ``mask``.
+def balanced(mask: Mask | Sequence[Mask], world: int, chunk: int | None = None) -> Layout:
+    """Equal token counts (to one chunk) and near-equal work for ``mask``; for a list of masks, one
+    for each layer, near-equal sums of their work.
 
     The queries are cut into chunks of ``chunk`` tokens, the last one shorter. Heavy chunks go
     first, each to the rank with the least work that still has room; then chunks are exchanged
@@ -183,35 +185,46 @@ def balanced(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     Queries only: for unequal lengths give the keys a layout of their own. Raises ValueError for
     a chunk below 1.
     """
-    if not isinstance(mask, Mask):
-        raise ValueError(f"balanced needs a mask, then the world; got {mask!r}")
-    n = mask.n_q
+    layers = Counter(mask if isinstance(mask, Sequence) else [mask])
+    if not layers or not all(isinstance(each, Mask) for each in layers):
+        raise ValueError(f"balanced needs a mask or a list of masks, then the world; got {mask!r}")
+    n = _queries(layers)
     _checked(n, world)
     if chunk is not None:
         integer("chunk", chunk, 1)
-    table = Table(mask.slices)
+    tables = [(Table(each.slices), count) for each, count in layers.items()]
     if chunk is not None:
-        return _dealt(table, [*range(0, n, chunk), n], world)[0]
-    best, least = _dealt(table, _cuts(n, world), world)
+        return _dealt(tables, [*range(0, n, chunk), n], world)[0]
+    best, least = _dealt(tables, _cuts(n, world), world)
     for per_rank in (2, 4, 8, 16, 32):
         # Chunks differ by a token; as many of them as tokens in one would add up to a chunk.
         if least <= 1 + _TOLERANCE or per_rank * per_rank * world > n:
             break
-        layout, imbalance = _dealt(table, _cuts(n, per_rank * world), world)
+        layout, imbalance = _dealt(tables, _cuts(n, per_rank * world), world)
         if imbalance < least:
             best, least = layout, imbalance
     return best
 
 
-def _dealt(table: Table, cuts: list[int], world: int) -> tuple[Layout, float]:
-    """(layout, largest work over the mean) for the chunks between the cuts."""
+def _queries(masks: Iterable[Mask]) -> int:
+    """The number of queries that the masks share."""
+    sizes = {mask.n_q for mask in masks}
+    if len(sizes) > 1:
+        raise ValueError(f"masks of one layout need equal lengths, got {sorted(sizes)}")
+    return sizes.pop()
+
+
+def _dealt(tables: list[tuple[Table, int]], cuts: list[int], world: int) -> tuple[Layout, float]:
+    """(layout, largest work over the mean) for the chunks between the cuts; each table counts so
+    often."""
     edges = np.array(cuts, np.int64)
     chunks = len(cuts) - 1
     filled = edges[1:] > edges[:-1]
     side = Side(edges[:-1][filled], edges[1:][filled] - 1, np.arange(chunks)[filled], 1)
-    meetings = meet(table, side)
     work = np.zeros(chunks, np.int64)
-    np.add.at(work, meetings.tags, meetings.areas())
+    for table, count in tables:
+        meetings = meet(table, side)
+        np.add.at(work, meetings.tags, count * meetings.areas())
     owner = _assigned(work, world)
     load = np.bincount(owner, work, world)
     runs: list[list[Run]] = [[] for _ in range(world)]
@@ -279,14 +292,17 @@ def _assigned(work: np.ndarray, world: int) -> np.ndarray:
 BUILDERS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 
-def build(name: str, mask: Mask, world: int) -> Layout:
-    """The layout called ``name`` (of :data:`NAMES`) for the queries of ``mask``.
+def build(name: str, mask: Mask | Sequence[Mask], world: int) -> Layout:
+    """The layout called ``name`` (of :data:`NAMES`) for the queries of ``mask``, or of the masks of
+    all layers.
 
     Raises ValueError for an unknown name.
     """
     if name not in NAMES:
         raise ValueError(f"layout={name!r} is unknown; choose one of: {', '.join(NAMES)}")
-    return balanced(mask, world) if name == "balanced" else BUILDERS[name](mask.n_q, world)
+    if name == "balanced":
+        return balanced(mask, world)
+    return BUILDERS[name](_queries([mask] if isinstance(mask, Mask) else mask), world)
 
 
 NAMES = (*BUILDERS, "balanced")

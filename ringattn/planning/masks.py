@@ -52,6 +52,24 @@ class Mask:
         """Number of pairs (the attention FLOPs divided by 4 * heads * head_dim, forward)."""
         return sum(part.area for part in self.slices)
 
+    @cached_property
+    def pieces(self) -> list[int]:
+        """Lengths of the shortest pieces of the sequence between which there are no pairs: of
+        packed documents, their lengths. ValueError if queries and keys are not the same tokens."""
+        if self.n_q != self.n_k:
+            raise ValueError(f"{self.n_q} queries and {self.n_k} keys are not one sequence")
+        spans = sorted(
+            (min(part.q.start, part.k.start), max(part.q.last, part.k.last)) for part in self.slices
+        )
+        lengths, begin, end = [], 0, 0
+        for first, last in (*spans, (self.n_q, self.n_q - 1)):
+            if first >= end:  # nothing before reaches here
+                lengths += [end - begin] if end > begin else []
+                lengths += [1] * (first - end)  # tokens without any pair
+                begin = end = first
+            end = max(end, last + 1)
+        return lengths
+
     def to_dense(self) -> np.ndarray:
         """bool array ``[n_q, n_k]``. For tests and pictures; ValueError beyond 2**28 pairs."""
         if self.n_q * self.n_k > _DENSE_LIMIT:

@@ -1,0 +1,66 @@
+"""What to call a model with on one rank: tokens, positions and labels from the plan's one
+source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ringattn.batches import position_ids, shift_labels
+from ringattn.planning.layouts import Layout
+from ringattn.planning.plan import Plan
+
+
+def local_batch(
+    plans: Plan | Mapping[str, Plan],
+    rank: int,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """What to call the model with on ``rank``, from whole sequences ``[batch, tokens]``.
+
+    ``labels`` (default: the tokens) are as Hugging Face has them, not yet shifted; they are shifted
+    here, before the split, and come as ``shift_labels``. Packed documents are read off the plans'
+    masks: each counts its positions from 0, and its last token has no label. ``lengths`` of them
+    may be given too, and must be the same. For the mean over all tokens of the world give the model
+    ``num_items_in_batch``, as the Trainer does.
+
+    Raises ValueError if ``lengths`` are not those of the masks, or ``input_ids`` of another length.
+    """
+    layout = (plans if isinstance(plans, Plan) else next(iter(plans.values()))).layout
+    documents = lengths_of(plans)
+    if lengths is not None and [int(x) for x in lengths if x] != documents:
+        raise ValueError(
+            f"lengths are of {len(lengths)} documents, {list(lengths)[:8]}, and the plan's mask "
+            f"holds {len(documents)}, {documents[:8]}: make the plan with "
+            f"masks.documents(lengths), or with make_plans(model, masks.documents(lengths), layout)"
+        )
+    if input_ids.shape[1] != layout.n:
+        raise ValueError(f"input_ids have {input_ids.shape[1]} tokens, the plan {layout.n}")
+    own = torch.from_numpy(layout.positions(rank)).to(input_ids.device)
+    shifted = shift_labels(input_ids if labels is None else labels, documents)[:, own]
+    positions = positions_of(layout, rank, documents).to(input_ids.device)
+    return {
+        "input_ids": input_ids[:, own],
+        "position_ids": positions.expand(len(input_ids), -1),
+        "labels": shifted,
+        "shift_labels": shifted,
+    }
+
+
+def lengths_of(plans: Plan | Mapping[str, Plan]) -> list[int]:
+    """Of the documents that no layer looks beyond."""
+    shared = getattr(plans, "shared", None)
+    if shared is None:
+        each = [plans.mask] if isinstance(plans, Plan) else [plan.mask for plan in plans.values()]
+        shared, *others = each
+        for mask in others:
+            shared = shared | mask
+    return shared.pieces
+
+
+def positions_of(layout: Layout, rank: int, lengths: Sequence[int]) -> torch.Tensor:
+    """int64 ``[local tokens]``: where each token stands in its document."""
+    return position_ids(layout, rank, lengths)

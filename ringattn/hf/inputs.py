@@ -1,0 +1,80 @@
+"""What a model may be called with on split sequences: this rank's part of one batch, and no
+more."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from ringattn.execution.carriers import connect
+from ringattn.hf.attention import PADDED, Split
+from ringattn.hf.batch import positions_of
+
+# What has an axis of tokens; nothing else is split with them.
+_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "labels", "shift_labels")
+_CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
+
+
+def check_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name. Raises ValueError for those that the split does not know, and for a
+    cache that holds something."""
+    signature = inspect.signature(model.forward)
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, p in signature.parameters.items():
+        if p.kind is p.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    for name, x in bound.items():
+        if name in _CACHES and x is not None and getattr(x, "get_seq_length", lambda: 1)():
+            raise ValueError(f"{name}: cached decoding over split sequences is not covered")
+        if name not in _INPUTS and isinstance(x, torch.Tensor) and x.dim():
+            raise ValueError(
+                f"{name} {list(x.shape)}: only {', '.join(_INPUTS)} are split with the tokens. "
+                "Packed documents are told by the plan's mask; images and token types are not "
+                "covered"
+            )
+    return bound
+
+
+def check_inputs(split: Split, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for inputs that are not this rank's part of sequences split as planned."""
+    bound = check_names(model, args, kwargs)
+    mask = bound.get("attention_mask")
+    if isinstance(mask, torch.Tensor):
+        if mask.dim() != 2:
+            raise ValueError(
+                "an attention_mask was given; with ringattn the plan's mask is the mask"
+            )
+        if not bool(mask.all()):
+            raise ValueError(PADDED)
+    positions = bound.get("position_ids")
+    alone = split.any.world == 1
+    if positions is None and (not alone or len(split.lengths) > 1):
+        raise ValueError(
+            "position_ids are missing: this rank's tokens do not stand at 0, 1, 2...; "
+            "ringattn.hf.local_batch gives them with the tokens"
+        )
+    world = connect(split.group).world
+    if world != split.any.world:
+        raise ValueError(f"the plan is for {split.any.world} ranks, the group has {world}")
+    want = positions_of(split.any.layout, split.rank, split.lengths)
+    if positions is not None:
+        same = positions.shape[-1] == len(want)
+        if not same or not bool((positions == want.to(positions.device)).all()):
+            raise ValueError(
+                f"position_ids {positions.flatten()[:6].tolist()}... are not those of the plan, "
+                f"whose mask holds {len(split.lengths)} documents with positions from 0: rank "
+                f"{split.rank} has {len(want)} tokens at {want[:6].tolist()}...; "
+                f"ringattn.hf.local_batch gives them"
+            )
+    labels = bound.get("labels")
+    shifts = (
+        getattr(model, "loss_type", None) == "ForCausalLM" or "CausalLM" in type(model).__name__
+    )
+    if labels is not None and not alone and shifts and bound.get("shift_labels") is None:
+        raise ValueError(
+            "labels without shift_labels: the model would shift them on this rank's tokens; "
+            "ringattn.hf.local_batch shifts them on the whole sequence"
+        )
