@@ -21,7 +21,7 @@ from ringattn import cost
 from ringattn.cost.hardware import Curve, KernelSpeed, Link
 from ringattn.cost.model import Setup, step_flops
 from ringattn.cost.presets import load
-from ringattn.cost.step import predict
+from ringattn.cost.step import predict, timeline_of
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
 from ringattn.training.engines import FSDP, DeepSpeed
@@ -140,8 +140,9 @@ def trl():
         cells = []
         for hardware in kinds:
             found = predict(model, setup, plan, hardware)
+            timeline = timeline_of(model, setup, plan, hardware, list(range(gpus)))
             # Their checkpointing computes attention's forward again; ours keeps its result.
-            took = found.seconds + model.layers * found.layer.forward
+            took = found.seconds + model.layers * timeline.forward
             cells.append(f"{took:.3g} ({took / seconds:.2f}; {found.seconds:.3g} our way)")
         memory = "" if gigabytes is None else f"{gigabytes}"
         print(f"| {name} | {n:,} | {gpus} | {seconds} | {' | '.join(cells)} | {memory} | "

@@ -60,7 +60,12 @@ def measure(keys):
         states.fill(engine, states.Fresh(job.model, 0), 0)
         engine.set_lr(1e-3)
         batch = load_batch(
-            run.attention, job.data.train, context, run.parallel.strategy(job.model), [0]
+            run.attention,
+            job.model.layers,
+            job.data.train,
+            context,
+            run.parallel.strategy(job.model),
+            [0],
         )
         calls = []
 
@@ -77,7 +82,7 @@ def measure(keys):
         )
 
         def step():
-            attend = context.attend(batch.plan)
+            attend = context.attend(batch.plans)
             loss, *_ = engine.forward(batch.tokens, batch.positions, attend, batch.labels)
             engine.backward(context.scaled_loss(loss, batch.supervised, 1))
             del loss
@@ -88,7 +93,7 @@ def measure(keys):
         events = record.profiler.kineto_results.events()
         moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         running = np.cumsum([size for _, size in moves])
-        predicted = Forecast(run, 1, batch.plan, None, "cpu").memory
+        predicted = Forecast(run, 1, batch.plans, None, "cpu").memory
         dist.destroy_process_group()
     forward = sum("backward" not in name for name in calls)
     return {

@@ -5,10 +5,12 @@ from typing import Any
 
 from ringattn.make import make_plan, make_plans
 from ringattn.planning import layouts, masks
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 
 __all__ = [
-    "Plan", "hf", "kernels", "layouts", "make_plan", "make_plans", "masks", "ring_attention",
+    "LayerPlans", "Plan", "hf", "kernels", "layouts", "make_plan", "make_plans", "masks",
+    "ring_attention",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ of supervised tokens. Nothing else in the project knows about the split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from ringattn.batches import IGNORED, position_ids, shift_labels
 from ringattn.execution.attention import ring_attention
 from ringattn.planning import masks
+from ringattn.planning.layer_plans import ONE, LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.plan import Plan
 from ringattn.strategy import Strategy
@@ -29,6 +30,7 @@ from ringattn.strategy import Strategy
 __all__ = [
     "IGNORED",
     "Attend",
+    "Attends",
     "Context",
     "Strategy",
     "check_engaged",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attends = Attend | Mapping[str, Attend]  # of all layers, or by kind of layer
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,15 @@ class Context:
     def world(self) -> int:
         return self.cp * self.dp
 
-    def attend(self, plan: Plan, carrier: Any = None) -> Attend:
-        """Attention over the split sequence as a function of local q, k, v: what layers call.
-        ``carrier``: in place of the group, a carrier of :mod:`ringattn.comm` over it."""
+    def attend(self, plans: Plan | LayerPlans, carrier: Any = None) -> Attends:
+        """Attention over the split sequence as a function of local q, k, v: what layers call; of
+        LayerPlans, by kind of layer. ``carrier``: in place of the group, a carrier of
+        :mod:`ringattn.comm` over it."""
         group = self.cp_group if carrier is None else carrier
-        return partial(ring_attention, plan=plan, group=group, kernel=self.kernel)
+        attend = partial(ring_attention, group=group, kernel=self.kernel)
+        if isinstance(plans, Plan):
+            return partial(attend, plan=plans)
+        return {kind: partial(attend, plan=plan) for kind, plan in plans.items()}
 
     def total(self, *values: float) -> list[float]:
         """Sums over all ranks of the world."""
@@ -136,33 +143,42 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def check_engaged(
     context: Context,
     strategy: Strategy,
-    forward: Callable[[torch.Tensor, torch.Tensor, Attend], torch.Tensor],
+    forward: Callable[[torch.Tensor, torch.Tensor, Attends], torch.Tensor],
     vocab_size: int,
+    kinds: Sequence[str] = (ONE,),
 ) -> None:
-    """Proves with the real model and groups that tokens on one rank reach another.
+    """Proves with the real model and groups that tokens on one rank reach another, in the layers of
+    each kind.
 
     ``forward(tokens, positions, attend)`` gives logits. The first token of a short sequence is
-    changed; where every token attends itself and the first, every later logit must move, and where
-    each attends itself only, none may. Two keys a row keep the effect far above rounding, however
-    many ranks there are. Raises RuntimeError on all ranks when the model ignores the plan.
+    changed; where in the layers of one kind every token attends itself and the first, every later
+    logit must move, and where each attends itself only, none may. Two keys a row keep the effect
+    far above rounding, however many ranks there are. Raises RuntimeError on all ranks when the
+    model ignores the plan.
     """
     n = 4 * context.cp
     alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
-    for mask, reaches in ((alone | masks.sinks(n, 1), True), (alone, False)):
-        plan = strategy.plan(mask)
-        own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
+    for kind in (*kinds, None):
+        reaches = kind is not None
+        each = dict.fromkeys(kinds, alone)
+        if reaches:
+            each[kind] = alone | masks.sinks(n, 1)
+        plans = strategy.plans(each, kinds)
+        own = torch.from_numpy(plans.layout.positions(context.cp_rank)).to(context.device)
         logits = []
         for first in (1, 2):
             tokens = torch.arange(n, device=context.device) % vocab_size
             tokens[0] = first
             with torch.no_grad():
-                logits.append(forward(tokens[own][None], own, context.attend(plan)).float())
+                logits.append(forward(tokens[own][None], own, context.attend(plans)).float())
         moved = (logits[0] != logits[1]).any(-1)[0]
         wrong = (moved != reaches) & (own > 0)
         if context.total(float(wrong.sum()))[0]:
             raise RuntimeError(
                 "self-check failed: with "
-                + ("a first token that all attend, it does not reach every later one"
+                + ("a first token that all attend"
+                   + (f" in the layers of kind {kind}" if len(kinds) > 1 else "")
+                   + ", it does not reach every later one"
                    if reaches else "separate documents the first token leaks into later ones")
                 + "; the model does not use the attention it is given"
             )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from ringattn import cost
 from ringattn.cost import AttentionShape, Hardware, presets
 from ringattn.planning import head_split, plan, schedules
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
@@ -102,7 +103,7 @@ def make_plan(
     return _plan(mask, layout, key_layout, schedule, ulysses or 1, node_size or world)
 
 
-def make_plans(masks: Mapping[str, Mask], layout: Layout, **as_make_plan: Any) -> dict[str, Plan]:
+def make_plans(masks: Mapping[str, Mask], layout: Layout, **as_make_plan: Any) -> LayerPlans:
     """One plan for each kind of layer, by name, all on one layout: {kind: plan} of {kind: mask}.
 
     Arguments as of :func:`make_plan`; a schedule of "auto" is chosen for each. A layout for them:
@@ -121,7 +122,7 @@ def make_plans(masks: Mapping[str, Mask], layout: Layout, **as_make_plan: Any) -
             plans[kind] = make_plan(mask, layout, **as_make_plan)
         except ValueError as error:
             raise ValueError(f"{kind}: {error}") from None
-    return plans
+    return LayerPlans(plans)
 
 
 @lru_cache(maxsize=32)

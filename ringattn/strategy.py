@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ringattn.cost import Hardware
 from ringattn.make import make_plan
 from ringattn.planning import layouts
+from ringattn.planning.layer_plans import LayerPlans
+from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
 
@@ -19,6 +22,8 @@ class Strategy:
     cp: int
     layout: str = "zigzag"
     schedule: str = "ring"
+    # Schedule and ulysses by kind of layer, where they have been chosen.
+    by_kind: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     ulysses: int | None = None
     node_size: int | None = None
     heads: int | None = None
@@ -28,11 +33,15 @@ class Strategy:
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of ``mask``; the same on every rank."""
+        layout = layouts.build(self.layout, mask, self.cp)
+        return self._plan(mask, layout, self.schedule, self.ulysses)
+
+    def _plan(self, mask: Mask, layout: Layout, schedule: str, ulysses: int | None) -> Plan:
         return make_plan(
             mask,
-            layouts.build(self.layout, mask, self.cp),
-            self.schedule,
-            self.ulysses,
+            layout,
+            schedule,
+            ulysses,
             node_size=self.node_size,
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -40,6 +49,19 @@ class Strategy:
             hardware=self.hardware,
         )
 
-    def like(self, plan: Plan) -> Strategy:
-        """This strategy with what "auto" chose for ``plan``, so that it is chosen once."""
-        return replace(self, schedule=plan.schedule, ulysses=plan.ulysses)
+    def plans(self, masks: Mapping[str, Mask], layers: Sequence[str]) -> LayerPlans:
+        """The plans of a model whose ``layers`` are of these kinds, on one layout: balanced for the
+        sum over the layers. "auto" chooses for each kind."""
+        layout = layouts.build(self.layout, [masks[kind] for kind in layers], self.cp)
+        usual = (self.schedule, self.ulysses)
+        plans = {
+            kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))
+            for kind, mask in masks.items()
+        }
+        return LayerPlans(plans, layers)
+
+    def like(self, plans: LayerPlans) -> Strategy:
+        """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
+        by_kind = {kind: (plan.schedule, plan.ulysses) for kind, plan in plans.items()}
+        one = plans.heaviest
+        return replace(self, schedule=one.schedule, by_kind=by_kind, ulysses=one.ulysses)

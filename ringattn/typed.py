@@ -86,7 +86,7 @@ def read(kind: type[T], tree: Mapping[str, Any]) -> T:
 
     Raises SettingsError.
     """
-    present = [key for key, _ in values(tree)]
+    present = _present(kind, tree)
     check_keys(kind, present)
     for key in keys(kind, tree):
         if key.name not in present:
@@ -95,6 +95,27 @@ def read(kind: type[T], tree: Mapping[str, Any]) -> T:
         return _adapter(kind).validate_python(tree)
     except ValidationError as error:
         raise SettingsError(_explained(kind, tree, error)) from None
+
+
+def _present(kind: type, tree: Mapping[str, Any]) -> list[str]:
+    """The keys that ``tree`` has; what is inside of a mapping of free names is no key."""
+    free = free_names(kind)
+    names = {
+        key: next((x for x in free if key.startswith(x + ".")), key) for key, _ in values(tree)
+    }
+    return list(dict.fromkeys(names.values()))
+
+
+def free_names(kind: type) -> list[str]:
+    """The keys that are mappings with names of the user's own."""
+    return [key.name for key in keys(kind) if _is_mapping(key.annotation)]
+
+
+def _is_mapping(annotation: Any) -> bool:
+    annotation, _ = _split(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return any(map(_is_mapping, get_args(annotation)))
+    return get_origin(annotation) is dict
 
 
 def defaults(kind: type) -> dict[str, Any]:

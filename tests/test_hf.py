@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out, against transformers on the same weights."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import transformers
 from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import ringattn as ra
 from ringattn.cli import main as cli
 from ringattn.execution.attention import ring_attention
 from ringattn.execution.carriers import VirtualWorld
@@ -17,7 +17,9 @@ from ringattn.models.decoder import Decoder, ModelConfig, shapes
 from ringattn.models.hf_weights import Pretrained
 from ringattn.models.rope import frequencies, rotation
 from ringattn.models.rope_config import RopeConfig
+from ringattn.strategy import Strategy
 from ringattn.training import config
+from ringattn.training.attention import Attention
 from ringattn.typed import SettingsError
 
 from .processes import metrics, train
@@ -43,7 +45,29 @@ MODELS = {
         **SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=0
     ),
     "qwen3-yarn": transformers.Qwen3Config(**SIZES, rope_parameters=YARN),
-}
+    "qwen2-mixed": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES, sliding_window=7, query_pre_attn_scalar=25, attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES, sliding_window=7, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+        },
+    ),
+    "olmo3": transformers.Olmo3Config(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"}, sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "full_attention": YARN | {"rope_theta": 5e5},
+        },
+    ),
+}  # fmt: skip
 
 
 def make(config, folder):
@@ -58,10 +82,11 @@ def make(config, folder):
 
 
 def load(folder):
-    keys, window = hf_config.read(folder)
-    config = ModelConfig(**{**keys, "rope": RopeConfig(**keys["rope"])})
+    keys, layers = hf_config.read(folder)
+    config = ModelConfig(**keys)
     source = Pretrained(folder, shapes(config))
-    model = Decoder(config, None)
+    attention = Attention(**_keys(layers))
+    model = Decoder(config, None, None, attention.layers(config.layers))
     with torch.no_grad():
         for name, p in model.named_parameters():
             half = p.numel() // 2
@@ -70,35 +95,45 @@ def load(folder):
                 for start, count in ((0, half), (half, p.numel() - half))
             ]
             p.copy_(torch.cat(parts).view(p.shape))
-    return model, window
+    return model, attention
 
 
-def split_logits(model, window, tokens, cp):
+def _keys(layers):
+    """What config.load makes of them."""
+    if layers.pattern:
+        return {"kinds": layers.masks, "pattern": layers.pattern, "window": None}
+    return {"window": layers.window}
+
+
+def split_logits(model, attention, tokens, cp):
     n = tokens.shape[1]
-    mask = ra.masks.causal(n) if window is None else ra.masks.sliding_window(n, window)
-    plan = ra.make_plan(mask, ra.layouts.zigzag(n, cp))
+    plans = Strategy(cp).plans(attention.masks([n], n), model.kinds)
 
     def work(rank):
-        own = torch.from_numpy(plan.layout.positions(rank.rank))
+        own = torch.from_numpy(plans.layout.positions(rank.rank))
+        attend = {
+            kind: partial(ring_attention, plan=plan, group=rank) for kind, plan in plans.items()
+        }
         with torch.no_grad():
-            return model(
-                tokens[:, own], own, lambda q, k, v: ring_attention(q, k, v, plan, group=rank)
-            )
+            return model(tokens[:, own], own, attend)
 
-    return plan.layout.unshard(VirtualWorld(cp).run(work), 1)
+    return plans.layout.unshard(VirtualWorld(cp).run(work), 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name, tmp_path):
     theirs = make(MODELS[name], tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours, window = load(tmp_path)
-    assert window == (getattr(MODELS[name], "sliding_window", None) if "window" in name else None)
+    ours, attention = load(tmp_path)
+    window = getattr(MODELS[name], "sliding_window", None) if "window" in name else None
+    assert attention.window == window
+    types = getattr(MODELS[name], "layer_types", None) or ["full_attention"]
+    assert (len(set(types)) > 1) == (attention.kinds is not None)
     tokens = torch.randint(300, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = theirs(tokens).logits
     for cp in (1, 4):
-        got = split_logits(ours, window, tokens, cp)
+        got = split_logits(ours, attention, tokens, cp)
         assert (got - want).abs().max() <= 1e-4 * want.abs().max().clamp(min=1), (name, cp)
 
 
@@ -140,7 +175,7 @@ def test_ntk_is_transformers_dynamic_at_that_length():
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        ({"model_type": "gpt2"}, "'gpt2'; legal: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "'gpt2'; legal: llama, mistral, qwen2, qwen3, gemma2"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
@@ -205,8 +240,8 @@ def test_train_from_hf_export_and_load_again(tmp_path, text):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", attn_implementation="eager", dtype=torch.float32
     ).eval()
-    ours, window = load(tmp_path / "out")
+    ours, attention = load(tmp_path / "out")
     tokens = torch.arange(60)[None]
     with torch.no_grad():
         want = theirs(tokens).logits
-    assert (split_logits(ours, window, tokens, 2) - want).abs().max() < 1e-4 * want.abs().max()
+    assert (split_logits(ours, attention, tokens, 2) - want).abs().max() < 1e-4 * want.abs().max()

@@ -13,7 +13,7 @@ import torch
 from ringattn.cli.request import Key, RequestError, choice, parse
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
-from ringattn.models.rope_config import RopeConfig
+from ringattn.training.attention import Attention
 from ringattn.training.checkpoints import saver, states
 
 
@@ -59,12 +59,14 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if not sound:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
     path, manifest = sound[0]
-    if manifest.attention.get("sinks"):
-        raise ValueError(f"{path}: attention.sinks has no place in a Hugging Face config")
+    attention = Attention(**manifest.attention)
+    kinds = attention.layers(manifest.model["layers"])
+    masks = [attention.texts[kind] for kind in kinds]
+    hf_config.family_of(manifest.model, masks)  # raises before anything is written
     for name, (_, digest) in manifest.files.items():
         if states.digest(path / name) != digest:
             raise ValueError(f"{path / name} has changed since it was written")
-    model = ModelConfig(**{**manifest.model, "rope": RopeConfig(**manifest.model["rope"])})
+    model = ModelConfig(**manifest.model)
     dtype = getattr(torch, values["dtype"])
     draft = out.with_name(out.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
@@ -77,9 +79,7 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
                 yield name, saved.read("weight", name, shape, 0, count).view(shape).to(dtype)
 
         size = hf_weights.save(draft, weights(), int(values["shard_gb"] * 1e9))
-    hf_config.write(
-        draft, manifest.model, manifest.attention.get("window"), manifest.seq_len, values["dtype"]
-    )
+    hf_config.write(draft, manifest.model, masks, kinds, manifest.seq_len, values["dtype"])
     if values["tokenizer"]:
         _special_tokens(Path(values["tokenizer"]), draft / "config.json")
     for file in tokenizer:

@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 
 from ringattn import cost
-from ringattn.cost.step import Prediction, layer_of
+from ringattn.cost.step import Prediction, timeline_of
 
 _RANKS = 16  # that a trace shows at most
 _TRACKS = {"compute": 1, "exchange": 2, "gradients": 3, "wait": 4}
 
 
 def write(best: Prediction, path: Path) -> None:
-    """One process per rank: the parts of its step, and the steps of one layer's plan, forward and
-    backward, on tracks of their own. Times are microseconds."""
-    setup, hardware, plan = best.setup, best.hardware, best.plan
+    """One process per rank: the parts of its step, and the steps of one layer's plan (of the kind
+    with most pairs), forward and backward, on tracks of their own. Times are microseconds."""
+    setup, hardware, plan = best.setup, best.hardware, best.plans.heaviest
     ranks = list(range(setup.cp)) if setup.cp <= _RANKS else cost.sample(plan)
-    line = layer_of(best.model, setup, plan, hardware, ranks, spans=True).timeline
+    line = timeline_of(best.model, setup, plan, hardware, ranks, spans=True)
     events = []
     for rank in ranks:
         events.append(_name("process_name", rank, 0, f"rank {rank}"))

@@ -21,6 +21,9 @@ class Sizes(Protocol):
     tied: bool
 
     @property
+    def block_norms(self) -> int: ...
+
+    @property
     def parameters(self) -> int: ...
 
     @property
@@ -111,9 +114,9 @@ class Setup:
         return self.engine.traffic(model.parameters, self.wide, self.world, self.cp)
 
 
-def step_flops(model: Sizes, tokens: int, area: int) -> int:
-    """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs: what
-    MFU counts.
+def step_flops(model: Sizes, tokens: int, area: float) -> float:
+    """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs in a
+    layer, on the mean: what MFU counts.
 
     6 per matmul parameter and token; 12 * area * heads * head_dim per layer for attention
     (two products forward, four backward). Recomputed work does not count.
@@ -156,7 +159,8 @@ def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
     rotation, residuals, activations, the loss. Counted by operator as the decoder calls them, each
     reading and writing all its elements once; the backward twice the forward's."""
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    block = (10 * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
+    width = 6 + 2 * model.block_norms
+    block = (width * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
     passes = 4 if setup.memory.checkpoint else 3
     outside = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
     return float(tokens) * (passes * model.layers * block + outside)
@@ -254,5 +258,6 @@ def block_kept(
     result = q * wide + 4 * model.heads
     if checkpoint:
         return model.dim * wide + result
-    ffn = model.dim if tiled else norm * model.dim + 4 * model.ffn_dim
-    return (norm * model.dim + q + 2 * kv + ffn) * wide + result
+    each = norm * model.dim * model.block_norms // 2  # of attention's and of the feed-forward's
+    ffn = model.dim if tiled else each + 4 * model.ffn_dim
+    return (each + q + 2 * kv + ffn) * wide + result

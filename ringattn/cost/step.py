@@ -25,12 +25,13 @@ from ringattn.cost.model import (
     step_flops,
 )
 from ringattn.cost.timeline import Timeline
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one optimizer step whose micro-batches have ``plan``. ``parts``: seconds of the slowest
+    """Of one optimizer step whose micro-batches have ``plans``. ``parts``: seconds of the slowest
     rank; ``tokens``: of the whole step, all ranks."""
 
     model: Sizes
@@ -38,9 +39,8 @@ class Prediction:
     hardware: Hardware
     tokens: int
     parts: dict[str, float]
-    layer: Timeline
     memory: Footprint
-    plan: Plan
+    plans: LayerPlans
 
     @cached_property
     def seconds(self) -> float:
@@ -60,7 +60,7 @@ class Prediction:
         """Model FLOPs of the step: see :func:`ringattn.cost.model.step_flops`."""
         setup = self.setup
         groups = setup.grad_accum * setup.world // setup.cp
-        return step_flops(self.model, self.tokens, self.plan.mask.area * groups)
+        return step_flops(self.model, self.tokens, self.plans.area * groups)
 
     @property
     def mfu(self) -> float:
@@ -91,20 +91,29 @@ class Prediction:
     @cached_property
     def executed(self) -> dict[str, float]:
         """FLOPs that the rank with most pairs executes, by part."""
-        tokens = max(self.plan.layout.count(rank) for rank in self.plan.layout.ranks)
+        plans = self.plans
+        tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
         parts = product_flops(self.model, self.setup, tokens)
-        pairs = float(self.plan.partition.pairs_per_rank.max()) / self.plan.ulysses
-        parts["attention"] = self.model.layers * pairs * self._shape.pair_flops() * (1 + BACKWARD)
+        pairs = sum(
+            count * float(plans[kind].partition.pairs_per_rank.max()) / plans[kind].ulysses
+            for kind, count in plans.counts.items()
+        )
+        parts["attention"] = pairs * self._shape.pair_flops() * (1 + BACKWARD)
         return {name: flops * self.setup.grad_accum for name, flops in parts.items()}
 
     @cached_property
     def received(self) -> dict[str, float]:
         """Bytes that a rank receives, by collective; of attention's, the last sampled rank."""
         traffic, accum = self.setup.traffic(self.model), self.setup.grad_accum
-        layer = cost.received(self.plan, cost.sample(self.plan)[-1], self._shape)
+        forward = backward = 0
+        for kind, count in self.plans.counts.items():
+            plan = self.plans[kind]
+            layer = cost.received(plan, cost.sample(plan)[-1], self._shape)
+            forward += count * layer.forward
+            backward += count * layer.backward
         return {
-            "attention forward": float(layer.forward * self.model.layers * accum),
-            "attention backward": float(layer.backward * self.model.layers * accum),
+            "attention forward": float(forward * accum),
+            "attention backward": float(backward * accum),
             "weights gathered": traffic.gathered * accum,
             "gradients reduced": traffic.reduced * accum,
             "at the step's end": traffic.at_step,
@@ -144,56 +153,69 @@ def gib(count: float) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer on a rank: in time, and the rows that it holds. ``tokens`` of the rank;
+    """One attention layer on a rank, on the mean over the layers: seconds of its kernels, and those
+    that its exchanges leave exposed; and the rows that one holds at most. ``tokens`` of the rank;
     ``kv_rows`` and ``grad_rows`` as in :class:`ringattn.cost.Buffers`."""
 
-    timeline: Timeline
+    compute: float
+    exposed: float
     tokens: int
     kv_rows: int
     grad_rows: int
 
 
 def layer_of(
-    model: Sizes, setup: Setup, plan: Plan, hardware: Hardware, ranks: list[int], **options: Any
+    model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardware, ranks: list[int]
 ) -> Layer:
-    """The attention layer of the model, of the slowest and the largest of ``ranks``: see
-    :func:`ringattn.cost.simulate`, which takes the ``options``."""
+    """The attention layer of the model, of the slowest and the largest of ``ranks``."""
+    compute = exposed = 0.0
+    held = []
+    for kind, count in plans.counts.items():
+        line = timeline_of(model, setup, plans[kind], hardware, ranks)
+        compute += count / len(plans.layers) * line.compute
+        exposed += count / len(plans.layers) * line.exposed
+        held += [cost.buffers(plans[kind].rank(rank)) for rank in ranks]
+    tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
+    return Layer(compute, exposed, tokens, max(r.kv for r in held), max(r.grads for r in held))
+
+
+def timeline_of(
+    model: Sizes, setup: Setup, plan: Plan, hardware: Hardware, ranks: list[int], **options: Any
+) -> Timeline:
+    """A layer of one plan, of the slowest of ``ranks``: see :func:`ringattn.cost.simulate`, which
+    takes the ``options``."""
     shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=setup.wide)
     # A node holds neighbouring ranks, so those of one sequence.
     node, precision = hardware.node_size, setup.precision
     options |= {"together": setup.world}
-    rows = [cost.buffers(plan.rank(rank)) for rank in ranks]
-    return Layer(
-        cost.simulate(plan, shape, hardware, precision, node, ranks, **options),
-        max(plan.layout.count(rank) for rank in plan.layout.ranks),
-        max(r.kv for r in rows),
-        max(r.grads for r in rows),
-    )
+    return cost.simulate(plan, shape, hardware, precision, node, ranks, **options)
 
 
 def predict(
     model: Sizes,
     setup: Setup,
-    plan: Plan,
+    plans: LayerPlans | Plan,
     hardware: Hardware,
     ranks: list[int] | None = None,
     layer: Layer | None = None,
 ) -> Prediction:
-    """One optimizer step whose micro-batches all have ``plan``; ``ranks``: those that are followed
-    (see :func:`ringattn.cost.simulate`), by default a sample. ``layer``: where it is known."""
+    """One optimizer step whose micro-batches all have ``plans``, or one plan for all layers;
+    ``ranks``: those that are followed (see :func:`ringattn.cost.simulate`), by default a sample.
+    ``layer``: where it is known."""
+    if isinstance(plans, Plan):
+        plans = LayerPlans.alike(plans, model.layers)
     if layer is None:
-        ranks = cost.sample(plan) if ranks is None else ranks
-        layer = layer_of(model, setup, plan, hardware, ranks)
+        ranks = cost.sample(plans.heaviest) if ranks is None else ranks
+        layer = layer_of(model, setup, plans, hardware, ranks)
     memory = footprint(model, setup, layer.tokens, layer.kv_rows, layer.grad_rows)
     return Prediction(
         model=model,
         setup=setup,
         hardware=hardware,
-        tokens=plan.mask.n_q * setup.grad_accum * setup.world // setup.cp,
-        parts=_parts(model, setup, hardware, layer.tokens, layer.timeline, memory),
-        layer=layer.timeline,
+        tokens=plans.layout.n * setup.grad_accum * setup.world // setup.cp,
+        parts=_parts(model, setup, hardware, layer, memory),
         memory=memory,
-        plan=plan,
+        plans=plans,
     )
 
 
@@ -201,10 +223,10 @@ def _parts(
     model: Sizes,
     setup: Setup,
     hardware: Hardware,
-    tokens: int,
-    layer: Timeline,
+    layer: Layer,
     memory: Footprint,
 ) -> dict[str, float]:
+    tokens = layer.tokens
     peak = hardware.flops(setup.precision)
     side = min(tokens, model.dim, model.ffn_dim)
     # Where ranks share cores, all compute slower; the timeline has that for attention already.

@@ -11,9 +11,9 @@ Importing this registers with transformers' AttentionInterface.
 from ringattn.hf.attention import NAME
 from ringattn.hf.batch import local_batch
 from ringattn.hf.coverage import NotCovered
-from ringattn.hf.kinds import LayerPlans, make_plans
+from ringattn.hf.kinds import make_plans
 from ringattn.hf.split import check, split_sequence
 
 __all__ = [
-    "NAME", "LayerPlans", "NotCovered", "check", "local_batch", "make_plans", "split_sequence",
+    "NAME", "NotCovered", "check", "local_batch", "make_plans", "split_sequence",
 ]  # fmt: skip

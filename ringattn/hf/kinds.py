@@ -20,6 +20,7 @@ from ringattn.hf.attention import NAME, Allowed, Layer, LayerMask, Split
 from ringattn.hf.coverage import language_model
 from ringattn.make import make_plans as plans_of
 from ringattn.planning import layouts, masks
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
@@ -37,14 +38,6 @@ _BOTH_WAYS = {
 }
 _NO_MIXERS = ("mlp", "moe")  # layers, of models that count them so, in which tokens do not meet
 _ROWS = 24  # of a mask, that are compared in a proof
-
-
-class LayerPlans(dict[str, Plan]):
-    """One plan for each kind of layer, all on one layout; ``shared`` is what all layers share."""
-
-    def __init__(self, plans: Mapping[str, Plan], shared: Mask) -> None:
-        super().__init__(plans)
-        self.shared = shared
 
 
 def make_plans(
@@ -98,7 +91,7 @@ def make_plans(
         if world is None:
             raise ValueError(f"layout={layout!r}: give world= too, the ranks that share a sequence")
         layout = layouts.build(layout, [each[kind] for kind in layer_types], world)
-    return LayerPlans(plans_of(each, layout, **as_make_plan), mask)
+    return LayerPlans(plans_of(each, layout, **as_make_plan), layer_types, mask)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

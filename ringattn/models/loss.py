@@ -15,7 +15,11 @@ LEAST = 64  # tokens: a chunk of fewer rows leaves the matrix product inefficien
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(sum over supervised tokens, the loss of every token, whether each token's label is the
     likeliest): float32 scalar and ``labels.shape``, and bool ``labels.shape`` where no gradient is
@@ -28,15 +32,16 @@ def chunked_cross_entropy(
     ``hidden``, the rest and the gradient of ``weight`` over the chunks in float32.
 
     ``chunk``: tokens at a time. None: as many as make a chunk's logits as large as ``hidden``.
+    ``softcap``: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
     """
     if chunk is None:
         tokens = labels.numel()
         chunk = max(LEAST, tokens * hidden.shape[-1] // max(weight.shape[0], 1))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return (*_Chunked.apply(hidden, weight, labels, chunk), None)
+        return (*_Chunked.apply(hidden, weight, labels, chunk, softcap), None)
     losses, correct = [], []
     for x, y in zip(hidden.flatten(0, -2).split(chunk), labels.flatten().split(chunk), strict=True):
-        logits = (x @ weight.T).float()
+        logits = capped((x @ weight.T).float(), softcap)
         losses.append(
             nn.functional.cross_entropy(logits, y, ignore_index=IGNORED, reduction="none")
         )
@@ -45,21 +50,29 @@ def chunked_cross_entropy(
     return each.sum(), each, torch.cat(correct).view(labels.shape)
 
 
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Between -softcap and softcap, if there is one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def liger_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The sum of :func:`chunked_cross_entropy` by liger-kernel's fused Triton kernels (a GPU)."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+        ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32, softcap=softcap
     )
     return loss(weight, hidden.flatten(0, -2), labels.flatten())
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk):
+    def forward(ctx, hidden, weight, labels, chunk, softcap):
         rows, flat = hidden.flatten(0, -2), labels.flatten()
         losses = rows.new_zeros(len(rows), dtype=torch.float32)
         d_rows = torch.empty_like(rows)
@@ -68,13 +81,16 @@ class _Chunked(torch.autograd.Function):
             part = slice(at, at + chunk)
             x, supervised = rows[part], flat[part] != IGNORED
             index = flat[part].where(supervised, 0)[:, None]
-            logits = (x @ weight.T).float()
+            logits = capped((x @ weight.T).float(), softcap)
+            slope = None if softcap is None else 1 - (logits / softcap).square()
             lse = logits.logsumexp(-1, keepdim=True)
             losses[part] = (lse - logits.gather(-1, index))[:, 0].where(supervised, 0.0)
             # In place: softmax minus one-hot, 0 where not supervised.
             logits.sub_(lse).exp_()
             logits.scatter_add_(-1, index, logits.new_full(index.shape, -1.0))
             logits.masked_fill_(~supervised[:, None], 0.0)
+            if slope is not None:
+                logits.mul_(slope)
             d_logits = logits.to(x.dtype)
             d_rows[part] = d_logits @ weight
             if d_weight.dtype == x.dtype:
@@ -91,9 +107,9 @@ class _Chunked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if ctx.gradients is None:
             raise RuntimeError("the loss has one backward: its gradients are scaled in place")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None
+        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None

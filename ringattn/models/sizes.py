@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
 from ringattn.models.rope_config import RopeConfig
-from ringattn.typed import Count, Flag, Positive, settings
+from ringattn.typed import Count, Flag, Positive, Text, Words, settings
 
 
 @settings
 class ModelConfig:
-    """Sizes of a decoder as in Llama, Mistral and Qwen 2 and 3."""
+    """Sizes of a decoder as in Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Olmo 3."""
 
     dim: Count
     """Width of the hidden states."""
@@ -33,8 +35,31 @@ class ModelConfig:
     qkv_bias: Flag = False
     """Biases of q, k and v: Qwen 2's."""
     qk_norm: Flag = False
-    """RMSNorm over each head of q and k: Qwen 3's."""
+    """RMSNorm over each head of q and k: Qwen 3's, Gemma 3's."""
+    qk_norm_whole: Flag = False
+    """RMSNorm over all heads of q and of k: Olmo's."""
+    norms: Literal["pre", "sandwich", "post"] = "pre"
+    """Before attention and feed-forward (Llama), before and after (Gemma), or after (Olmo)."""
+    norm_offset: Flag = False
+    """Norms multiply by 1 + weight: Gemma's."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the feed-forward's gate; gelu_tanh: Gemma's."""
+    embed_scale: Flag = False
+    """Embeddings are multiplied by the square root of their width: Gemma's."""
+    scale: Positive | None = None
+    """Of attention's scores; null: 1 / sqrt(head_dim)."""
+    softcap: Positive | None = None
+    """Scores are cap * tanh(scores / cap): Gemma 2's."""
+    logit_softcap: Positive | None = None
+    """Logits too."""
+    sinks: Flag = False
+    """Each head has one more key, without a value, whose logit is learned: gpt-oss's."""
     rope: RopeConfig = Field(default_factory=RopeConfig)
+    rope_kinds: Annotated[
+        dict[Text, RopeConfig] | None,
+        Words("null or a mapping of kinds of layer to RoPE keys, as {local:{theta:10000.0}}"),
+    ] = None
+    """RoPE of kinds of layer where it is not model.rope: {local:{theta:10000.0}}."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -44,7 +69,20 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim must be even for RoPE, got {self.head_dim}")
+        if self.qk_norm and self.qk_norm_whole:
+            raise ValueError(
+                "model.qk_norm is over each head, model.qk_norm_whole over all: give one"
+            )
         return self
+
+    def rope_of(self, kind: str) -> RopeConfig:
+        """That of a kind of layer."""
+        return (self.rope_kinds or {}).get(kind, self.rope)
+
+    @property
+    def block_norms(self) -> int:
+        """RMSNorms of the model's width in a block."""
+        return 4 if self.norms == "sandwich" else 2
 
     @property
     def matmul_parameters(self) -> int:
@@ -56,7 +94,9 @@ class ModelConfig:
     def parameters(self) -> int:
         """All parameters."""
         extra = 0 if self.tied else self.dim * self.vocab_size
-        per_layer = 2 * self.dim
+        per_layer = self.block_norms * self.dim
+        per_layer += self.heads if self.sinks else 0
+        per_layer += self.head_dim * (self.heads + self.kv_heads) if self.qk_norm_whole else 0
         per_layer += self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         per_layer += 2 * self.head_dim if self.qk_norm else 0
         return self.matmul_parameters + extra + self.layers * per_layer + self.dim

@@ -1,16 +1,22 @@
-"""The keys of ``attention``, and the mask of a batch."""
+"""The keys of ``attention``, and the masks of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ringattn.planning import mask_text, masks
+from ringattn.planning.layer_plans import ONE
 from ringattn.planning.masks import Mask
-from ringattn.typed import Count, Text, Whole, settings
+from ringattn.typed import Count, Text, Whole, Words, settings
+
+# In place of a window of "auto", where the kinds of layer have their own masks.
+_KINDS = Annotated[
+    dict[Text, Text] | None, Words("null or a mapping of names to masks, as {local:causal}")
+]
 
 
 @settings
@@ -27,6 +33,12 @@ class Attention:
     mask: Text | None = None
     """Of a text, in place of window and sinks: "sliding_window(4096) | sinks(4)"; n is its length,
     and documents are those in it; masks: docs/attention.md."""
+    kinds: _KINDS = None
+    """Of a text, by kind of layer: {local:"sliding_window(1024)",global:causal}; in place of mask,
+    window and sinks."""
+    pattern: Annotated[list[Text] | None, Field(min_length=1)] = None
+    """With kinds: that of each layer, from the first on, again and again:
+    [local,local,local,global]."""
 
     @model_validator(mode="after")
     def _says_it_once(self) -> Attention:
@@ -35,17 +47,49 @@ class Attention:
                 f"attention.mask={self.mask!r}: say window and sinks there, and leave out "
                 "attention.window and attention.sinks"
             )
+        if (self.kinds is None) != (self.pattern is None):
+            raise ValueError(
+                "attention.kinds and attention.pattern go together: the masks of kinds of layer, "
+                "and the kind of each layer"
+            )
+        if self.kinds is None:
+            return self
+        if self.mask is not None or self.window not in ("auto", None) or self.sinks:
+            raise ValueError(
+                "attention.kinds: each has its own mask; leave out attention.mask, "
+                "attention.window and attention.sinks"
+            )
+        for name in self.pattern:
+            if name not in self.kinds:
+                raise ValueError(
+                    f"attention.pattern: {name!r} is none of the kinds: {', '.join(self.kinds)}"
+                )
+        if unused := [name for name in self.kinds if name not in self.pattern]:
+            raise ValueError(f"attention.pattern has no layer of kind {', '.join(unused)}")
         return self
 
     @property
-    def text(self) -> str:
-        """The mask of one text, as :mod:`ringattn.planning.mask_text` reads it."""
+    def texts(self) -> dict[str, str]:
+        """The mask of one text by kind of layer, as :mod:`ringattn.planning.mask_text` reads it."""
+        if self.kinds is not None:
+            return dict(self.kinds)
         if self.mask is not None:
-            return self.mask
-        if self.window is None:
-            return "causal"
+            return {ONE: self.mask}
+        if self.window in (None, "auto"):
+            return {ONE: "causal"}
         window = f"sliding_window({self.window})"
-        return f"{window} | sinks({self.sinks})" if self.sinks else window
+        return {ONE: f"{window} | sinks({self.sinks})" if self.sinks else window}
+
+    def layers(self, count: int) -> tuple[str, ...]:
+        """The kind of each of ``count`` layers. Raises ValueError for too few for the pattern."""
+        pattern = self.pattern or [ONE]
+        layers = tuple(pattern[i % len(pattern)] for i in range(count))
+        if missing := set(pattern) - set(layers):
+            raise ValueError(
+                f"attention.pattern is of {len(pattern)} layers and model.layers={count}: none "
+                f"would be of kind {', '.join(sorted(missing))}"
+            )
+        return layers
 
     def lengths(self, documents: Sequence[int], seq_len: int) -> list[int]:
         """Of the texts in sequences of ``seq_len`` that hold ``documents``."""
@@ -53,32 +97,48 @@ class Attention:
             return list(documents)
         return [seq_len] * (sum(documents) // seq_len)
 
-    def build(self, documents: Sequence[int], seq_len: int) -> Mask:
-        """The mask of sequences laid end to end, which hold ``documents`` of these lengths. Raises
-        ValueError, naming the key, where it does not fit a text."""
-        if self.text == "causal":
+    def masks(self, documents: Sequence[int], seq_len: int) -> dict[str, Mask]:
+        """The mask of each kind of layer: see :meth:`build`."""
+        return {kind: self.build(documents, seq_len, kind) for kind in self.texts}
+
+    def build(self, documents: Sequence[int], seq_len: int, kind: str = ONE) -> Mask:
+        """The mask of one kind of layer, of sequences laid end to end, which hold ``documents`` of
+        these lengths. Raises ValueError, naming the key, where it does not fit a text."""
+        text = self.texts[kind]
+        if text == "causal":
             return masks.documents(self.lengths(documents, seq_len))
+        key = "attention.mask" if self.kinds is None else f"attention.kinds.{kind}"
         if self.name == "documents":
-            return masks.side_by_side([_of_text(self.text, n, (n,)) for n in documents])
+            return masks.side_by_side([_of_text(key, text, n, (n,)) for n in documents])
         inside = _by_sequence(documents, seq_len)
-        return masks.side_by_side([_of_text(self.text, seq_len, own) for own in inside])
+        return masks.side_by_side([_of_text(key, text, seq_len, own) for own in inside])
+
+    @property
+    def for_any_length(self) -> bool:
+        """Whether texts of all lengths have a mask, as a text has that grows token by token."""
+        try:
+            for n in (1, 2, 100):
+                self.masks([n], n)
+        except ValueError:
+            return False
+        return True
 
     def check(self, seq_len: int) -> None:
         """Raises ValueError, naming the key, if some text of up to ``seq_len`` tokens has no
         mask."""
         texts = {1, 2, seq_len} if self.name == "documents" else {seq_len}
         for n in texts:
-            self.build([n], n)
+            self.masks([n], n)
 
 
 @lru_cache(maxsize=4096)
-def _of_text(text: str, n: int, documents: tuple[int, ...]) -> Mask:
+def _of_text(key: str, text: str, n: int, documents: tuple[int, ...]) -> Mask:
     try:
         mask = mask_text.parse(text, n, documents)
         if (mask.n_q, mask.n_k) != (n, n):
             raise ValueError(f"has {mask.n_q} queries and {mask.n_k} keys")
     except ValueError as error:
-        raise ValueError(f"attention.mask={text!r}, for a text of {n} tokens: {error}") from None
+        raise ValueError(f"{key}={text!r}, for a text of {n} tokens: {error}") from None
     return mask
 
 

@@ -1,4 +1,4 @@
-"""One micro-batch on this rank: which sequences, their mask and plan, and this rank's tokens."""
+"""One micro-batch on this rank: which sequences, their masks and plans, and this rank's tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from ringattn.batches import IGNORED, position_ids
 from ringattn.context import Context, Strategy
 from ringattn.data.stream import Sequences
-from ringattn.planning.plan import Plan
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.training.attention import Attention
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-step's tokens on this rank, ``[1, tokens]``, and the plan that they share."""
+    """One micro-step's tokens on this rank, ``[1, tokens]``, and the plans that they share."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
-    plan: Plan
+    plans: LayerPlans
 
     @property
     def supervised(self) -> int:
@@ -29,26 +29,29 @@ class MicroBatch:
 
 def load_batch(
     attention: Attention,
+    layers: int,
     stream: Sequences,
     context: Context,
     split: Strategy,
     sequences: list[int],
 ) -> MicroBatch:
-    """This rank's part of ``sequences``; only its own tokens are read."""
+    """This rank's part of ``sequences``, for a model of so many ``layers``; only its own tokens are
+    read."""
     spans = stream.batch_spans(sequences)
     documents = [span.length for span in spans]
     lengths = attention.lengths(documents, stream.seq_len)
-    plan = split.plan(attention.build(documents, stream.seq_len))
-    local = stream.local(spans, plan.layout, context.cp_rank)
+    masks = attention.masks(documents, stream.seq_len)
+    plans = split.plans(masks, attention.layers(layers))
+    local = stream.local(spans, plans.layout, context.cp_rank)
     tokens, labels, positions = (
         x.to(context.device)
         for x in (
             torch.from_numpy(local.tokens),
             torch.from_numpy(local.labels),
-            position_ids(plan.layout, context.cp_rank, lengths),
+            position_ids(plans.layout, context.cp_rank, lengths),
         )
     )
-    return MicroBatch(tokens[None], labels[None], positions, plan)
+    return MicroBatch(tokens[None], labels[None], positions, plans)
 
 
 def numbers(batch_size: int, context: Context, seen: int, micro: int) -> list[int]:

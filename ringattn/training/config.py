@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,54 +74,79 @@ def load(overrides: list[str]) -> TrainingRun:
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     """The keys as plain data, with what a model's folder says. Raises SettingsError."""
-    for override in overrides:
+    free: list[str] = []  # of mappings with names of the user's own, which are replaced, not merged
+    for override in list(overrides):
         if "=" not in override.lstrip("~")[1:] and not override.startswith("~"):
             raise SettingsError(f"{override!r} is not an override; write KEY=VALUE")
         key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        typed.check_keys(TrainingRun, [key], {*typed.groups(TrainingRun), "experiment"})
+        if any(f"{key}.".startswith(f"{name}.") for name in typed.free_names(TrainingRun)):
+            free.append(override)
+        else:
+            typed.check_keys(TrainingRun, [key], {*typed.groups(TrainingRun), "experiment"})
     register()
-    overrides = [quoted(override) for override in overrides]
+    overrides = [quoted(override) for override in overrides if override not in free]
     try:
         with initialize_config_module("ringattn.configs", version_base="1.3"):
             config = compose("config", overrides)
             OmegaConf.resolve(config)
+        tree = OmegaConf.to_container(config)
+        for override in free:
+            _put(tree, quoted(override))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise SettingsError(" ".join(lines)) from None
-    tree = OmegaConf.to_container(config)
     for key, value in typed.values(tree):
         if value in (_REQUIRED, "???"):
             raise SettingsError(f"{key} must be given, as {key}=VALUE")
-    window = _fill_model(tree)
+    layers = _fill_model(tree)
     attention = tree.get("attention")
     if isinstance(attention, dict) and attention.get("window") == "auto":
-        if window is not None and attention.get("mask") is not None:
+        attention["window"] = None
+        own = next((key for key in ("mask", "kinds") if attention.get(key) is not None), None)
+        if own and layers.masks:
             raise SettingsError(
-                f"attention.mask={attention['mask']!r}: the model has a sliding window of "
-                f"{window}; say it there, and give attention.window=null"
+                f"attention.{own}={attention[own]!r}: the model has {layers.said}; say it there, "
+                "and give attention.window=null"
             )
-        attention["window"] = window
+        if layers.pattern:
+            attention |= {"kinds": layers.masks, "pattern": layers.pattern}
+        elif layers.masks:
+            attention["window"] = layers.window
     return tree
+
+
+def _put(tree: dict[str, Any], override: str) -> None:
+    """Sets what an override says of a mapping, or of one name in it."""
+    parsed = OverridesParser.create().parse_override(override)
+    *path, last = parsed.key_or_group.split(".")
+    for part in path:
+        tree[part] = inside = tree.get(part) if isinstance(tree.get(part), dict) else {}
+        tree = inside
+    if parsed.is_delete():
+        tree.pop(last, None)
+    else:
+        tree[last] = parsed.value()
 
 
 def quoted(override: str) -> str:
     """A mask as hydra's grammar takes it: between quotes, where it has none."""
     key, equals, value = override.partition("=")
-    if key != "attention.mask" or not equals or value[:1] in ("'", '"') or value == "null":
+    one = key == "attention.mask" or key.startswith("attention.kinds.")
+    if not one or not equals or value[:1] in ("'", '"') or value == "null":
         return override
     return f"{key}='{value}'"
 
 
-def _fill_model(tree: dict[str, Any]) -> int | None:
-    """Takes what ``model.*`` leaves open from the config.json in ``model.path``; returns the
-    model's sliding window. Of what is given there, only RoPE may differ: to extend the context.
+def _fill_model(tree: dict[str, Any]) -> hf_config.Layers:
+    """Takes what ``model.*`` leaves open from the config.json in ``model.path``; returns the masks
+    of the model's layers. Of what is given there, only RoPE may differ: to extend the context.
     """
     model = tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("path"), str):
-        return None
+        return hf_config.Layers()
     with path_errors("model.path", model["path"]):
         try:
-            read, window = hf_config.read(Path(model["path"]).expanduser())
+            read, layers = hf_config.read(Path(model["path"]).expanduser())
         except hf_config.UnknownModel as error:
             raise SettingsError(f"model.path: {error}") from None
     rope = read.pop("rope")
@@ -137,7 +163,7 @@ def _fill_model(tree: dict[str, Any]) -> int | None:
             keeps = same or key in ("theta", "original_length")
             if value is None and key in usual:
                 model["rope"][key] = rope.get(key, usual[key]) if keeps else usual[key]
-    return window
+    return layers
 
 
 def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:

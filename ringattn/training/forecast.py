@@ -12,6 +12,7 @@ from ringattn import cost
 from ringattn.cost import AttentionShape, Bytes, Hardware
 from ringattn.cost.model import Footprint, Setup, footprint, step_flops
 from ringattn.cost.step import Prediction, predict
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.training.config import hardware_of
 from ringattn.training.run import TrainingRun
@@ -21,63 +22,63 @@ _FEW = 8  # ranks of a sequence of which each is followed; of more, a sample
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a run on ``world`` ranks whose micro-batches have ``plan``; ``device``: cuda or cpu.
+    """Of a run on ``world`` ranks whose micro-batches have ``plans``; ``device``: cuda or cpu.
     ``hardware``: what seconds are predicted for, if any. Of many ranks a few are followed."""
 
     run: TrainingRun
     world: int
-    plan: Plan
+    plans: LayerPlans
     hardware: Hardware | None
     device: str = "cuda"
 
     @property
     def setup(self) -> Setup:
-        """The parts of the run that cost depends on, with what was chosen for the plan."""
-        plan = self.plan
-        chosen = (plan.world, plan.ulysses, plan.schedule, plan.layout.name)
+        """The parts of the run that cost depends on, with what was chosen for the plans."""
+        plans = self.plans
+        chosen = (plans.world, plans.heaviest.ulysses, plans.schedule, plans.layout.name)
         return setup_of(self.run, self.world, *chosen, self.device)
 
     @property
     def dp(self) -> int:
         """Groups of ranks with sequences of their own."""
-        return self.world // self.plan.world
+        return self.world // self.plans.world
 
     @cached_property
     def ranks(self) -> list[int]:
         """Those that are followed."""
-        few = self.plan.world <= _FEW
-        return list(range(self.plan.world)) if few else cost.sample(self.plan)
+        few = self.plans.world <= _FEW
+        return list(range(self.plans.world)) if few else cost.sample(self.plans.heaviest)
 
     @property
     def tokens(self) -> int:
         """Of an optimizer step, over all ranks."""
-        return self.plan.mask.n_q * self.dp * self.run.train.grad_accum
+        return self.plans.layout.n * self.dp * self.run.train.grad_accum
 
     @cached_property
     def local_tokens(self) -> int:
         """Of the rank with most, in a micro-step."""
-        return max(self.plan.layout.count(rank) for rank in self.plan.layout.ranks)
+        return max(self.plans.layout.count(rank) for rank in self.plans.layout.ranks)
 
     @property
     def flops(self) -> float:
         """Of an optimizer step, as MFU counts them."""
-        area = self.plan.mask.area * self.dp * self.run.train.grad_accum
+        area = self.plans.area * self.dp * self.run.train.grad_accum
         return step_flops(self.run.model, self.tokens, area)
 
-    @cached_property
-    def received(self) -> Bytes:
-        """Bytes that a rank receives for one attention layer, at most."""
+    def received(self, plan: Plan) -> Bytes:
+        """Bytes that a rank receives for one attention layer of this plan, at most."""
         model = self.run.model
         shape = AttentionShape(
             model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide
         )
-        each = [cost.received(self.plan, rank, shape) for rank in self.ranks]
+        each = [cost.received(plan, rank, shape) for rank in self.ranks]
         return Bytes(max(x.forward for x in each), max(x.backward for x in each))
 
     @cached_property
     def memory(self) -> Footprint:
         """Bytes of a rank, the framework's own aside."""
-        rows = [cost.buffers(self.plan.rank(rank)) for rank in self.ranks]
+        plans = [self.plans[kind] for kind in self.plans.counts]
+        rows = [cost.buffers(plan.rank(rank)) for plan in plans for rank in self.ranks]
         most = max(r.kv for r in rows), max(r.grads for r in rows)
         return footprint(self.run.model, self.setup, self.local_tokens, *most)
 
@@ -86,7 +87,7 @@ class Forecast:
         """The optimizer step in time; None where the hardware is not known."""
         if self.hardware is None:
             return None
-        return predict(self.run.model, self.setup, self.plan, self.hardware, self.ranks)
+        return predict(self.run.model, self.setup, self.plans, self.hardware, self.ranks)
 
 
 def setup_of(
@@ -119,10 +120,11 @@ def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> 
     document, the most that a step can cost. ``hardware``: in place of the run's own. Raises
     ValueError."""
     hardware = hardware or hardware_of(run)
-    mask = run.attention.build([run.seq_len] * run.batch_size, run.seq_len)
-    plan = run.parallel.strategy(run.model, hardware).plan(mask)
+    masks = run.attention.masks([run.seq_len] * run.batch_size, run.seq_len)
+    layers = run.attention.layers(run.model.layers)
+    plans = run.parallel.strategy(run.model, hardware).plans(masks, layers)
     cpu = hardware is not None and hardware.cores is not None
-    return Forecast(run, world, plan, hardware, "cpu" if cpu else "cuda")
+    return Forecast(run, world, plans, hardware, "cpu" if cpu else "cuda")
 
 
 def node_of(hardware: Hardware, cp: int) -> int:

@@ -96,15 +96,15 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     try:
         split = run.parallel.strategy(job.model, job.hardware)
         sequences = numbers(run.batch_size, context, start.sequences_seen, 0)
-        first = load_batch(run.attention, stream, context, split, sequences)
-        split = split.like(first.plan)
+        first = load_batch(run.attention, job.model.layers, stream, context, split, sequences)
+        split = split.like(first.plans)
         _self_check(job, context, engine, stream, split, start)
         dtype = DTYPES[run.precision]
         peak, measure = _peak(job, context)
         kernel = select(run.kernel, dtype, context.device, job.model.head_dim)
         if log:  # rank 0: the others need no more of the plan than their own steps
             name = kernel.__name__.split(".")[-1]
-            ahead = Forecast(run, context.world, first.plan, job.hardware, context.device.type)
+            ahead = Forecast(run, context.world, first.plans, job.hardware, context.device.type)
             display.say(plan_table(ahead, name, peak, measure))
             log.describe(write_facts(ahead, name, job.run_dir))
         display.say("self-check passed: tokens reach across ranks, batches follow the mesh")
@@ -122,6 +122,8 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         if end.step < run.train.steps:
             what = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
             display.say(f"stopped on request at step {end.step}; {what}")
+        elif run.train.sample_tokens and not run.attention.for_any_length:
+            display.say("no sample: attention.mask is of one length")
         elif run.train.sample_tokens:
             text = generate(
                 engine,
@@ -131,6 +133,8 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
                 run.train.sample_tokens,
                 run.seed,
                 replace(split, layout="contiguous"),
+                run.attention,
+                job.model.layers,
             )
             display.console.rule("sample", align="left")
             display.console.print(text, markup=False)
@@ -145,8 +149,9 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
 def build_engine(job: Job, context: Context) -> Engine:
     """The configured engine, on every rank; its weights are still to be written."""
     run = job.run
+    layers = run.attention.layers(job.model.layers)
     parts = Parts(
-        make_model=lambda: Decoder(job.model, None, run.memory),
+        make_model=lambda: Decoder(job.model, None, run.memory, layers),
         parameters=job.model.parameters,
         optimizer=run.optim,
         context=context,
@@ -177,7 +182,8 @@ def _self_check(
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
     engine.train(False)
-    check_engaged(context, split, engine.forward, job.model.vocab_size)
+    kinds = dict.fromkeys(job.run.attention.layers(job.model.layers))
+    check_engaged(context, split, engine.forward, job.model.vocab_size, list(kinds))
     engine.train(True)
     sequences = numbers(job.run.batch_size, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))
@@ -220,7 +226,7 @@ class _Steps:
                 self.heartbeat.where = f"step {state.step + 1}, data"
                 with self.watch.section("data"):
                     batches = self._batches(state)
-                area = sum(batch.plan.mask.area for batch in batches) / self.context.cp
+                area = sum(batch.plans.area for batch in batches) / self.context.cp
                 supervised, area, stop, written = self.context.total(
                     sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready
                 )
@@ -293,7 +299,7 @@ class _Steps:
         run, seen = self.job.run, state.sequences_seen
         return [
             load_batch(
-                run.attention, self.stream, self.context, self.split,
+                run.attention, self.job.model.layers, self.stream, self.context, self.split,
                 numbers(run.batch_size, self.context, seen, micro),
             )
             for micro in range(run.train.grad_accum)
@@ -314,7 +320,7 @@ class _Steps:
             loss, *_ = engine.forward(
                 batch.tokens,
                 batch.positions,
-                context.attend(batch.plan, self.carrier),
+                context.attend(batch.plans, self.carrier),
                 batch.labels,
             )
             self.heartbeat.where = f"step {number}, backward"

@@ -29,7 +29,7 @@ from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
 
 @settings
 class Model(ModelConfig):
-    """The decoder: as in Llama, Mistral, Qwen 2 and 3."""
+    """The decoder: as in Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Olmo 3."""
 
     path: Text | None = None
     """Folder of a Hugging Face checkpoint (model=hf): sizes and weights come from there."""
@@ -151,6 +151,12 @@ class TrainingRun:
     @model_validator(mode="after")
     def _mask_fits(self) -> TrainingRun:
         self.attention.check(self.seq_len)
+        kinds = set(self.attention.layers(self.model.layers))
+        if unknown := sorted(set(self.model.rope_kinds or ()) - kinds):
+            raise ValueError(
+                f"model.rope_kinds: no layer is of kind {', '.join(unknown)}; there are "
+                f"{', '.join(sorted(kinds))} (attention.kinds)"
+            )
         return self
 
 

@@ -17,13 +17,12 @@ from ringattn.cost.hardware import Hardware
 from ringattn.cost.layer import BACKWARD, AttentionShape
 from ringattn.cost.model import Setup, footprint
 from ringattn.cost.step import Layer, Prediction, gib, layer_of, predict
-from ringattn.cost.timeline import Timeline
 from ringattn.make import make_plan
 from ringattn.planning import layouts
 from ringattn.planning.head_split import legal_degrees
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
-from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import BUILDERS
 from ringattn.training.engines import ENGINES, EngineSettings
 from ringattn.training.forecast import Forecast, node_of, setup_of
@@ -133,9 +132,21 @@ class _Search:
         return degrees
 
     @cached_property
-    def mask(self) -> Mask:
+    def masks(self) -> dict[str, Mask]:
         run = self.run
-        return run.attention.build([run.seq_len] * run.batch_size, run.seq_len)
+        return run.attention.masks([run.seq_len] * run.batch_size, run.seq_len)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        return self.run.attention.layers(self.run.model.layers)
+
+    def _plans(self, layout: Layout, schedule: str, ulysses: int, cp: int) -> LayerPlans:
+        node = node_of(self.hardware, cp)
+        plans = {
+            kind: make_plan(mask, layout, schedule, ulysses, node_size=node)
+            for kind, mask in self.masks.items()
+        }
+        return LayerPlans(plans, self.layers)
 
     @cached_property
     def _layouts(self) -> dict[tuple[str, int], Layout]:
@@ -143,7 +154,8 @@ class _Search:
 
     def _layout(self, name: str, cp: int) -> Layout:
         if (name, cp) not in self._layouts:
-            self._layouts[name, cp] = layouts.build(name, self.mask, cp)
+            each = [self.masks[kind] for kind in self.layers]
+            self._layouts[name, cp] = layouts.build(name, each, cp)
         return self._layouts[name, cp]
 
     def _places(
@@ -241,8 +253,8 @@ class _Search:
             )
         return fits
 
-    def _forecast(self, run: TrainingRun, plan: Plan) -> Forecast:
-        return Forecast(run, self.world, plan, self.hardware, self._device)
+    def _forecast(self, run: TrainingRun, plans: LayerPlans) -> Forecast:
+        return Forecast(run, self.world, plans, self.hardware, self._device)
 
     def _memory_shares(self, run: TrainingRun, seq_len: int) -> tuple[float, float]:
         """(device, host) bytes, each over what the machine has, with two blocks on their way."""
@@ -268,10 +280,14 @@ class _Search:
         """Tokens/s that no schedule of this layout can pass: nothing is exposed, and the rank with
         most pairs computes them as fast as its best blocks."""
         model, hardware = self.run.model, self.hardware
-        plan = make_plan(self.mask, layout, "ring", ulysses, node_size=node_of(hardware, cp))
+        plans = self._plans(layout, "ring", ulysses, cp)
         wide = self._setup(runs[0]).wide
         shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
-        flops = float(plan.partition.pairs_per_rank.max()) / ulysses * shape.pair_flops()
+        work = sum(
+            count * plans[kind].partition.pairs_per_rank for kind, count in plans.counts.items()
+        )
+        pairs = float(work.max()) / ulysses / len(plans.layers)
+        flops = pairs * shape.pair_flops()
         peak = hardware.flops(self.run.precision)
         forward, backward = (
             factor * flops * (1 + kernel.softmax / shape.dims)
@@ -279,8 +295,8 @@ class _Search:
             for factor, kernel in ((1, hardware.forward), (BACKWARD, hardware.backward))
         )  # fmt: skip
         tokens = max(layout.count(rank) for rank in layout.ranks)
-        layer = Layer(Timeline(forward, backward, forward + backward), tokens, 0, 0)
-        steps = (predict(model, self._setup(run), plan, hardware, layer=layer) for run in runs)
+        layer = Layer(forward + backward, 0.0, tokens, 0, 0)
+        steps = (predict(model, self._setup(run), plans, hardware, layer=layer) for run in runs)
         return max(step.tokens_per_s for step in steps)
 
     def _best(
@@ -288,13 +304,13 @@ class _Search:
     ) -> Split | None:
         """The fastest of ``runs`` that fits with this layout and schedule."""
         model, hardware = self.run.model, self.hardware
-        plan = make_plan(self.mask, layout, schedule, ulysses, node_size=node_of(hardware, cp))
-        first = self._forecast(runs[0], plan)
-        layer = layer_of(model, first.setup, plan, hardware, first.ranks)
+        plans = self._plans(layout, schedule, ulysses, cp)
+        first = self._forecast(runs[0], plans)
+        layer = layer_of(model, first.setup, plans, hardware, first.ranks)
         fitting = []
         for run in runs:
             setup = self._setup(run, schedule, layout.name)
-            step = predict(model, setup, plan, hardware, layer=layer)
+            step = predict(model, setup, plans, hardware, layer=layer)
             if step.misfit is None:
                 fitting.append((run, step))
         if not fitting:

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ringattn import typed
+from ringattn.models.sizes import ModelConfig
+from ringattn.training.attention import Attention
 from ringattn.training.checkpoints import states
 from ringattn.training.config import path_errors
 from ringattn.training.engines import Engine
@@ -105,6 +108,9 @@ def _read(path: Path) -> Manifest:
                 f"{path} is of checkpoint format {content.get('format', 1)}; this version reads "
                 f"{FORMAT}"
             )
+        # Keys that are younger than the checkpoint had the value that is now their default.
+        for group, kind in (("model", ModelConfig), ("attention", Attention)):
+            content[group] = typed.defaults(kind) | content[group]
         manifest = Manifest(**content)
         kinds = {f.name: f.type.split("[")[0] for f in fields(Manifest)}
         for name, value in asdict(manifest).items():
@@ -113,7 +119,7 @@ def _read(path: Path) -> Manifest:
         return manifest
     except SettingsError:
         raise
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise SettingsError(f"{path / MANIFEST} is damaged: {error}") from None
 
 

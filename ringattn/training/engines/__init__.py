@@ -19,7 +19,7 @@ from ringattn.training.engines.fsdp import FSDP
 if TYPE_CHECKING:
     import torch
 
-    from ringattn.context import Attend, Context
+    from ringattn.context import Attends, Context
     from ringattn.execution.carriers import Stopwatch
     from ringattn.models.decoder import Decoder, Loss
     from ringattn.training.optimizer import Optimizer
@@ -60,7 +60,7 @@ class Engine(Protocol):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attend: Attend,
+        attend: Attends,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor | Loss:
         """As :class:`ringattn.models.decoder.Decoder`."""

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from ringattn.context import Attend, Context
+from ringattn.context import Attends, Context
 from ringattn.execution.carriers import Stopwatch
 from ringattn.models.decoder import Loss
 from ringattn.training.engines import Fragment, Parts
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attend: Attend,
+        attend: Attends,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor | Loss:
         return self.engine(tokens, positions, attend, labels)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ringattn.context import Attend
+from ringattn.context import Attends
 from ringattn.execution.carriers import Stopwatch
 from ringattn.models.decoder import Loss
 from ringattn.training.engines import Fragment, Parts
@@ -65,7 +65,7 @@ class FSDPEngine:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attend: Attend,
+        attend: Attends,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor | Loss:
         return self.model(tokens, positions, attend, labels)

@@ -65,11 +65,12 @@ class Evaluation:
         sums = torch.zeros(2, size, dtype=torch.float64)  # loss, tokens
         for numbers in self._rounds(self.training.eval.sequences):
             batch = load_batch(
-                self.training.attention, self.held_out, self.context, self.split, numbers
-            )
-            attend = self.context.attend(batch.plan)
+                self.training.attention, self.training.model.layers, self.held_out, self.context,
+                self.split, numbers,
+            )  # fmt: skip
+            attend = self.context.attend(batch.plans)
             _, each, _ = self.engine.forward(batch.tokens, batch.positions, attend, batch.labels)
-            own = torch.from_numpy(batch.plan.layout.positions(self.context.cp_rank))
+            own = torch.from_numpy(batch.plans.layout.positions(self.context.cp_rank))
             number = torch.tensor(numbers)[own // self.training.seq_len]
             supervised = (batch.labels != IGNORED)[0].cpu()
             supervised &= number < self.training.eval.sequences  # not what fills up a round
@@ -101,13 +102,14 @@ class Evaluation:
             counts = torch.zeros(2, samples + self.context.dp * self.training.batch_size)
             for numbers in self._rounds(samples):
                 batch = load_batch(
-                    self.training.attention, probe, self.context, self.split, numbers
-                )
-                attend = self.context.attend(batch.plan)
+                    self.training.attention, self.training.model.layers, probe, self.context,
+                    self.split, numbers,
+                )  # fmt: skip
+                attend = self.context.attend(batch.plans)
                 _, _, right = self.engine.forward(
                     batch.tokens, batch.positions, attend, batch.labels
                 )
-                own = torch.from_numpy(batch.plan.layout.positions(self.context.cp_rank))
+                own = torch.from_numpy(batch.plans.layout.positions(self.context.cp_rank))
                 sample = torch.tensor(numbers)[own // length]
                 asked = (batch.labels != IGNORED)[0].cpu()
                 counts[0].index_add_(0, sample, (right[0].cpu() & asked).float())

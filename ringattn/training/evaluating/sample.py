@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ringattn.context import Context, Strategy
 from ringattn.data.tokenizer import Tokenizer
-from ringattn.planning import masks
+from ringattn.training.attention import Attention
 from ringattn.training.engines import Engine
 
 
@@ -19,6 +19,8 @@ def generate(
     count: int,
     seed: int,
     split: Strategy,
+    attention: Attention,
+    layers: int,
     temperature: float = 0.7,
 ) -> str:
     """``prompt`` continued by up to ``count`` tokens, or to the end of the document. Collective.
@@ -32,11 +34,11 @@ def generate(
     engine.train(False)
     for _ in range(count):
         n = len(tokens)
-        plan = split.plan(masks.causal(n))
-        own = torch.from_numpy(plan.layout.positions(context.cp_rank)).to(context.device)
+        plans = split.plans(attention.masks([n], n), attention.layers(layers))
+        own = torch.from_numpy(plans.layout.positions(context.cp_rank)).to(context.device)
         text = torch.tensor(tokens, device=context.device)
         with torch.no_grad():
-            logits = engine.forward(text[own][None], own, context.attend(plan))
+            logits = engine.forward(text[own][None], own, context.attend(plans))
         # Drawn from the same numbers on every rank; only the owner's draw means anything.
         noise = torch.rand(1, generator=generator, dtype=torch.float64)
         token = torch.zeros(1, dtype=torch.int64, device=context.device)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.training.forecast import Forecast
 
 _TEXTS = {"documents": "document", "causal": "sequence"}
@@ -19,23 +20,29 @@ def plan_table(
 ) -> Table:
     """The resolved plan of a batch. ``peak`` is the FLOP/s of a rank that MFU divides by, None if
     it is not known; ``measure``: where it comes from."""
-    run, plan, memory, step = ahead.run, ahead.plan, ahead.memory, ahead.step
-    model, received = run.model, ahead.received
+    run, plans, memory, step = ahead.run, ahead.plans, ahead.memory, ahead.step
+    model, texts = run.model, run.attention.texts
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"),
-        ("mesh", f"data {ahead.dp} x context {plan.world}, {ahead.device}"),
-        ("mask", f"of each {_TEXTS[run.attention.name]}: {run.attention.text}"),
-        ("attention", f"schedule {plan.schedule}, ulysses {plan.ulysses}, "
-                      f"layout {plan.layout.name}, kernel {kernel}"),
-        *([("chosen", plan.reason)] if plan.reason else []),
+        ("mesh", f"data {ahead.dp} x context {plans.world}, {ahead.device}"),
+        *((f"mask{_of(plans, kind)}",
+           f"of each {_TEXTS[run.attention.name]}: {text}") for kind, text in texts.items()),
+        ("attention", f"schedule {plans.schedule}, ulysses {plans.ulysses}, "
+                      f"layout {plans.layout.name}, kernel {kernel}"),
+        *([("chosen", plans.reason)] if plans.reason else []),
         ("engine", f"{run.engine.name}, ZeRO {run.engine.zero_stage}"),
         ("memory", ", ".join(f"{key} {value}" for key, value in asdict(run.memory).items())),
         ("tokens per step",
          f"{ahead.tokens:,} ({ahead.local_tokens:,} per rank and micro-step)"),
-        ("pairs per layer", f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}"),
-        ("received per layer", f"forward {_bytes(received.forward)}, "
-                               f"backward {_bytes(received.backward)} per rank"),
+        *((f"pairs per layer{_of(plans, kind)}",
+           f"{plan.mask.area:,}, largest rank / mean {plan.imbalance:.3f}")
+          for kind, plan in plans.items()),
+        *([("work of all layers", f"largest rank / mean {plans.imbalance:.3f}")]
+          if len(plans) > 1 else []),
+        *((f"received per layer{_of(plans, kind)}", f"forward {_bytes(received.forward)}, "
+                               f"backward {_bytes(received.backward)} per rank")
+          for kind, received in ((kind, ahead.received(plan)) for kind, plan in plans.items())),
         ("predicted memory", f"{_bytes(memory.device)} per rank: states {_bytes(memory.states)}, "
                              f"kept {_bytes(memory.kept)}, working {_bytes(memory.working)}"
                              + (f"; {_bytes(memory.host)} in host memory" if memory.host else "")),
@@ -50,6 +57,11 @@ def plan_table(
     ):  # fmt: skip
         table.add_row(name, value)
     return table
+
+
+def _of(plans: LayerPlans, kind: str) -> str:
+    """Which layers, where there are several kinds."""
+    return f", {plans.counts[kind]} {kind}" if len(plans) > 1 else ""
 
 
 def _bytes(count: float) -> str:

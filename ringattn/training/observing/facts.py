@@ -17,7 +17,7 @@ _PACKAGES = ("ringattn", "torch", "triton", "deepspeed", "numpy", "transformers"
 
 def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
     """Writes, and returns, split, plan, forecast, hardware and versions."""
-    plan, step = ahead.plan, ahead.step
+    plans, step = ahead.plans, ahead.step
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -29,14 +29,26 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
         "setup": asdict(ahead.setup),
         "parameters": ahead.run.model.parameters,
         "plan": {
-            "schedule": plan.schedule,
-            "ulysses": plan.ulysses,
-            "layout": plan.layout.name,
-            "node_size": plan.node_size,
-            "area": plan.mask.area,
-            "imbalance": plan.imbalance,
-            "steps": len(plan.steps(0)),
-            "reason": plan.reason,
+            "schedule": plans.schedule,
+            "ulysses": plans.heaviest.ulysses,
+            "layout": plans.layout.name,
+            "node_size": plans.first.node_size,
+            "area": plans.area,
+            "imbalance": plans.imbalance,
+            "steps": len(plans.heaviest.steps(0)),
+            "reason": plans.reason,
+            "kinds": {
+                kind: {
+                    "layers": plans.counts[kind],
+                    "mask": ahead.run.attention.texts[kind],
+                    "schedule": plan.schedule,
+                    "ulysses": plan.ulysses,
+                    "area": plan.mask.area,
+                    "imbalance": plan.imbalance,
+                    "steps": len(plan.steps(0)),
+                }
+                for kind, plan in plans.items()
+            },
         },
         "device": ahead.device,
         "kernel": kernel,

@@ -1,0 +1,106 @@
+"""The plans of a whole model: one for each kind of layer, all on one layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ringattn.planning.layouts import Layout
+from ringattn.planning.masks import Mask
+from ringattn.planning.plan import Plan
+
+ONE = "all"  # the kind of every layer, where there is one
+
+
+class LayerPlans(dict[str, Plan]):
+    """{kind: plan}; ``layers`` are the kinds of the model's layers, in order (by default each kind
+    once), and ``shared`` the mask that they all share, where it is known.
+
+    Raises ValueError for plans of several layouts, or layers of which there is no plan.
+    """
+
+    def __init__(
+        self,
+        plans: Mapping[str, Plan],
+        layers: Sequence[str] | None = None,
+        shared: Mask | None = None,
+    ) -> None:
+        super().__init__(plans)
+        self.layers = tuple(self if layers is None else layers)
+        self.shared = shared
+        if unknown := set(self.layers) - set(self):
+            raise ValueError(f"layers of kind {', '.join(sorted(unknown))} have no plan")
+        for kind, plan in self.items():
+            for name, own in (("layout", plan.layout), ("key layout", plan.key_layout)):
+                if own is not self.layout and own != self.layout:
+                    raise ValueError(f"the {name} of {kind} is not that of the first plan")
+
+    @classmethod
+    def alike(cls, plan: Plan, layers: int) -> LayerPlans:
+        """One plan for all layers."""
+        return cls({ONE: plan}, [ONE] * layers)
+
+    @property
+    def first(self) -> Plan:
+        return next(iter(self.values()))
+
+    @property
+    def layout(self) -> Layout:
+        return self.first.layout
+
+    @property
+    def world(self) -> int:
+        return self.first.world
+
+    @property
+    def heaviest(self) -> Plan:
+        """Of the kind whose layers have most pairs in all."""
+        return max(self.values(), key=lambda plan: plan.mask.area)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Layers of each kind."""
+        return Counter(self.layers)
+
+    @property
+    def pairs(self) -> int:
+        """Attended pairs, summed over the layers."""
+        return sum(count * self[kind].mask.area for kind, count in self.counts.items())
+
+    @property
+    def area(self) -> float:
+        """Attended pairs of a layer, on the mean; an integer where all are alike."""
+        whole, rest = divmod(self.pairs, len(self.layers))
+        return whole + rest / len(self.layers) if rest else whole
+
+    @property
+    def imbalance(self) -> float:
+        """Largest work of a rank over the mean, summed over the layers; 1.0 is perfect."""
+        work = [
+            sum(count * self[kind].area(rank) for kind, count in self.counts.items())
+            for rank in range(self.world)
+        ]
+        return max(work) * self.world / sum(work) if any(work) else 1.0
+
+    @property
+    def schedule(self) -> str:
+        """The schedule, or those of the kinds."""
+        return _said({kind: plan.schedule for kind, plan in self.items()})
+
+    @property
+    def ulysses(self) -> str:
+        """The degree, or those of the kinds."""
+        return _said({kind: str(plan.ulysses) for kind, plan in self.items()})
+
+    @property
+    def reason(self) -> str:
+        """Why an automatic choice fell as it did."""
+        reasons = {kind: plan.reason for kind, plan in self.items() if plan.reason}
+        return _said(reasons) if reasons else ""
+
+
+def _said(each: Mapping[str, str]) -> str:
+    one = set(each.values())
+    if len(one) == 1:
+        return one.pop()
+    return ", ".join(f"{kind} {value}" for kind, value in each.items())
