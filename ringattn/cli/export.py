@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ringattn.cli.request import Key, RequestError, choice, parse
 from ringattn.models import hf_config, hf_weights
@@ -59,33 +60,54 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if not sound:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
     path, manifest = sound[0]
-    attention = Attention(**manifest.attention)
-    kinds = attention.layers(manifest.model["layers"])
-    masks = [attention.texts[kind] for kind in kinds]
-    hf_config.family_of(manifest.model, masks)  # raises before anything is written
+    unchanged = manifest.model.get("unchanged", False)
+    if not unchanged:
+        attention = Attention(**manifest.attention)
+        kinds = attention.layers(manifest.model["layers"])
+        masks = [attention.texts[kind] for kind in kinds]
+        hf_config.family_of(manifest.model, masks)  # raises before anything is written
     for name, (_, digest) in manifest.files.items():
         if states.digest(path / name) != digest:
             raise ValueError(f"{path / name} has changed since it was written")
-    model = ModelConfig(**manifest.model)
     dtype = getattr(torch, values["dtype"])
     draft = out.with_name(out.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    shard = int(values["shard_gb"] * 1e9)
     with states.Saved([path / name for name in sorted(manifest.files)]) as saved:
+        if unchanged:
+            from ringattn.hf.weights import export  # here: transformers is an extra
 
-        def weights() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, shape in shapes(model).items():
-                count = torch.Size(shape).numel()
-                yield name, saved.read("weight", name, shape, 0, count).view(shape).to(dtype)
+            def read(name: str, shape: torch.Size) -> torch.Tensor:
+                return saved.read("weight", name, tuple(shape), 0, shape.numel()).view(shape)
 
-        size = hf_weights.save(draft, weights(), int(values["shard_gb"] * 1e9))
-    hf_config.write(draft, manifest.model, masks, kinds, manifest.seq_len, values["dtype"])
+            size = export(_original(path), draft, read, dtype, shard)
+        else:
+            model = ModelConfig(**manifest.model)
+
+            def weights() -> Iterator[tuple[str, torch.Tensor]]:
+                for name, shape in shapes(model).items():
+                    count = torch.Size(shape).numel()
+                    yield name, saved.read("weight", name, shape, 0, count).view(shape).to(dtype)
+
+            size = hf_weights.save(draft, weights(), shard)
+            hf_config.write(draft, manifest.model, masks, kinds, manifest.seq_len, values["dtype"])
     if values["tokenizer"]:
         _special_tokens(Path(values["tokenizer"]), draft / "config.json")
     for file in tokenizer:
         shutil.copy(file, draft)
     draft.rename(out)
     return path, size, manifest.step
+
+
+def _original(checkpoint: Path) -> Path:
+    """The folder that a run with model=transformers began with, as its config.yaml says."""
+    path = checkpoint.parent.parent / "config.yaml"
+    keys = yaml.safe_load(path.read_text())
+    folder = Path(keys["model"]["path"]).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}, which the run began with ({path}), is not there any more")
+    return folder
 
 
 def _tokenizer_files(tokenizer: str | None) -> list[Path]:

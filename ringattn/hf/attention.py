@@ -9,9 +9,9 @@ layer would do in one process. The plan, which says what it does here, belongs t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ringattn.planning.plan import Plan
 NAME = "ringattn"
 HERE = "_ringattn_split"  # on every module of a model that is inside split_sequence
 
+Attend = Callable[..., torch.Tensor]
 Allowed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (queries, keys) -> bool
 
 
@@ -83,12 +84,23 @@ class Split:
     lengths: list[int]  # of the packed documents
     of: dict[nn.Module, Plan] = field(default_factory=dict)  # each attention layer's own
     probe: Probe | None = None
+    attends: Mapping[str, Attend] | None = None  # in a training run: by kind, in place of ``of``
+    kinds: Sequence[str] = ()  # of the layers of such a run, by layer_idx
     checking: bool = False  # a proof runs: inputs are its own
     whole: bool = False  # of whole sequences, by transformers' attention
 
     @cached_property
     def rank(self) -> int:
         return connect(self.group).rank
+
+    def attend(self, module: nn.Module) -> Attend:
+        """Attention as this layer's plan says."""
+        if self.attends is not None:
+            return self.attends[self.kinds[module.layer_idx]]
+        if module not in self.of:
+            name = type(module).__name__
+            raise RuntimeError(f"{name} was not reached when the model was probed: it has no plan")
+        return partial(ring_attention, plan=self.of[module], group=self.group, kernel=self.kernel)
 
     @property
     def any(self) -> Plan:
@@ -143,15 +155,10 @@ def _attention(
             )
     if split.probe is not None:
         return _alone(split.probe, module, query, value, attention_mask, sliding_window), None
-    plan = split.of.get(module)
-    if plan is None:
-        raise RuntimeError(f"{name} was not reached when the model was probed; its plan is unknown")
     query = _scaled_by_position(module, split, query)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = ring_attention(
-        q, k, v, plan, split.group, split.kernel, scaling, softcap=softcap, sinks=s_aux
-    )
-    return out, None
+    attend = split.attend(module)
+    return attend(q, k, v, scale=scaling, softcap=softcap, sinks=s_aux), None
 
 
 def _alone(

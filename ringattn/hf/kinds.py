@@ -145,6 +145,11 @@ def _own_mask(config: PretrainedConfig, kind: str, causal: bool, lengths: Sequen
     return own
 
 
+def own_band(config: PretrainedConfig, kind: str, n: int) -> tuple[int | None, int | None]:
+    """:func:`read_band` of a causal layer type in a text of ``n`` tokens."""
+    return read_band(_function(getattr(masking_utils, _CAUSAL[kind]), config), n)
+
+
 def _function(create: Any, config: PretrainedConfig) -> Allowed:
     """The mask function that transformers makes of a config. Its parameters have changed their
     names over the versions."""

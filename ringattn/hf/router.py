@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +31,28 @@ def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
     name = type(model).__name__
     if not isinstance(logits, (tuple, list)) or not all(x.dim() == 2 for x in logits):
         raise NotCovered(f"{name} gives a router loss without the router_logits that it is made of")
-    top = next((k for k in _choices(model) if _usual(logits, k, aux)), None)
+    top = top_of(model, logits, aux)
     (agreed,) = total(comm, torch.tensor([float(top is not None)]))
     if agreed < comm.world:
         raise NotCovered(
             f"{name} has a router loss of its own form; set output_router_logits=False"
         )
+    share, whole = shared_loss(logits, top, comm)
+    if out.loss is not None:
+        weight = router_weight(model)
+        text = out.loss - weight * aux.to(out.loss.device)
+        if not len(logits[0]):
+            text = out.logits.sum() * 0  # transformers' mean over no tokens is not a number
+        out.loss = text + weight * share.to(text)
+    out.aux_loss = whole
+
+
+def shared_loss(
+    logits: Sequence[torch.Tensor], top: int, comm: Comm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(this rank's share of the router loss of all ranks' tokens, that loss): the shares add up to
+    it, in value and in gradient. ``logits``: of every layer, ``[local tokens, experts]``; ``top``
+    experts a token. Collective."""
     counts, probabilities, rows = _statistics(logits, top)
     local = torch.cat([counts, probabilities.detach(), rows])
     everyone = total(comm, local.double()).to(local)
@@ -44,15 +61,12 @@ def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
     # The value of all ranks, the gradient of this rank's part of it.
     others = everyone[experts : 2 * experts] - probabilities.detach()
     whole = experts * (counts / rows * (probabilities + others) / rows).sum()
-    if out.loss is not None:
-        # This rank's share of the value, and all of the gradient.
-        share = whole - whole.detach() * (1 - 1 / comm.world)
-        weight = router_weight(model)
-        text = out.loss - weight * aux.to(out.loss.device)
-        if not len(logits[0]):
-            text = out.logits.sum() * 0  # transformers' mean over no tokens is not a number
-        out.loss = text + weight * share.to(text)
-    out.aux_loss = whole.detach()
+    return whole - whole.detach() * (1 - 1 / comm.world), whole.detach()
+
+
+def top_of(model: nn.Module, logits: Sequence[torch.Tensor], aux: torch.Tensor) -> int | None:
+    """How many experts a token goes to, if ``aux`` is the usual loss of these router logits."""
+    return next((k for k in _choices(model) if _usual(logits, k, aux)), None)
 
 
 def _choices(model: nn.Module) -> list[int]:
@@ -64,7 +78,7 @@ def _choices(model: nn.Module) -> list[int]:
 
 
 def _statistics(
-    logits: list[torch.Tensor], top: int
+    logits: Sequence[torch.Tensor], top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of all layers: tokens that each expert gets ``[experts]``, its probabilities summed, and the
     number of tokens ``[1]``; logits ``[tokens, experts]`` of each layer, float32."""
@@ -80,7 +94,7 @@ def _statistics(
     return counts, probabilities, rows
 
 
-def _usual(logits: list[torch.Tensor], top: int, aux: torch.Tensor) -> bool:
+def _usual(logits: Sequence[torch.Tensor], top: int, aux: torch.Tensor) -> bool:
     """Whether transformers' loss of the local tokens is the usual one with ``top`` experts a
     token."""
     if not len(logits[0]):

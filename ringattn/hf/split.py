@@ -70,9 +70,8 @@ def split_sequence(
         inside.register_forward_pre_hook(_inputs, prepend=True, with_kwargs=True),
         inside.register_forward_hook(_router),
     ]
-    for module in filter(_follows_length, modules):
-        handles.append(module.register_forward_pre_hook(_with_last_position, with_kwargs=True))
-        handles.append(module.register_forward_hook(_without_last_position))
+    for module in filter(follows_length, modules):
+        handles += follow_length(module)
     try:
         yield
     finally:
@@ -195,7 +194,13 @@ def _router(model: nn.Module, args: tuple, out: Any) -> None:
         router.over_all_tokens(model, out, connect(split.group))
 
 
-def _follows_length(module: nn.Module) -> bool:
+def follow_length(module: nn.Module) -> list[Any]:
+    """Lets a rotary embedding see the last position of the sequence: the handles of its hooks."""
+    before = module.register_forward_pre_hook(_with_last_position, with_kwargs=True)
+    return [before, module.register_forward_hook(_without_last_position)]
+
+
+def follows_length(module: nn.Module) -> bool:
     """Whether a rotary embedding depends on the largest position that it is given (dynamic NTK,
     longrope), which on a shard is not that of the sequence."""
     kinds = getattr(module, "rope_type", None)

@@ -135,12 +135,13 @@ class Head(nn.Linear):
     def forward(
         self,
         x: torch.Tensor,
-        labels: torch.Tensor | None,
-        memory: Memory,
+        labels: torch.Tensor | None = None,
+        memory: Memory | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor | Loss:
         if labels is None:
             return capped(super().forward(x), softcap)
+        memory = memory or Memory()
         if memory.loss == "liger" and torch.is_grad_enabled():
             return liger_cross_entropy(x, self.weight, labels, softcap), None, None
         return chunked_cross_entropy(x, self.weight, labels, memory.loss_chunk, softcap)
@@ -180,6 +181,16 @@ class Decoder(nn.Module):
             with torch.no_grad():
                 for name, weight in self.named_parameters():
                     weight.copy_(initial_weight(config, seed, name, weight.shape))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What engines split one by one."""
+        return self.layers
+
+    @property
+    def ends(self) -> Sequence[nn.Module]:
+        """Embedding and head, if their weights are their own."""
+        return () if self.config.tied else (self.embed_tokens, self.lm_head)
 
     def tie(self) -> None:
         """Makes the head's weight the embedding's, if the model is so configured."""

@@ -252,10 +252,10 @@ def _layers(path: Path, config: dict[str, Any], family: Family) -> Layers:
     mask = f"sliding_window({window})"
     if len(set(pattern)) < 2:
         return Layers({ONE: mask} if pattern[0] == LOCAL else {})
-    return Layers({LOCAL: mask, GLOBAL: "causal"}, _shortest(pattern))
+    return Layers({LOCAL: mask, GLOBAL: "causal"}, shortest(pattern))
 
 
-def _shortest(pattern: list[str]) -> list[str]:
+def shortest(pattern: list[str]) -> list[str]:
     """What, again and again, gives the pattern."""
     return next(
         pattern[:period]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,32 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def index(folder: Path) -> dict[str, Path]:
+    """The file of every weight. Raises UnknownModel where there are no safetensors."""
+    try:
+        if (folder / INDEX).is_file():
+            weights = json.loads((folder / INDEX).read_text())["weight_map"]
+            return {name: folder / Path(file).name for name, file in weights.items()}
+        if (folder / SINGLE).is_file():
+            with safe_open(folder / SINGLE, "pt") as file:
+                return dict.fromkeys(file.keys(), folder / SINGLE)
+    except (ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UnknownModel(f"{folder}: cannot be read: {error}") from None
+    other = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind)]
+    raise UnknownModel(
+        f"{folder}: no {SINGLE} and no {INDEX}"
+        + (f" (pickled weights as {other[0]} are not read)" if other else "")
+    )
+
+
+def slice_of(path: Path, key: str) -> Any:
+    """A weight in a file, of which rows can be read. Raises UnknownModel."""
+    try:
+        return safe_open(path, "pt").__enter__().get_slice(key)
+    except (OSError, SafetensorError) as error:
+        raise UnknownModel(f"{path}: {error}") from None
+
+
 class Pretrained:
     """The weights of a folder as a :class:`ringattn.training.states.Source`.
 
@@ -32,7 +59,7 @@ class Pretrained:
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         self.folder = folder
-        self.files = self._index()
+        self.files = index(folder)
         wanted = {hf_name(name) for name in shapes}
         # Tied heads are often saved too, and old checkpoints have RoPE's frequencies.
         extra = {
@@ -48,28 +75,8 @@ class Pretrained:
             if stored != tuple(shape):
                 raise UnknownModel(f"{folder}: {hf_name(name)} is {stored}, not {tuple(shape)}")
 
-    def _index(self) -> dict[str, Path]:
-        try:
-            if (self.folder / INDEX).is_file():
-                weights = json.loads((self.folder / INDEX).read_text())["weight_map"]
-                return {name: self.folder / Path(file).name for name, file in weights.items()}
-            if (self.folder / SINGLE).is_file():
-                with safe_open(self.folder / SINGLE, "pt") as file:
-                    return dict.fromkeys(file.keys(), self.folder / SINGLE)
-        except (ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise UnknownModel(f"{self.folder}: cannot be read: {error}") from None
-        other = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(kind)]
-        raise UnknownModel(
-            f"{self.folder}: no {SINGLE} and no {INDEX}"
-            + (f" (pickled weights as {other[0]} are not read)" if other else "")
-        )
-
     def _slice(self, name: str):
-        path = self.files[hf_name(name)]
-        try:
-            return safe_open(path, "pt").__enter__().get_slice(hf_name(name))
-        except (OSError, SafetensorError) as error:
-            raise UnknownModel(f"{path}: {error}") from None
+        return slice_of(self.files[hf_name(name)], hf_name(name))
 
     def read(
         self, kind: str, name: str, shape: tuple[int, ...], start: int, count: int

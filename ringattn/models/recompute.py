@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -25,14 +26,22 @@ def block(memory: Memory, function: Function, x: torch.Tensor) -> torch.Tensor:
     afterwards."""
     if not (memory.checkpoint and torch.is_grad_enabled()):
         return function(x)
-    pinned = x.device.type != "cpu"
-    outside = save_on_cpu(pin_memory=pinned) if memory.offload else nullcontext()
+    return keeping(memory, function, x, draws=False)
+
+
+def keeping(
+    memory: Memory, function: Callable[..., Any], x: torch.Tensor, *more: Any, draws: bool
+) -> Any:
+    """``function(x, *more)``, to be computed again in the backward without attention; ``draws``:
+    whether it uses random numbers, which then are the same."""
+    outside = save_on_cpu(pin_memory=x.device.type != "cpu") if memory.offload else nullcontext()
     with outside:
         return checkpoint(
             function,
             x,
+            *more,
             use_reentrant=False,
-            preserve_rng_state=False,  # nothing here draws
+            preserve_rng_state=draws,
             context_fn=partial(_keeping_attention, memory.offload),
         )
 

@@ -32,6 +32,9 @@ from ringattn.cost.presets import load as load_hardware
 from ringattn.models import hf_config
 from ringattn.models.rope_config import RopeConfig
 from ringattn.planning.head_split import check_degree
+from ringattn.planning.layer_plans import ONE
+from ringattn.refusal import advice
+from ringattn.training.attention import Attention
 from ringattn.training.engines import ENGINES
 from ringattn.training.observing.loggers import LOGGERS
 from ringattn.training.run import Model, TrainingRun, with_keys
@@ -52,7 +55,9 @@ def register() -> None:
     for group, kinds in (("engine", ENGINES), ("logger", LOGGERS)):
         for kind in kinds:
             store.store(group=group, name=kind.name, node=typed.defaults(kind))
-    store.store(group="model", name="hf", node=_open_keys(Model) | {"path": "${required:}"})
+    theirs = _open_keys(Model) | {"path": "${required:}"}
+    store.store(group="model", name="hf", node=theirs | {"unchanged": False})
+    store.store(group="model", name="transformers", node=theirs | {"unchanged": True})
 
 
 def _open_keys(kind: type) -> dict[str, Any]:
@@ -100,6 +105,14 @@ def composed(overrides: list[str]) -> dict[str, Any]:
             raise SettingsError(f"{key} must be given, as {key}=VALUE")
     layers = _fill_model(tree)
     attention = tree.get("attention")
+    if isinstance(attention, dict) and tree["model"].get("unchanged") is True:
+        usual = typed.defaults(Attention)
+        for key in ("window", "sinks", "mask", "kinds", "pattern"):
+            if attention.get(key) != usual[key]:
+                raise SettingsError(
+                    f"attention.{key}={attention[key]!r}: with model=transformers the masks are "
+                    "the model's own"
+                )
     if isinstance(attention, dict) and attention.get("window") == "auto":
         attention["window"] = None
         own = next((key for key in ("mask", "kinds") if attention.get(key) is not None), None)
@@ -110,8 +123,10 @@ def composed(overrides: list[str]) -> dict[str, Any]:
             )
         if layers.pattern:
             attention |= {"kinds": layers.masks, "pattern": layers.pattern}
-        elif layers.masks:
+        elif layers.window is not None:
             attention["window"] = layers.window
+        elif layers.masks:
+            attention["mask"] = layers.masks[ONE]
     return tree
 
 
@@ -144,6 +159,8 @@ def _fill_model(tree: dict[str, Any]) -> hf_config.Layers:
     model = tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("path"), str):
         return hf_config.Layers()
+    if model.get("unchanged") is True:
+        return _fill_unchanged(model)
     with path_errors("model.path", model["path"]):
         try:
             read, layers = hf_config.read(Path(model["path"]).expanduser())
@@ -166,6 +183,41 @@ def _fill_model(tree: dict[str, Any]) -> hf_config.Layers:
     return layers
 
 
+def _fill_unchanged(model: dict[str, Any]) -> hf_config.Layers:
+    """The same of a model that transformers makes; nothing that is given there may differ."""
+    if importlib.util.find_spec("transformers") is None:
+        raise SettingsError(f"model=transformers {advice('transformers')}")
+    from ringattn.hf import describe  # here: it takes seconds
+
+    path = Path(model["path"]).expanduser()
+    with path_errors("model.path", model["path"]):
+        (path / "config.json").stat()
+        try:
+            theirs = describe.config_of(path)
+            read = describe.sizes(theirs)
+            masks, types = describe.masks(theirs)
+        except ValueError as error:
+            raise SettingsError(f"model.path: {error}") from None
+    usual = typed.defaults(Model)
+    for key, value in model.items():
+        if key in ("path", "unchanged"):
+            continue
+        own = read.get(key, usual.get(key))
+        if isinstance(value, dict):  # of RoPE, where nothing is said
+            value = {name: x for name, x in value.items() if x is not None}
+        if value not in (None, {}, own):
+            raise SettingsError(
+                f"model.{key}={value}: with model=transformers it is what {path / 'config.json'} "
+                f"says, {own}"
+            )
+        model[key] = own
+    if set(masks.values()) == {"causal"}:
+        return hf_config.Layers()
+    if len(masks) == 1:
+        return hf_config.Layers({ONE: next(iter(masks.values()))})
+    return hf_config.Layers(masks, hf_config.shortest(types))
+
+
 def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:
     """``run`` in a world of so many ranks: what depends on it is checked, and the defaults of
     ``parallel.cp`` and ``parallel.node_size`` are filled in. ``node_size``: ranks of a machine, by
@@ -175,6 +227,11 @@ def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> Trai
     if run.memory.loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise SettingsError(
             "memory.loss=liger: liger-kernel is not installed; pip install liger-kernel"
+        )
+    if run.model.unchanged and run.memory.ffn_tile is not None:
+        raise SettingsError(
+            f"memory.ffn_tile={run.memory.ffn_tile}: with model=transformers the feed-forward is "
+            "theirs; give null"
         )
     hardware_of(run)
     cp = world if run.parallel.cp is None else run.parallel.cp

@@ -39,7 +39,7 @@ def prepare(
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     run.engine.check()
     run.logger.check()
-    model, path = run.model.sizes, run.model.path
+    model, path = run.model if run.model.unchanged else run.model.sizes, run.model.path
     held_out = (run.eval.holdout, run.eval.root)
     data = open_data(run.data, run.seq_len, run.seed, progress, *held_out)
     if data.tokenizer.vocab_size > model.vocab_size:
@@ -56,7 +56,7 @@ def prepare(
         seq_len=run.seq_len,
         seed=run.seed,
         corpus=data.fingerprint,
-        model=asdict(model),
+        model=asdict(run.model.sizes) | ({"unchanged": True} if run.model.unchanged else {}),
         attention=asdict(run.attention),
         written_by=f"{run.engine.name}, ZeRO {run.engine.zero_stage}, {world} ranks, "
         f"parallel.cp={run.parallel.cp}",
@@ -75,8 +75,17 @@ def prepare(
     if path is not None:
         with path_errors("model.path", path):
             try:
-                source = Pretrained(Path(path).expanduser(), shapes(model))
+                source = _weights(run, Path(path).expanduser())
             except UnknownModel as error:
                 raise SettingsError(f"model.path: {error}") from None
     hardware = hardware_of(run)
     return Job(run, model, data, run_dir, manifest, source, resume, remarks, hardware)
+
+
+def _weights(run: TrainingRun, folder: Path) -> states.Source:
+    if not run.model.unchanged:
+        return Pretrained(folder, shapes(run.model.sizes))
+    from ringattn.hf.describe import PREFIX, config_of, empty_model  # here: it takes seconds
+    from ringattn.hf.weights import HubWeights
+
+    return HubWeights(folder, empty_model(config_of(folder)), PREFIX)

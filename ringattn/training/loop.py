@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ringattn.context import Context, Strategy, check_engaged, check_same_data
 from ringattn.cost.model import step_flops
@@ -91,6 +94,8 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         display.say(f"resumed {resume[0]} at step {start.step}")
     else:
         states.fill(engine, job.source, 0)
+    if run.model.unchanged:
+        fill_buffers(engine, job.source)
     stream = job.data.train
     log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step) if rank == 0 else None
     try:
@@ -98,6 +103,10 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         sequences = numbers(run.batch_size, context, start.sequences_seen, 0)
         first = load_batch(run.attention, job.model.layers, stream, context, split, sequences)
         split = split.like(first.plans)
+        if run.model.unchanged:
+            split_model(engine).self_check(
+                engine.root, first.plans, context.cp_group, context.kernel
+            )
         _self_check(job, context, engine, stream, split, start)
         dtype = DTYPES[run.precision]
         peak, measure = _peak(job, context)
@@ -150,8 +159,17 @@ def build_engine(job: Job, context: Context) -> Engine:
     """The configured engine, on every rank; its weights are still to be written."""
     run = job.run
     layers = run.attention.layers(job.model.layers)
+
+    def make_model() -> nn.Module:
+        if not run.model.unchanged:
+            return Decoder(job.model, None, run.memory, layers)
+        from ringattn.hf.describe import config_of  # here: transformers is an extra
+        from ringattn.hf.trained import SplitModel
+
+        return SplitModel(config_of(Path(run.model.path).expanduser()), run.memory, layers)
+
     parts = Parts(
-        make_model=lambda: Decoder(job.model, None, run.memory, layers),
+        make_model=make_model,
         parameters=job.model.parameters,
         optimizer=run.optim,
         context=context,
@@ -160,6 +178,21 @@ def build_engine(job: Job, context: Context) -> Engine:
         grad_accum=run.train.grad_accum,
     )
     return run.engine.build(parts)
+
+
+def split_model(engine: Engine) -> Any:
+    """The unchanged transformers model inside of an engine."""
+    from ringattn.hf.trained import SplitModel
+
+    return next(module for module in engine.root.modules() if isinstance(module, SplitModel))
+
+
+def fill_buffers(engine: Engine, source: Any) -> None:
+    """What a transformers model keeps beside parameters, from its folder."""
+    inner = split_model(engine).inner
+    with torch.no_grad():
+        for name, value in source.buffers():
+            inner.get_buffer(name).copy_(value)
 
 
 def _peak(job: Job, context: Context) -> tuple[float, str]:
@@ -314,10 +347,10 @@ class _Steps:
         total_tokens = run.train.steps * self._per_step * run.seq_len
         lr = learning_rate(run.optim, state.tokens_seen, total_tokens)
         engine.set_lr(lr)
-        local_loss, norm = torch.zeros((), device=context.device), None
+        local_loss, norm, router = torch.zeros((), device=context.device), None, 0.0
         for batch in batches:
             self.heartbeat.where = f"step {number}, forward"
-            loss, *_ = engine.forward(
+            loss, *more = engine.forward(
                 batch.tokens,
                 batch.positions,
                 context.attend(batch.plans, self.carrier),
@@ -326,12 +359,18 @@ class _Steps:
             self.heartbeat.where = f"step {number}, backward"
             # A loss that is not finite may have a gradient that is: then nothing must step.
             honest = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-            engine.backward(context.scaled_loss(loss, supervised, accum) * honest)
+            scaled = context.scaled_loss(loss, supervised, accum)
+            if len(more) > 2 and more[2] is not None:
+                # A share of a mean over all ranks, of which the engine takes the mean again.
+                scaled = scaled + more[2] * context.world
+                router += float(more[2].detach()) / accum
+            engine.backward(scaled * honest)
             local_loss += loss.detach()
             self.heartbeat.where = f"step {number}, optimizer"
             with self.watch.section("engine"):
                 norm = engine.step()
-        loss = context.total(float(local_loss))[0] / max(supervised, 1)
+        loss, router = context.total(float(local_loss) / max(supervised, 1), router)
+        loss += router
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1
         seen = state.sequences_seen
@@ -348,6 +387,7 @@ class _Steps:
         return state, {
             "step": number,
             "loss": loss,
+            **({"router_loss": router} if run.model.unchanged and router else {}),
             "grad_norm": norm,
             "lr": lr,
             "tokens_seen": state.tokens_seen,

@@ -24,7 +24,7 @@ from ringattn.training.engines import EngineSettings
 from ringattn.training.evaluating.settings import Eval
 from ringattn.training.observing.loggers import LoggerSettings
 from ringattn.training.optimizer import Optimizer
-from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
+from ringattn.typed import Count, Flag, OneOf, Positive, Text, Whole, Words, settings
 
 
 @settings
@@ -32,7 +32,30 @@ class Model(ModelConfig):
     """The decoder: as in Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Olmo 3."""
 
     path: Text | None = None
-    """Folder of a Hugging Face checkpoint (model=hf): sizes and weights come from there."""
+    """Folder of a Hugging Face checkpoint (model=hf, model=transformers): sizes and weights come
+    from there."""
+    unchanged: Flag = False
+    """Train transformers' own module of model.path (model=transformers), not our decoder."""
+    total: Count | None = None
+    """Of an unchanged module: its parameters."""
+    active: Count | None = None
+    """Of an unchanged module: the matrix parameters that a token meets."""
+
+    @model_validator(mode="after")
+    def _is_somebodys(self) -> Model:
+        if self.unchanged and self.path is None:
+            raise ValueError("model.unchanged=true needs model.path")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.total or ModelConfig.parameters.fget(self)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token."""
+        return self.active or ModelConfig.matmul_parameters.fget(self)
 
     @property
     def sizes(self) -> ModelConfig:

@@ -18,10 +18,11 @@ from ringattn.training.engines.fsdp import FSDP
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ringattn.context import Attends, Context
     from ringattn.execution.carriers import Stopwatch
-    from ringattn.models.decoder import Decoder, Loss
+    from ringattn.models.decoder import Loss
     from ringattn.training.optimizer import Optimizer
 
 ENGINES = (DeepSpeed, FSDP)
@@ -55,6 +56,7 @@ class Engine(Protocol):
     the model in ``backward`` is a section "engine" of ``watch``, where it can be told apart."""
 
     watch: Stopwatch
+    root: nn.Module  # the model, with what the engine has put around it
 
     def forward(
         self,
@@ -89,10 +91,11 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is built of. ``make_model`` gives a model without weights; ``parameters``: how
-    many it has; ``batch_size`` and ``grad_accum``: sequences of a micro-step, and micro-steps."""
+    """What an engine is built of. ``make_model`` gives a model without weights, with ``blocks`` and
+    ``ends`` to be split one by one, and ``tie``; ``parameters``: how many it has; ``batch_size``
+    and ``grad_accum``: sequences of a micro-step, and micro-steps."""
 
-    make_model: Callable[[], Decoder]
+    make_model: Callable[[], nn.Module]
     parameters: int
     optimizer: Optimizer
     context: Context

@@ -47,7 +47,13 @@ class DeepSpeedEngine:
             with context.device:
                 model = parts.make_model()
         optimizer = make_optimizer(model, parts.optimizer)
+        # DeepSpeed casts buffers too: frequencies of RoPE must stay as they are.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.root = self.engine
+        for name, buffer in buffers.items():
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own] = buffer.to(context.device)
         # DeepSpeed reduces gradients at the end of its backward: told apart to be timed.
         self.reduce = self.engine.allreduce_gradients
         self.engine.allreduce_gradients = self._reduce

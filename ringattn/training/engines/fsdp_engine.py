@@ -49,15 +49,15 @@ class FSDPEngine:
             )
         if keys.offload_params:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
-        for layer in model.layers:
-            fully_shard(layer, **options)
-        if not model.config.tied:
-            for part in (model.embed_tokens, model.lm_head):
-                fully_shard(part, **options)
+        for part in (*model.blocks, *model.ends):
+            fully_shard(part, **options)
         fully_shard(model, **options)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device="cpu" if keys.offload_params else context.device)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
         model.tie()
-        self.model = model
+        self.model = self.root = model
         self.optimizer = make_optimizer(model, parts.optimizer)
         allocate(self.optimizer, model.parameters())
 

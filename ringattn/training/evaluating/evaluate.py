@@ -69,7 +69,7 @@ class Evaluation:
                 self.split, numbers,
             )  # fmt: skip
             attend = self.context.attend(batch.plans)
-            _, each, _ = self.engine.forward(batch.tokens, batch.positions, attend, batch.labels)
+            _, each, *_ = self.engine.forward(batch.tokens, batch.positions, attend, batch.labels)
             own = torch.from_numpy(batch.plans.layout.positions(self.context.cp_rank))
             number = torch.tensor(numbers)[own // self.training.seq_len]
             supervised = (batch.labels != IGNORED)[0].cpu()
@@ -106,7 +106,7 @@ class Evaluation:
                     self.split, numbers,
                 )  # fmt: skip
                 attend = self.context.attend(batch.plans)
-                _, _, right = self.engine.forward(
+                _, _, right, *_ = self.engine.forward(
                     batch.tokens, batch.positions, attend, batch.labels
                 )
                 own = torch.from_numpy(batch.plans.layout.positions(self.context.cp_rank))

@@ -1,0 +1,97 @@
+"""What a transformers config says of a model's sizes and layers, before any weight exists."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ringattn.hf.attention import NAME
+from ringattn.hf.coverage import NotCovered
+from ringattn.hf.kinds import CHUNK, FULL, WINDOW, is_causal, own_band, types_of
+
+PREFIX = "inner."  # of parameters in :class:`ringattn.hf.trained.SplitModel`
+
+
+def config_of(folder: Path) -> PretrainedConfig:
+    """The config of a folder; nothing is fetched. Raises NotCovered for one that is not read."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().splitlines()
+        raise NotCovered(f"{folder}: {reason[0] if reason else type(error).__name__}") from None
+
+
+def empty_model(config: PretrainedConfig, weights: bool = False) -> PreTrainedModel:
+    """The causal model with our attention, its buffers real and its parameters on the meta device,
+    or with ``weights`` real and not yet set. Raises NotCovered where transformers cannot make it.
+    """
+    options = {"attn_implementation": NAME, "dtype": torch.float32}
+    try:
+        with torch.device("cpu"), no_init_weights():
+            with nullcontext() if weights else init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, **options)
+            model.tie_weights()
+            return model
+    except (ValueError, KeyError, AttributeError) as error:
+        raise NotCovered(
+            f"{config.model_type}: transformers makes no causal model of it with "
+            f"attn_implementation={NAME!r}: {type(error).__name__}: {error}"
+        ) from None
+
+
+def sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """The ``model`` settings that costs are counted with: widths as in the config, parameters as
+    they are. Of experts those that a token goes to count as active."""
+    text, model = config.get_text_config(), empty_model(config)
+    total = active = 0
+    experts = next((n for name in ("num_experts", "num_local_experts", "n_routed_experts")
+                    if isinstance(n := getattr(text, name, None), int)), None)  # fmt: skip
+    chosen = getattr(text, "num_experts_per_tok", None)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    for name, p in model.named_parameters():
+        total += p.numel()
+        if p.dim() > 1 and (p is not table.weight or head.weight is table.weight):
+            routed = ".experts." in name and experts and chosen
+            active += p.numel() * chosen // experts if routed else p.numel()
+    heads = text.num_attention_heads
+    return {
+        "dim": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "ffn_dim": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "tied": head.weight is table.weight,
+        "total": total,
+        "active": active,
+    }
+
+
+def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
+    """The masks of the model's layers as text, by type, and the type of each layer. Raises
+    NotCovered for layers that are not."""
+    model = empty_model(config)  # which sets the attention of its config
+    config = model.config
+    types = list(types_of(config.get_text_config()))
+    if not is_causal(model):
+        raise NotCovered(f"{type(model).__name__} attends both ways: it is no causal model")
+    texts = {}
+    for kind in dict.fromkeys(types):
+        if kind not in (FULL, WINDOW, CHUNK):
+            raise NotCovered(
+                f"{type(model).__name__} has layers of type {kind}, which mix tokens without "
+                "softmax attention, or by a mask of their own: they are not covered"
+            )
+        if kind == CHUNK:
+            texts[kind] = f"block_local({config.get_text_config().attention_chunk_size})"
+        else:
+            lo, _ = own_band(config.get_text_config(), kind, 2**20)
+            texts[kind] = "causal" if lo is None else f"sliding_window({1 - lo})"
+    return texts, types

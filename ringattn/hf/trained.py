@@ -1,0 +1,192 @@
+"""An unchanged causal model of transformers with the interface of our decoder, for ``train.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ringattn.execution.carriers import ProcessRank
+from ringattn.hf.attention import HERE, Attend, Probe, Split
+from ringattn.hf.batch import lengths_of
+from ringattn.hf.coverage import NotCovered, evaluating, probe, router_weight
+from ringattn.hf.describe import empty_model
+from ringattn.hf.kinds import assign
+from ringattn.hf.proof import compare
+from ringattn.hf.router import shared_loss, top_of
+from ringattn.hf.split import follow_length, follows_length
+from ringattn.models import recompute
+from ringattn.models.decoder import Head
+from ringattn.models.memory import Memory
+from ringattn.planning.layer_plans import LayerPlans
+
+
+class SplitModel(nn.Module):
+    """``forward(tokens, positions, attend, labels)`` as of
+    :class:`ringattn.models.decoder.Decoder`; with labels the tuple has a fourth element, the share
+    of this rank in the router loss (None where there is none). Called with ``input_ids=`` it is the
+    model of transformers itself.
+
+    ``config``: of the model; ``kinds``: the kind of each layer, by which ``attend`` is asked. Under
+    the meta device parameters have no memory, but buffers do.
+    """
+
+    def __init__(self, config: PretrainedConfig, memory: Memory, kinds: Sequence[str]) -> None:
+        super().__init__()
+        self.memory, self.kinds = memory, tuple(kinds)
+        on_meta = torch.get_default_device().type == "meta"
+        self.inner = empty_model(config, weights=not on_meta)
+        head = self.inner.get_output_embeddings()
+        if head.bias is not None:
+            raise NotCovered(f"{type(self.inner).__name__}: a head with a bias is not covered")
+        with torch.device("meta"):
+            ours = Head(head.in_features, head.out_features, bias=False)
+        ours.weight = head.weight
+        self.inner.set_output_embeddings(ours)
+        # What logits are beside the head's product; found by the self-check.
+        self.logit_scale, self.logit_softcap, self.top = 1.0, None, None
+        text = self.inner.config.get_text_config()
+        self.routes = bool(getattr(text, "output_router_logits", False))
+        if memory.checkpoint:
+            self.inner._set_gradient_checkpointing(True, partial(_again, memory))
+        for module in filter(follows_length, self.inner.modules()):
+            follow_length(module)
+        self.inner.train()
+
+    @property
+    def body(self) -> nn.Module:
+        """What gives the hidden states."""
+        return next(m for m in self.inner.children() if isinstance(m, PreTrainedModel))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers: the longest list of modules."""
+        lists = [m for m in self.inner.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+    @property
+    def ends(self) -> Sequence[nn.Module]:
+        """Embedding and head, if their weights are their own."""
+        table, head = self.inner.get_input_embeddings(), self.inner.get_output_embeddings()
+        return () if self.tied else (table, head)
+
+    @property
+    def tied(self) -> bool:
+        return bool(getattr(self.inner.config.get_text_config(), "tie_word_embeddings", False))
+
+    def tie(self) -> None:
+        """Makes the head's weight the embedding's, if the model is so configured."""
+        if self.tied:
+            self.inner.get_output_embeddings().weight = self.inner.get_input_embeddings().weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        attend: Mapping[str, Attend] | None = None,
+        labels: torch.Tensor | None = None,
+        **as_transformers: Any,
+    ) -> Any:
+        if as_transformers:
+            return self.inner(**as_transformers, use_cache=False)
+        self._install(attend)
+        inputs = {"input_ids": tokens, "position_ids": positions[None], "use_cache": False}
+        if labels is None:
+            return self.inner(**inputs).logits
+        routes = self.routes and torch.is_grad_enabled()
+        more = {"output_router_logits": True} if routes else {}
+        out = self.body(**inputs, **more)
+        hidden = out.last_hidden_state * self.logit_scale
+        head = self.inner.get_output_embeddings()
+        share = None
+        if routes:
+            comm = ProcessRank(None)
+            share, whole = shared_loss(out.router_logits, self.top, comm)
+            share = share * router_weight(self.inner)
+            self.router_loss = float(whole)
+        return *head(hidden, labels, self.memory, self.logit_softcap), share
+
+    def _install(self, attend: Mapping[str, Attend]) -> None:
+        """Hands the layers the functions of this forward, and of its backward."""
+        plans = {kind: each.keywords["plan"] for kind, each in attend.items()}
+        group = next(iter(attend.values())).keywords["group"]
+        lengths = lengths_of(plans) if any(map(follows_length, self.inner.modules())) else []
+        self.place(Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds))
+
+    def place(self, split: Split) -> None:
+        """Puts the split where the modules look for it."""
+        for module in self.modules():
+            object.__setattr__(module, HERE, split)
+
+    def self_check(self, root: nn.Module, plans: LayerPlans, group: Any, kernel: str) -> None:
+        """Proves that this model, called through ``root`` (an engine's module around it), is that
+        of one process: see :func:`ringattn.hf.check`; and learns what its logits and its router
+        loss are made of. Collective over all ranks. Raises NotCovered, ValueError."""
+        split = Split(plans, group, kernel, lengths_of(plans))
+        self.place(split)
+        object.__setattr__(root, HERE, split)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.inner.device)
+        inputs = {"input_ids": ids, "position_ids": ids}
+        assign(split, probe(root, (), inputs), self.inner.config.get_text_config())
+        if plans.world > 1:
+            compare(root, (), inputs)
+        self._learn(root)
+
+    def _learn(self, root: nn.Module) -> None:
+        """How logits follow from the head, and how many experts a token goes to."""
+        split: Split = getattr(self, HERE)
+        name, config = type(self.inner).__name__, self.inner.config.get_text_config()
+        ids = torch.arange(13, device=self.inner.device)[None] % config.vocab_size
+        hidden: list[torch.Tensor] = []
+        head = self.inner.get_output_embeddings()
+        handle = head.register_forward_hook(lambda m, ins, out: hidden.append(out.detach()))
+        split.probe = Probe(dict.fromkeys(self.inner.modules(), ""))
+        try:
+            with torch.no_grad(), evaluating(root):
+                more = {"output_router_logits": True} if self.routes else {}
+                out = root(
+                    input_ids=ids, position_ids=torch.arange(13, device=ids.device)[None], **more
+                )
+        finally:
+            split.probe = None
+            handle.remove()
+        plain, logits = hidden[0].float(), out.logits.float()
+        scale = float((logits * plain).sum() / (plain * plain).sum())
+        for cap in (None, *_caps(config)):
+            factor = scale if cap is None else 1.0
+            want = plain * factor if cap is None else cap * torch.tanh(plain / cap)
+            if float((want - logits).norm()) <= 0.01 * float(logits.norm()):
+                self.logit_scale, self.logit_softcap = _rounded(factor), cap
+                break
+        else:
+            raise NotCovered(
+                f"{name}: its logits are not those of its head, times a factor or with a softcap; "
+                "its loss cannot be computed in chunks"
+            )
+        if self.routes:
+            self.top = top_of(self.inner, out.router_logits, out.aux_loss)
+            if self.top is None:
+                raise NotCovered(
+                    f"{name} has a router loss of its own form; set output_router_logits to false "
+                    "in its config.json"
+                )
+
+
+def _again(memory: Memory, function: Any, *args: Any) -> Any:
+    """In place of transformers' checkpointing: attention is kept."""
+    return recompute.keeping(memory, function, *args, draws=True)
+
+
+def _caps(config: PretrainedConfig) -> list[float]:
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    caps = [getattr(config, name, None) for name in names]
+    return [float(cap) for cap in caps if cap]
+
+
+def _rounded(factor: float) -> float:
+    """1 where it is 1 but for rounding."""
+    return 1.0 if abs(factor - 1) < 1e-3 else factor
