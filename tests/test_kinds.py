@@ -242,3 +242,27 @@ def test_what_no_family_has_is_not_exported(change, masks, shown):
     model = defaults(ModelConfig) | SIZES | {"layers": len(masks)} | change
     with pytest.raises(UnknownModel, match=shown):
         family_of(model, masks)
+
+
+def test_the_plan_of_kinds_as_a_table_json_and_a_picture(tmp_path, capsys):
+    kinds = ["kinds=local: sliding_window(16); global: causal", "n=256", "world=4"]
+    keys = ["plan", *kinds, "pattern=local,local,local,global", "layout=balanced"]
+    assert cli([*keys, "--check", "--plot", str(tmp_path / "plan.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "3 layers of kind local: " in shown and "all 4 layers: largest work / mean" in shown
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert cli([*keys, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    local, whole = (facts["kinds"][kind]["ranks"] for kind in ("local", "global"))
+    work = [3 * a["area"] + b["area"] for a, b in zip(local, whole, strict=True)]
+    assert facts["imbalance"] == pytest.approx(max(work) * 4 / sum(work))
+    assert len(facts["layers"]) == 4
+    for wrong, said in (
+        (["pattern=local"], "pattern needs kinds"),
+        (["kinds=causal"], "'causal' is not NAME: MASK"),
+        ([kinds[0], "pattern=local"], "do not have the same names: global"),
+        ([*kinds[:2], "layout=striped", "chunk=4"], "only for balanced"),
+        (["kinds=a: causal(7); b: causal(8)"], "equal lengths"),
+    ):
+        assert cli(["plan", *wrong]) == 2
+        assert said in capsys.readouterr().err

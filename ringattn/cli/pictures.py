@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ringattn import cost
 from ringattn.cost import AttentionShape, Hardware
 from ringattn.cost.presets import usual
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 
 _GRID = 512  # pixels of a mask on each axis at most
@@ -26,18 +27,25 @@ def colours(count: int) -> list:
     return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def draw_plan(plan: Plan, shape: AttentionShape, file: str) -> None:
-    """The mask coloured by rank, the work per rank and the timeline of the forward."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 6))
-    draw_mask(left, plan)
-    draw_work(middle, plan)
-    draw_timeline(right, plan, shape, usual())
-    figure.suptitle(
-        f"{plan.schedule}, {plan.layout.name}, ulysses {plan.ulysses}, {plan.world} ranks, "
-        f"{plan.mask.n_q:,} x {plan.mask.n_k:,} tokens",
-        fontsize=11,
+def draw_plans(plans: LayerPlans, shape: AttentionShape, file: str) -> None:
+    """For each kind of layer the mask coloured by rank, the work per rank and the timeline of the
+    forward."""
+    figure = Figure(figsize=(15, 4.6 * len(plans)), layout="constrained")
+    rows = figure.subplots(len(plans), 3, width_ratios=(4, 3, 6), squeeze=False)
+    for (left, middle, right), (kind, plan) in zip(rows, plans.items(), strict=True):
+        draw_mask(left, plan)
+        draw_work(middle, plan)
+        draw_timeline(right, plan, shape, usual())
+        if len(plans) > 1:
+            left.set_title(f"{plans.counts[kind]} layers of kind {kind}", fontsize=10)
+    plan = plans.first
+    title = (
+        f"{plans.schedule}, {plan.layout.name}, ulysses {plans.ulysses}, {plan.world} ranks, "
+        f"{plan.mask.n_q:,} x {plan.mask.n_k:,} tokens"
     )
+    if len(plans) > 1:
+        title += f"; all layers: largest work / mean {plans.imbalance:.3f}"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=90)
 
 

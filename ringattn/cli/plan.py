@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from ringattn import cost
 from ringattn.cli.request import (
@@ -15,14 +16,22 @@ from ringattn.cli.request import (
     RequestError,
     count,
     drawable,
+    layout_of,
+    mask_of,
     parse,
+    plan_of,
     planned,
 )
 from ringattn.cost import AttentionShape
+from ringattn.planning.layer_plans import ONE, LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
 
-KEYS = PLAN_KEYS | {"world": Key(count, 8, "ranks")}
+KEYS = PLAN_KEYS | {
+    "world": Key(count, 8, "ranks"),
+    "kinds": Key(str, None, 'in place of mask: "local: sliding_window(1024); global: causal"'),
+    "pattern": Key(str, None, "with kinds: that of each layer, as local,local,local,global"),
+}
 _TOKENS = 2**16  # where neither n nor the mask says how many
 _ROWS = 16  # ranks that the table shows one by one
 
@@ -40,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     values, options = parse("plan", KEYS, arguments, _flags)
     if options.plot:
         drawable(options.plot)
-    plan = planned(values, values["world"], _TOKENS)
+    plans = _planned(values)
     shape = AttentionShape(
         values["heads"],
         values["kv_heads"] or values["heads"],
@@ -49,16 +58,52 @@ def run(arguments: Sequence[str]) -> int:
         ITEMSIZE[values["dtype"]],
         values["batch"],
     )
-    report = check(plan) if options.check else None
-    facts = _facts(plan, shape)
-    if report:
-        facts["check"] = {"ok": report.ok, "problems": report.problems}
+    each, ok = {}, True
+    for kind, plan in plans.items():
+        each[kind] = _facts(plan, shape)
+        if options.check:
+            report = check(plan)
+            each[kind]["check"] = {"ok": report.ok, "problems": report.problems}
+            ok = ok and report.ok
     if options.plot:
-        from ringattn.cli.pictures import draw_plan  # matplotlib only where it is asked for
+        from ringattn.cli.pictures import draw_plans  # matplotlib only where it is asked for
 
-        draw_plan(plan, shape, options.plot)
-    print(json.dumps(facts)) if options.json else _print(plan, facts)
-    return 0 if report is None or report.ok else 1
+        draw_plans(plans, shape, options.plot)
+    one = values["kinds"] is None
+    if options.json:
+        whole = {"kinds": each, "layers": plans.layers, "imbalance": plans.imbalance}
+        print(json.dumps(each[ONE] if one else whole))
+        return 0 if ok else 1
+    for kind, plan in plans.items():
+        _print(plan, each[kind], "" if one else f"{plans.counts[kind]} layers of kind {kind}: ")
+    if not one:
+        print(f"all {len(plans.layers)} layers: largest work / mean {plans.imbalance:.4f}")
+    return 0 if ok else 1
+
+
+def _planned(values: dict[str, Any]) -> LayerPlans:
+    """The plan, or those of the kinds. Raises RequestError."""
+    if values["kinds"] is None:
+        if values["pattern"] is not None:
+            raise RequestError("pattern needs kinds: the mask of each kind of layer")
+        return LayerPlans.alike(planned(values, values["world"], _TOKENS), 1)
+    masks = {}
+    for part in values["kinds"].split(";"):
+        name, colon, text = part.partition(":")
+        if not colon:
+            raise RequestError(f"kinds: {part.strip()!r} is not NAME: MASK")
+        masks[name.strip()] = mask_of(text.strip(), values["n"], _TOKENS)
+    layers = [name.strip() for name in (values["pattern"] or ",".join(masks)).split(",")]
+    if unknown := sorted(set(layers) ^ set(masks)):
+        raise RequestError(f"pattern and kinds do not have the same names: {', '.join(unknown)}")
+    try:
+        layout = layout_of(
+            values["layout"], [masks[x] for x in layers], values["world"], values["chunk"]
+        )
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise RequestError(str(error)) from None
+    plans = {kind: plan_of(values, mask, layout, None) for kind, mask in masks.items()}
+    return LayerPlans(plans, layers)
 
 
 def _facts(plan: Plan, shape: AttentionShape) -> dict:
@@ -104,13 +149,13 @@ def _short(value: float) -> str:
     return f"{value:.0f}T"
 
 
-def _print(plan: Plan, facts: dict) -> None:
+def _print(plan: Plan, facts: dict, title: str = "") -> None:
     from rich.box import SIMPLE_HEAD  # here: machines ask for --json, and may have no rich
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(str(plan), soft_wrap=True)
+    console.print(title + str(plan), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     columns = {
         "rank": "rank",

@@ -156,6 +156,14 @@ def planned(values: dict[str, Any], world: int, tokens: int) -> Plan:
     try:
         layout = layout_of(values["layout"], mask, world, values["chunk"])
         keys = None if mask.n_q == mask.n_k else keys_of(values["layout"], mask, world)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise RequestError(str(error)) from None
+    return plan_of(values, mask, layout, keys)
+
+
+def plan_of(values: dict[str, Any], mask: Mask, layout: Layout, keys: Layout | None) -> Plan:
+    """The plan of one mask as the keys ask for it. Raises RequestError."""
+    try:
         return make_plan(
             mask,
             layout,
@@ -173,8 +181,9 @@ def planned(values: dict[str, Any], world: int, tokens: int) -> Plan:
         raise RequestError(str(error)) from None
 
 
-def layout_of(name: str, mask: Mask, world: int, chunk: int | None = None) -> Layout:
-    """The layout of the queries; ``chunk`` is for balanced only."""
+def layout_of(name: str, mask: Mask | list[Mask], world: int, chunk: int | None = None) -> Layout:
+    """The layout of the queries, for one mask or those of all layers; ``chunk`` is for balanced
+    only."""
     if name == "balanced":
         return layouts.balanced(mask, world, chunk)
     if chunk is not None:

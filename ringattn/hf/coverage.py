@@ -74,6 +74,19 @@ def probe(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[nn.Modu
     return layers
 
 
+def probed(model: nn.Module, ids: torch.Tensor) -> dict[nn.Module, Layer]:
+    """:func:`probe` of a model outside of a split."""
+    modules = list(model.modules())
+    split = Split({}, None, "auto", [])
+    for module in modules:
+        object.__setattr__(module, HERE, split)
+    try:
+        return probe(model, (), {"input_ids": ids.to(next(model.parameters()).device)})
+    finally:
+        for module in modules:
+            object.__delattr__(module, HERE)
+
+
 def _reason(model: nn.Module, leaks: list[str], token: int) -> str:
     deepest = max(leaks, key=lambda path: path.count("."))
     module = model.get_submodule(deepest)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, masking_utils
 
 from ringattn.hf.attention import NAME, Allowed, Layer, LayerMask, Split
-from ringattn.hf.coverage import language_model
+from ringattn.hf.coverage import language_model, probed
 from ringattn.make import make_plans as plans_of
 from ringattn.planning import layouts, masks
 from ringattn.planning.layer_plans import LayerPlans
@@ -31,10 +31,6 @@ _CAUSAL = {
     FULL: "create_causal_mask",
     WINDOW: "create_sliding_window_causal_mask",
     CHUNK: "create_chunked_causal_mask",
-}
-_BOTH_WAYS = {
-    FULL: "create_bidirectional_mask",
-    WINDOW: "create_bidirectional_sliding_window_mask",
 }
 _NO_MIXERS = ("mlp", "moe")  # layers, of models that count them so, in which tokens do not meet
 _ROWS = 24  # of a mask, that are compared in a proof
@@ -74,7 +70,11 @@ def make_plans(
         )
     causal = is_causal(model)
     lengths = mask.pieces
-    own = {kind: _own_mask(config, kind, causal, lengths) for kind in dict.fromkeys(layer_types)}
+    functions = {} if causal else _of_layers(model, config)
+    own = {
+        kind: _own_mask(config, kind, functions.get(kind) or _of_config(config, kind), lengths)
+        for kind in dict.fromkeys(layer_types)
+    }
     backward = mask & masks.causal(mask.n_q)
     if causal and backward.area != mask.area:
         raise ValueError(
@@ -126,18 +126,31 @@ def is_causal(model: nn.Module) -> bool:
     return any(says) or not says
 
 
-def _own_mask(config: PretrainedConfig, kind: str, causal: bool, lengths: Sequence[int]) -> Mask:
+def _of_layers(model: nn.Module, config: PretrainedConfig) -> dict[str, Allowed]:
+    """The mask functions of the layers, by type, as they hand them to their attention. Of models
+    that attend both ways: of their windows there are two conventions."""
+    layers = probed(model, torch.zeros(1, 1, dtype=torch.long))
+    types = types_of(config)
+    return {
+        types[layer.index]: layer.allowed for layer in layers.values() if layer.index is not None
+    }
+
+
+def _of_config(config: PretrainedConfig, kind: str) -> Allowed:
+    """The mask function that transformers makes for a causal layer of this type."""
+    return _function(getattr(masking_utils, _CAUSAL[kind]), config)
+
+
+def _own_mask(
+    config: PretrainedConfig, kind: str, allowed: Allowed, lengths: Sequence[int]
+) -> Mask:
     """What a layer of this type attends in documents of these lengths."""
-    names = _CAUSAL if causal else _BOTH_WAYS
-    if kind not in names:
-        raise ValueError(f"layers of type {kind} that attend both ways are not covered")
-    allowed = _function(getattr(masking_utils, names[kind]), config)
     if kind == CHUNK:
         chunk = config.attention_chunk_size
         own = masks.side_by_side([masks.block_local(n, chunk) for n in lengths])
     else:
-        own = masks.documents(lengths, causal)
         lo, hi = read_band(allowed, max(lengths, default=0))
+        own = masks.documents(lengths, causal=hi == 0)
         band = [((0, own.n_q), (0, own.n_q), lo, hi)]
         own = own & masks.from_slices(band, own.n_q, own.n_q)
     if differences(own, allowed, lengths, None):
@@ -147,7 +160,7 @@ def _own_mask(config: PretrainedConfig, kind: str, causal: bool, lengths: Sequen
 
 def own_band(config: PretrainedConfig, kind: str, n: int) -> tuple[int | None, int | None]:
     """:func:`read_band` of a causal layer type in a text of ``n`` tokens."""
-    return read_band(_function(getattr(masking_utils, _CAUSAL[kind]), config), n)
+    return read_band(_of_config(config, kind), n)
 
 
 def _function(create: Any, config: PretrainedConfig) -> Allowed:
