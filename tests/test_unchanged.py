@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ringattn.planning.layouts import contiguous
 from ringattn.training import config
 from ringattn.typed import SettingsError
 
-from .processes import TINY, metrics, train
+from .processes import ROOT, TINY, launch, metrics, train
 from .test_hf_families import COVERED, REFUSED, families
 from .test_processes import _assert_equal, _train_all
 
@@ -179,3 +180,12 @@ def test_a_router_loss_is_in_the_metrics(tmp_path, text):
         out = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False)
     assert line["loss"] == pytest.approx(float(out.loss), rel=1e-4)
     assert line["router_loss"] == pytest.approx(0.1 * float(out.aux_loss), rel=1e-4)
+
+
+def test_no_rank_holds_the_whole_model_while_it_is_loaded():
+    """Of four ranks none grows by more than 1.3 x (a quarter of the weights + the largest)."""
+    status, output = launch(4, ROOT / "benchmarks/loading.py", "256")
+    assert status == 0, output
+    (line,) = re.findall(r"^\{.*\}$", output, re.MULTILINE)
+    said = json.loads(line)
+    assert said["copy_mib"] > 240 and said["ratio"] < 1.3, said
