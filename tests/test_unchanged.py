@@ -184,8 +184,8 @@ def test_a_router_loss_is_in_the_metrics(tmp_path, text):
 
 def test_no_rank_holds_the_whole_model_while_it_is_loaded():
     """Of four ranks none grows by more than 1.3 x (a quarter of the weights + the largest)."""
-    status, output = launch(4, ROOT / "benchmarks/loading.py", "256")
+    status, output = launch(4, ROOT / "benchmarks/loading.py", "400")
     assert status == 0, output
     (line,) = re.findall(r"^\{.*\}$", output, re.MULTILINE)
     said = json.loads(line)
-    assert said["copy_mib"] > 240 and said["ratio"] < 1.3, said
+    assert said["copy_mib"] > 380 and said["ratio"] < 1.3, said

@@ -9,7 +9,8 @@ layer would do in one process. The plan, which says what it does here, belongs t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -36,6 +37,7 @@ class LayerMask:
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
+        self.split: Split | None = None  # of the forward that it was made in
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         zero = torch.zeros_like(queries)
@@ -74,7 +76,7 @@ class Probe:
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class Split:
     """What a model's modules know of the split while they are inside split_sequence."""
 
@@ -111,6 +113,22 @@ class Split:
     def positions(self) -> torch.Tensor:
         """int64 ``[local tokens]``: where this rank's tokens stand in the whole sequence."""
         return torch.from_numpy(self.any.layout.positions(self.rank))
+
+
+@contextmanager
+def installed(model: nn.Module, split: Split) -> Iterator[None]:
+    """``split`` on every module of ``model``; what was there before comes back afterwards."""
+    before = [(module, module.__dict__.get(HERE)) for module in model.modules()]
+    for module, _ in before:
+        object.__setattr__(module, HERE, split)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                object.__delattr__(module, HERE)
+            else:
+                object.__setattr__(module, HERE, own)
 
 
 # What transformers passes along that says nothing new: the plan and the local batch have it.
@@ -155,8 +173,18 @@ def _attention(
             )
     if split.probe is not None:
         return _alone(split.probe, module, query, value, attention_mask, sliding_window), None
+    if attention_mask is not None:
+        if attention_mask.split not in (None, split):
+            raise RuntimeError(
+                f"{name} is computed again with the plan of a later forward: the backward of a "
+                "forward belongs inside its own split_sequence, before the next one"
+            )
+        attention_mask.split = split
     query = _scaled_by_position(module, split, query)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    kind = query.device.type
+    # Under autocast RoPE leaves q and k in float32 and v is half, as transformers' kernels expect.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
     attend = split.attend(module)
     return attend(q, k, v, scale=scaling, softcap=softcap, sinks=s_aux), None
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ringattn.batches import position_ids, shift_labels
+from ringattn.planning import masks
 from ringattn.planning.layouts import Layout
+from ringattn.planning.masks import Mask, pieces
 from ringattn.planning.plan import Plan
 
 
@@ -27,6 +29,9 @@ def local_batch(
     may be given too, and must be the same. For the mean over all tokens of the world give the model
     ``num_items_in_batch``, as the Trainer does.
 
+    Labels of an encoder, whose documents see themselves whole, are not shifted: they come as
+    ``labels`` alone, if they are given.
+
     Raises ValueError if ``lengths`` are not those of the masks, or ``input_ids`` of another length.
     """
     layout = (plans if isinstance(plans, Plan) else next(iter(plans.values()))).layout
@@ -40,25 +45,37 @@ def local_batch(
     if input_ids.shape[1] != layout.n:
         raise ValueError(f"input_ids have {input_ids.shape[1]} tokens, the plan {layout.n}")
     own = torch.from_numpy(layout.positions(rank)).to(input_ids.device)
-    shifted = shift_labels(input_ids if labels is None else labels, documents)[:, own]
     positions = positions_of(layout, rank, documents).to(input_ids.device)
-    return {
+    batch = {
         "input_ids": input_ids[:, own],
         "position_ids": positions.expand(len(input_ids), -1),
-        "labels": shifted,
-        "shift_labels": shifted,
     }
+    if both_ways(plans):
+        return batch if labels is None else batch | {"labels": labels[:, own]}
+    shifted = shift_labels(input_ids if labels is None else labels, documents)[:, own]
+    return batch | {"labels": shifted, "shift_labels": shifted}
 
 
 def lengths_of(plans: Plan | Mapping[str, Plan]) -> list[int]:
     """Of the documents that no layer looks beyond."""
+    known = masks_of(plans)
+    return known[0].pieces if len(known) == 1 else pieces(known)
+
+
+def masks_of(plans: Plan | Mapping[str, Plan]) -> list[Mask]:
+    """The mask that all layers share, or where it is not known those of the kinds."""
     shared = getattr(plans, "shared", None)
-    if shared is None:
-        each = [plans.mask] if isinstance(plans, Plan) else [plan.mask for plan in plans.values()]
-        shared, *others = each
-        for mask in others:
-            shared = shared | mask
-    return shared.pieces
+    if shared is not None:
+        return [shared]
+    return [plans.mask] if isinstance(plans, Plan) else [plan.mask for plan in plans.values()]
+
+
+def both_ways(plans: Plan | Mapping[str, Plan]) -> bool:
+    """Whether the documents are an encoder's: every token of one sees all others."""
+    whole = masks.documents(lengths_of(plans), causal=False)
+    if sum(n > 1 for n in lengths_of(plans)) == 0:
+        return False
+    return any(mask.area == whole.area for mask in masks_of(plans))
 
 
 def positions_of(layout: Layout, rank: int, lengths: Sequence[int]) -> torch.Tensor:

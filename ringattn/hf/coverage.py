@@ -9,17 +9,17 @@ router that drops tokens) mixes tokens in a way that this project would run on e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ringattn.batches import IGNORED
-from ringattn.hf.attention import HERE, Layer, Probe, Split
+from ringattn.hf.attention import HERE, Layer, Probe, Split, installed
 
 TOKENS = 13  # of a probe: no size of a model, so that the axis of tokens is known
 # All tokens alike or not, which one changes, and to how many others: where all are alike they
@@ -36,36 +36,45 @@ class NotCovered(ValueError):
 
 def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model in ``model``, which may be wrapped. Raises NotCovered."""
+    if hasattr(model, "_orig_mod"):
+        raise NotCovered("a model that is compiled as a whole is not covered; compile its layers")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
     raise NotCovered(f"{type(model).__name__} holds no model of transformers")
 
 
-def probe(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[nn.Module, Layer]:
+def probe(
+    model: PreTrainedModel, kwargs: dict[str, Any], call: Callable[..., Any] | None = None
+) -> dict[nn.Module, Layer]:
     """The attention layers of ``model``, each with its own mask, from a few calls like
-    ``model(*args, **kwargs)`` on a few tokens, without gradient. Collective where the weights are
-    split over ranks.
+    ``model(**kwargs)`` on a few tokens, without gradient; ``call``: what is called in place of the
+    model, around it. Collective where the weights are split over ranks.
 
-    Raises NotCovered for a model in which tokens meet elsewhere, that fails, or that has no such
-    layer.
+    Raises NotCovered for a model in which tokens meet elsewhere, that fails, that has no such
+    layer, or whose positions do not begin at 0.
     """
-    inside = language_model(model)
-    name = type(inside).__name__
-    if getattr(inside.config, "is_encoder_decoder", False):
+    name, call = type(model).__name__, call or model
+    if getattr(model.config, "is_encoder_decoder", False):
         raise NotCovered(f"{name} is an encoder and a decoder: cross attention is not covered")
     split: Split = getattr(model, HERE)
-    split.probe = Probe({module: path for path, module in inside.named_modules()})
+    split.probe = Probe({module: path for path, module in model.named_modules()})
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(call), evaluating(model):
             for start, token, changes in _TRIALS:
-                first = _run(model, inside, args, kwargs, start, token, 0)
+                first = _run(model, call, kwargs, start, token, 0)
                 leaks: Counter[str] = Counter()
                 for change in range(1, changes + 1):
-                    second = _run(model, inside, args, kwargs, start, token, change)
+                    second = _run(model, call, kwargs, start, token, change)
                     leaks.update(_leaks(first, second, token))
                     if found := [path for path, count in leaks.items() if count >= _SURE]:
-                        raise NotCovered(_reason(inside, found, token))
+                        raise NotCovered(_reason(model, found, token))
+            if not first.get("", ([], []))[1]:
+                raise NotCovered(
+                    f"{name} gives nothing by token (it pools them, or keeps some only): this "
+                    "rank's tokens are not all of the sequence"
+                )
+            _check_first_position(model, call, kwargs)
         layers = split.probe.layers
     finally:
         split.probe = None
@@ -74,17 +83,27 @@ def probe(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[nn.Modu
     return layers
 
 
+def _check_first_position(
+    model: PreTrainedModel, call: Callable[..., Any], kwargs: dict[str, Any]
+) -> None:
+    """Raises NotCovered where positions that are not given do not begin at 0."""
+    if kwargs.get("position_ids") is None:
+        return
+    told = shortened(model, kwargs, torch.arange(TOKENS) + 7)  # no token that pads
+    outs = [call(**told), call(**{k: x for k, x in told.items() if k != "position_ids"})]
+    told, usual = (_by_token(out) for out in outs)
+    if bool(_moved(told, usual).any()):
+        raise NotCovered(
+            f"{type(model).__name__}: its positions do not begin at 0 (with RoBERTa they begin "
+            "after the padding's): what it is given here would be others"
+        )
+
+
 def probed(model: nn.Module, ids: torch.Tensor) -> dict[nn.Module, Layer]:
     """:func:`probe` of a model outside of a split."""
-    modules = list(model.modules())
-    split = Split({}, None, "auto", [])
-    for module in modules:
-        object.__setattr__(module, HERE, split)
-    try:
-        return probe(model, (), {"input_ids": ids.to(next(model.parameters()).device)})
-    finally:
-        for module in modules:
-            object.__delattr__(module, HERE)
+    inside = language_model(model)
+    with installed(inside, Split({}, None, "auto", [])):
+        return probe(inside, {"input_ids": ids.to(next(inside.parameters()).device)})
 
 
 def _reason(model: nn.Module, leaks: list[str], token: int) -> str:
@@ -99,9 +118,8 @@ def _reason(model: nn.Module, leaks: list[str], token: int) -> str:
 
 
 def _run(
-    model: nn.Module,
-    inside: PreTrainedModel,
-    args: tuple,
+    model: PreTrainedModel,
+    call: Callable[..., Any],
     kwargs: dict[str, Any],
     start: str,
     token: int,
@@ -120,17 +138,16 @@ def _run(
     ids[token] += change
     handles = [
         module.register_forward_hook(hook(path), with_kwargs=True)
-        for path, module in inside.named_modules()
+        for path, module in model.named_modules()
     ]
     try:
-        args, kwargs = shortened(inside, args, kwargs, ids)
-        out = model(*args, **kwargs)
-        check_loss(inside, kwargs, out)
+        named = shortened(model, kwargs, ids)
+        check_loss(model, named, call(**named))
     except ValueError:
         raise
     except Exception as error:
         raise NotCovered(
-            f"{type(inside).__name__} fails on a short probe with "
+            f"{type(model).__name__} fails on a short probe with "
             f'attn_implementation="ringattn": {type(error).__name__}: {error}'
         ) from error
     finally:
@@ -139,58 +156,60 @@ def _run(
     return seen
 
 
-def shortened(
-    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], ids: torch.Tensor
-) -> tuple[tuple, dict[str, Any]]:
+def shortened(model: PreTrainedModel, kwargs: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
     """The arguments of a call like this one, of the tokens ``ids`` ``[tokens]`` alone: token ids,
     embeddings (random), positions from 0, labels."""
-    table = model.get_input_embeddings()
-    known = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    known = next((x for x in args if isinstance(x, torch.Tensor)), None) if known is None else known
-    device = known.device if known is not None else model.device
+    names = ("input_ids", "inputs_embeds")
+    known = next(kwargs[name] for name in names if kwargs.get(name) is not None)
+    table, local = model.get_input_embeddings(), tuple(known.shape[:2])
     size = getattr(table, "num_embeddings", model.config.get_text_config().vocab_size)
-    ids = (ids % size).to(device)[None]
-    local = tuple(known.shape[:2]) if known is not None else ()
+    ids = (ids % size).to(known.device)[None]
 
-    def short(x: Any, name: str = "") -> Any:
+    def short(name: str, x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.dim() == 0:
             return x
         if name == "position_ids":
-            positions = torch.arange(ids.shape[1], device=device)
+            positions = torch.arange(ids.shape[1], device=known.device)
             return positions.expand(*x.shape[:-2], 1, ids.shape[1])
         if x.shape[:2] != local:
             return x
         if x.is_floating_point():
-            rows = torch.randn(size, x.shape[-1], generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randn(int(ids.max()) + 1, x.shape[-1], generator=generator)
             return rows.to(x)[ids]
         if name in ("labels", "shift_labels"):
             return torch.where(ids % 3 == 0, IGNORED, ids)
         return torch.ones_like(ids).to(x.dtype) if name == "attention_mask" else ids
 
-    kwargs = {name: short(x, name) for name, x in kwargs.items()}
-    return tree_map(short, args), kwargs
+    return {name: short(name, x) for name, x in kwargs.items()}
 
 
 def check_loss(model: nn.Module, kwargs: dict[str, Any], out: Any) -> None:
-    """Raises NotCovered if the loss that came out is not that of ``shift_labels`` over
-    ``num_items_in_batch``, both of which a model may ignore."""
-    labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+    """Raises NotCovered if the loss that came out is not that of the labels (shifted ones, if they
+    are given) over ``num_items_in_batch``, any of which a model may ignore."""
+    shifted, labels = kwargs.get("shift_labels"), kwargs.get("labels")
     loss, logits = getattr(out, "loss", None), getattr(out, "logits", None)
+    labels = labels if shifted is None else shifted
     if labels is None or loss is None or logits is None or logits.shape[:2] != labels.shape:
         return
-    total = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    want = total / (count if count is not None else (labels != IGNORED).sum().clamp(min=1))
-    aux = getattr(out, "aux_loss", None)
-    if isinstance(aux, torch.Tensor):
-        want = want + router_weight(model) * aux
-    error = float((loss.float() - want).abs())
-    if error > 0.02 * float(want.abs()) + 1e-3:
+    count, aux = kwargs.get("num_items_in_batch"), getattr(out, "aux_loss", None)
+
+    def of(labels: torch.Tensor) -> torch.Tensor:
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        value = total / (count if count is not None else (labels != IGNORED).sum().clamp(min=1))
+        return value + router_weight(model) * aux if isinstance(aux, torch.Tensor) else value
+
+    wants = [of(labels)]
+    if shifted is None:  # in a world of one the model may shift them itself
+        wants.append(of(nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)))
+    if all(float((loss.float() - x).abs()) > 0.02 * float(x.abs()) + 1e-3 for x in wants):
         raise NotCovered(
-            f"{type(model).__name__}: its loss is {float(loss):.4f}, and by shift_labels"
+            f"{type(model).__name__}: its loss is {float(loss):.4f}, and by "
+            + ("labels" if shifted is None else "shift_labels")
             + (" over num_items_in_batch" if count is not None else "")
-            + f" it is {float(want):.4f}: it ignores one of them; take the logits, and "
+            + f" it is {float(wants[0]):.4f}: it ignores one of them; take the logits, and "
             "ringattn.context.loss_sum of them"
         )
 
@@ -253,8 +272,11 @@ def _moved(first: _Rows, second: _Rows, exactly: bool = False) -> torch.Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout; afterwards every module is in its own mode again."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -11,21 +11,30 @@ from torch import nn
 
 from ringattn.execution.carriers import connect
 from ringattn.hf.attention import PADDED, Split
-from ringattn.hf.batch import positions_of
+from ringattn.hf.batch import both_ways, positions_of
 
 # What has an axis of tokens; nothing else is split with them.
 _INPUTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "labels", "shift_labels")
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 
 
-def check_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name. Raises ValueError for those that the split does not know, and for a
-    cache that holds something."""
+def by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the model, by name."""
     signature = inspect.signature(model.forward)
     bound = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, p in signature.parameters.items():
         if p.kind is p.VAR_KEYWORD:
             bound |= bound.pop(name, {})
+        if p.kind is p.VAR_POSITIONAL and bound.pop(name, ()):
+            raise ValueError(
+                f"{type(model).__name__}: call it with keywords, so that they are known"
+            )
+    return bound
+
+
+def check_names(bound: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that the split does not know, and for a cache that holds
+    something."""
     for name, x in bound.items():
         if name in _CACHES and x is not None and getattr(x, "get_seq_length", lambda: 1)():
             raise ValueError(f"{name}: cached decoding over split sequences is not covered")
@@ -35,12 +44,11 @@ def check_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
                 "Packed documents are told by the plan's mask; images and token types are not "
                 "covered"
             )
-    return bound
 
 
-def check_inputs(split: Split, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for inputs that are not this rank's part of sequences split as planned."""
-    bound = check_names(model, args, kwargs)
+def check_inputs(split: Split, model: nn.Module, bound: dict[str, Any]) -> None:
+    """Raises ValueError for inputs, by name, that are not this rank's part of sequences split as
+    planned."""
     mask = bound.get("attention_mask")
     if isinstance(mask, torch.Tensor):
         if mask.dim() != 2:
@@ -70,11 +78,18 @@ def check_inputs(split: Split, model: nn.Module, args: tuple, kwargs: dict[str, 
                 f"ringattn.hf.local_batch gives them"
             )
     labels = bound.get("labels")
-    shifts = (
-        getattr(model, "loss_type", None) == "ForCausalLM" or "CausalLM" in type(model).__name__
-    )
-    if labels is not None and not alone and shifts and bound.get("shift_labels") is None:
+    by_token = isinstance(labels, torch.Tensor) and labels.dim() > 1
+    alone = split.any.world == 1 or both_ways(split.plans) or bound.get("shift_labels") is not None
+    if by_token and not alone and "TokenClassification" not in type(model).__name__:
         raise ValueError(
             "labels without shift_labels: the model would shift them on this rank's tokens; "
             "ringattn.hf.local_batch shifts them on the whole sequence"
         )
+
+
+def digest(bound: dict[str, Any]) -> list[int]:
+    """What must be alike on all ranks of a sequence: sequences in the batch, and the count that
+    the loss is divided by."""
+    known = next((x for name in _INPUTS if (x := bound.get(name)) is not None), None)
+    count = bound.get("num_items_in_batch")
+    return [0 if known is None else len(known), 0 if count is None else int(count)]

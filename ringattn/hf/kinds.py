@@ -75,18 +75,21 @@ def make_plans(
         kind: _own_mask(config, kind, functions.get(kind) or _of_config(config, kind), lengths)
         for kind in dict.fromkeys(layer_types)
     }
-    backward = mask & masks.causal(mask.n_q)
-    if causal and backward.area != mask.area:
+    looks_back = all(part.hi <= 0 for part in mask.slices)
+    looks_back = looks_back or (mask & masks.causal(mask.n_q)).area == mask.area
+    if causal and not looks_back:
         raise ValueError(
             f"{type(model).__name__} is causal, and the mask has queries that attend later keys; "
             f"a plan cannot make a layer see more than it does"
         )
-    if not causal and mask.area and backward.area == mask.area > mask.n_q:
+    if not causal and looks_back and mask.area > mask.n_q:
         raise ValueError(
             f"{type(model).__name__} attends both ways, and the mask is causal; give "
             f"masks.full(n) or masks.documents(lengths, causal=False)"
         )
-    each = {kind: mask & own[kind] for kind in own}
+    # Of packed documents a layer has all that is its own: nothing to intersect.
+    plain = mask == masks.documents(lengths, causal)
+    each = {kind: own[kind] if plain else mask & own[kind] for kind in own}
     if isinstance(layout, str):
         if world is None:
             raise ValueError(f"layout={layout!r}: give world= too, the ranks that share a sequence")
@@ -150,9 +153,9 @@ def _own_mask(
         own = masks.side_by_side([masks.block_local(n, chunk) for n in lengths])
     else:
         lo, hi = read_band(allowed, max(lengths, default=0))
-        own = masks.documents(lengths, causal=hi == 0)
-        band = [((0, own.n_q), (0, own.n_q), lo, hi)]
-        own = own & masks.from_slices(band, own.n_q, own.n_q)
+        runs = (part.q for part in masks.documents(lengths).slices)
+        n = sum(lengths)
+        own = Mask(tuple(Slice.make(run, run, lo, hi) for run in runs), n, n)
     if differences(own, allowed, lengths, None):
         raise ValueError(f"layers of type {kind}: their mask is neither a window nor a chunk")
     return own
@@ -255,17 +258,23 @@ def differences(
     return (wide, narrow) if wide or narrow else None
 
 
-def assign(split: Split, layers: Mapping[nn.Module, Layer], config: PretrainedConfig) -> None:
-    """Gives each attention layer its plan: that of its type, or where plans have other names the
-    one whose mask is the layer's own. Raises ValueError for a plan that is wider or narrower than
+def assign(
+    split: Split, layers: Mapping[nn.Module, Layer], config: PretrainedConfig
+) -> dict[nn.Module, Plan]:
+    """The plan of each attention layer: that of its type, or where plans have other names the one
+    whose mask is the layer's own. Raises ValueError for a plan that is wider or narrower than
     it."""
     shared, types = getattr(split.plans, "shared", None), types_of(config)
     cache: dict[tuple[int, int], Any] = {}
+    assigned: dict[nn.Module, Plan] = {}
 
-    def compare(plan: Plan, layer: Layer) -> Any:
+    def compare(plan: Plan, layer: Layer, kind: str | None) -> Any:
         key = plan.number, id(layer.allowed)
         if key not in cache:
             cache[key] = differences(plan.mask, layer.allowed, split.lengths, shared)
+            if cache[key] is None and shared is None:  # a plan of the user's: to the last pair
+                own = _own_mask(config, kind or FULL, layer.allowed, split.lengths)
+                cache[key] = _first_difference(plan.mask, own)
         return cache[key]
 
     for module, layer in layers.items():
@@ -274,11 +283,22 @@ def assign(split: Split, layers: Mapping[nn.Module, Layer], config: PretrainedCo
         named = kind in split.plans or None in split.plans
         own = [split.plans.get(kind, split.plans.get(None))] if named else split.plans.values()
         for plan in own:
-            if (apart := compare(plan, layer)) is None:
-                split.of[module] = plan
+            if (apart := compare(plan, layer, kind)) is None:
+                assigned[module] = plan
                 break
         else:
             raise ValueError(_told(layer, kind, apart, split.lengths, config))
+    return assigned
+
+
+def _first_difference(mask: Mask, own: Mask) -> tuple[Pairs, Pairs] | None:
+    if mask == own or mask.area == own.area == (mask & own).area:
+        return None
+    wide, narrow = (
+        [(part.q.start, max(part.k.start, part.q.start + part.lo)) for part in left.slices[:1]]
+        for left in (mask - own, own - mask)
+    )
+    return wide, narrow
 
 
 def _told(

@@ -22,8 +22,9 @@ _AGREES = 1e-3  # relative: between transformers' loss of the local tokens and o
 
 
 def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
-    """Puts the router loss of all ranks' tokens into ``out.aux_loss``, and into ``out.loss``:
-    summed over the ranks this then has it once, in value and in gradient. Collective.
+    """Puts this rank's share of the router loss of all ranks' tokens into ``out.aux_loss``, and
+    into ``out.loss``: summed over the ranks these then have it once, in value and in gradient.
+    Collective.
 
     Raises NotCovered for a router loss of another form than transformers' usual one.
     """
@@ -37,14 +38,14 @@ def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
         raise NotCovered(
             f"{name} has a router loss of its own form; set output_router_logits=False"
         )
-    share, whole = shared_loss(logits, top, comm)
+    share, _ = shared_loss(logits, top, comm)
     if out.loss is not None:
         weight = router_weight(model)
         text = out.loss - weight * aux.to(out.loss.device)
         if not len(logits[0]):
             text = out.logits.sum() * 0  # transformers' mean over no tokens is not a number
         out.loss = text + weight * share.to(text)
-    out.aux_loss = whole
+    out.aux_loss = share
 
 
 def shared_loss(

@@ -9,7 +9,7 @@ computed both ways.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,16 +20,18 @@ from torch import nn
 
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree, router
-from ringattn.hf.attention import HERE, Layer, Split
+from ringattn.hf.attention import HERE, Layer, Split, installed
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import NotCovered, language_model, probe
-from ringattn.hf.inputs import check_inputs, check_names
+from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
 from ringattn.hf.kinds import assign, text_config
 from ringattn.hf.proof import compare
 from ringattn.planning.plan import Plan
 
-_LAYERS: WeakKeyDictionary[nn.Module, dict[nn.Module, Layer]] = WeakKeyDictionary()  # once probed
-_CHECKED: WeakSet[nn.Module] = WeakSet()
+# What probes have seen, by the names of what the model was called with: its loss is looked at too.
+_LAYERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], dict[nn.Module, Layer]]]
+_LAYERS = WeakKeyDictionary()
+_PROVEN: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -59,26 +61,21 @@ def split_sequence(
     """
     inside = language_model(model)
     split = make_split(plans, group, kernel)
-    if hasattr(model, HERE):
+    if hasattr(inside, HERE):
         raise RuntimeError("split_sequence: this model already has a plan")
-    modules = list(model.modules())
-    for module in modules:
-        object.__setattr__(module, HERE, split)
-    first = partial(_first, check=check)
+    before = partial(_before, check=check)
     handles = [
-        model.register_forward_pre_hook(first, prepend=True, with_kwargs=True),
-        inside.register_forward_pre_hook(_inputs, prepend=True, with_kwargs=True),
+        inside.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
         inside.register_forward_hook(_router),
     ]
-    for module in filter(follows_length, modules):
+    for module in filter(follows_length, inside.modules()):
         handles += follow_length(module)
     try:
-        yield
+        with installed(inside, split):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in modules:
-            object.__delattr__(module, HERE)
 
 
 def check(model: nn.Module, plans: Plan | Mapping[str, Plan], group: Any = None) -> None:
@@ -91,11 +88,12 @@ def check(model: nn.Module, plans: Plan | Mapping[str, Plan], group: Any = None)
 
     Raises ValueError, with the module or the token.
     """
-    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    inside = language_model(model)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(inside.parameters()).device)
     inputs = {"input_ids": ids, "position_ids": ids}
-    with split_sequence(model, plans, group, check=False), torch.no_grad():
-        _assign(model, (), inputs)
-        compare(model, (), inputs)
+    with split_sequence(model, plans, group, check=False):
+        _assign(inside, inputs)
+        compare(inside, inputs)
 
 
 def make_split(plans: Plan | Mapping[str, Plan], group: Any, kernel: str) -> Split:
@@ -109,82 +107,97 @@ def make_split(plans: Plan | Mapping[str, Plan], group: Any, kernel: str) -> Spl
             raise ValueError(f"the plan of {kind} has keys of their own: a model has one sequence")
         if plan.layout != first.layout:
             raise ValueError(f"the plan of {kind} has another layout than the first one")
+    if empty := [rank for rank in first.layout.ranks if not first.layout.count(rank)]:
+        raise ValueError(f"ranks {empty} have no token: transformers models need one on every rank")
     return Split(mapping, group, kernel, lengths_of(plans))
 
 
-def _first(model: nn.Module, args: tuple, kwargs: dict[str, Any], check: bool) -> None:
-    """Before the first forward of a plan: what can be wrong with model and plan."""
+def _before(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], check: bool
+) -> tuple[tuple, dict[str, Any]]:
+    """Before every forward of the transformers model: looks at what reaches it, with the other
+    ranks, and drops what says nothing (a mask of ones, and a cache that nobody reads); before the
+    first one, what can be wrong with model and plans."""
     split: Split = getattr(model, HERE)
+    bound = by_name(model, args, kwargs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        bound["use_cache"] = False
+    if split.probe is not None:
+        check_names(bound)
     if split.probe is not None or split.checking:
-        return
-    inside = language_model(model)
-    if not split.of:
-        _assign(model, args, kwargs)
-    if check and split.any.world > 1 and inside not in _CHECKED and torch.is_grad_enabled():
-        compare(model, args, kwargs)
-        _CHECKED.add(inside)
+        return (), bound
+    _together(split, lambda: check_inputs(split, model, bound), _alike(model, bound))
+    if isinstance(bound.get("attention_mask"), torch.Tensor):
+        bound["attention_mask"] = None
+    _assign(model, bound)
+    # Ranks agree on whether there are gradients, so on this too.
+    proven = not check or split.any.world == 1 or model in _PROVEN
+    if not proven and torch.is_grad_enabled() and compare(model, bound):
+        _PROVEN.add(model)
+    return (), bound
 
 
-def _assign(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Every attention layer gets its plan; the model is probed if it has not been."""
+def _alike(model: nn.Module, bound: dict[str, Any]) -> list[int]:
+    """Numbers that must be the same on all ranks: which gradients are wanted first."""
+    wants = [p.requires_grad for p in model.parameters()] if torch.is_grad_enabled() else []
+    wants.append(any(getattr(x, "requires_grad", False) for x in bound.values()))
+    trained = sum(number for number, wanted in enumerate(wants, 1) if wanted)
+    return [trained, *digest(bound)]
+
+
+def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
+    """Every attention layer gets its plan; the model is probed if it has not been called so."""
     split: Split = getattr(model, HERE)
-    inside = language_model(model)
+    names = frozenset(name for name, x in bound.items() if x is not None)
+    known = _LAYERS.setdefault(model, {})
+    if split.of and names in known:
+        return
 
     def find() -> None:
-        config = text_config(inside)
-        if inside not in _LAYERS:
-            _LAYERS[inside] = probe(model, args, kwargs)
-        if "position_ids" not in inspect.signature(inside.forward).parameters:
+        config = text_config(model)
+        if names not in known:
+            known[names] = probe(model, bound)
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if "position_ids" not in parameters and not open_ended:
             raise NotCovered(
-                f"{type(inside).__name__} takes no position_ids: it would count this rank's tokens "
+                f"{type(model).__name__} takes no position_ids: it would count this rank's tokens "
                 "from 0"
             )
-        assign(split, _LAYERS[inside], config)
+        split.of = assign(split, known[names], config)
 
     _together(split, find)
 
 
-def _together(split: Split, action: Callable[[], None], agreed: int = 0) -> None:
+def _together(split: Split, action: Callable[[], None], alike: Sequence[int] = (0, 0, 0)) -> None:
     """Raises what ``action`` raises on all ranks, since one that went on would wait for those that
-    do not; and if they do not give the same number ``agreed``."""
+    do not; and if they do not give the same numbers (see :func:`_alike`)."""
     error: Exception | None = None
     try:
         action()
     except Exception as caught:
         error = caught
     comm = connect(split.group)
-    everyone = agree.gather(comm, torch.tensor([int(error is not None), agreed]))
-    refused, numbers = everyone.T
+    everyone = agree.gather(comm, torch.tensor([int(error is not None), *alike]))
+    refused, trained, *others = everyone.T
     if refused.any():
         reasons = agree.words(comm, "" if error is None else str(error))
         if error is not None:
             raise error
         rank = int(refused.argmax())
         raise ValueError(f"rank {rank} of the sequence: {reasons[rank]}")
-    if (numbers != numbers[0]).any():
-        none = (numbers == 0).nonzero()[:, 0].tolist()
+    if (trained != trained[0]).any():
+        none = (trained == 0).nonzero()[:, 0].tolist()
         raise ValueError(
             "ranks of one sequence must want the same gradients: "
             + (f"ranks {none} want none" if none else "requires_grad differs from rank to rank")
         )
-
-
-def _inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Looks at what reaches the model, with the other ranks, and drops what says nothing: a mask of
-    ones, and a cache that nobody reads."""
-    split: Split = getattr(model, HERE)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        kwargs = {**kwargs, "use_cache": False}
-    if split.probe is not None:
-        check_names(model, args, kwargs)
-    elif not split.checking:
-        wants = [p.requires_grad for p in model.parameters()] if torch.is_grad_enabled() else []
-        wants.append(any(getattr(x, "requires_grad", False) for x in kwargs.values()))
-        trained = sum(number for number, wanted in enumerate(wants, 1) if wanted)
-        _together(split, lambda: check_inputs(split, model, args, kwargs), trained)
-        if isinstance(kwargs.get("attention_mask"), torch.Tensor):
-            kwargs = {**kwargs, "attention_mask": None}
-    return args, kwargs
+    for name, values in zip(("sequences in the batch", "num_items_in_batch"), others, strict=True):
+        if (values != values[0]).any():
+            raise ValueError(
+                f"ranks of one sequence must have the same {name}, and have {values.tolist()}"
+                + ("; it counts the tokens of all ranks" if name.startswith("num") else "")
+            )
 
 
 def _router(model: nn.Module, args: tuple, out: Any) -> None:

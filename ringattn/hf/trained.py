@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ringattn.execution.carriers import ProcessRank
-from ringattn.hf.attention import HERE, Attend, Probe, Split
+from ringattn.hf.attention import HERE, Attend, Probe, Split, installed
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import NotCovered, evaluating, probe, router_weight
 from ringattn.hf.describe import empty_model
@@ -89,8 +89,11 @@ class SplitModel(nn.Module):
         positions: torch.Tensor | None = None,
         attend: Mapping[str, Attend] | None = None,
         labels: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
         **as_transformers: Any,
     ) -> Any:
+        if hidden is not None:
+            return self.inner.get_output_embeddings()(hidden)
         if as_transformers:
             return self.inner(**as_transformers, use_cache=False)
         self._install(attend)
@@ -115,11 +118,8 @@ class SplitModel(nn.Module):
         plans = {kind: each.keywords["plan"] for kind, each in attend.items()}
         group = next(iter(attend.values())).keywords["group"]
         lengths = lengths_of(plans) if any(map(follows_length, self.inner.modules())) else []
-        self.place(Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds))
-
-    def place(self, split: Split) -> None:
-        """Puts the split where the modules look for it."""
-        for module in self.modules():
+        split = Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds)
+        for module in self.inner.modules():  # where they find it in the backward, too
             object.__setattr__(module, HERE, split)
 
     def self_check(self, root: nn.Module, plans: LayerPlans, group: Any, kernel: str) -> None:
@@ -127,45 +127,47 @@ class SplitModel(nn.Module):
         of one process: see :func:`ringattn.hf.check`; and learns what its logits and its router
         loss are made of. Collective over all ranks. Raises NotCovered, ValueError."""
         split = Split(plans, group, kernel, lengths_of(plans))
-        self.place(split)
-        object.__setattr__(root, HERE, split)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.inner.device)
         inputs = {"input_ids": ids, "position_ids": ids}
-        assign(split, probe(root, (), inputs), self.inner.config.get_text_config())
-        if plans.world > 1:
-            compare(root, (), inputs)
-        self._learn(root)
+        with installed(self.inner, split):
+            layers = probe(self.inner, inputs, root)
+            split.of = assign(split, layers, self.inner.config.get_text_config())
+            if plans.world > 1:
+                compare(self.inner, inputs, root)
+            self._learn(root)
 
     def _learn(self, root: nn.Module) -> None:
-        """How logits follow from the head, and how many experts a token goes to."""
-        split: Split = getattr(self, HERE)
+        """How logits follow from the head's product with the hidden states, and how many experts a
+        token goes to."""
+        split: Split = getattr(self.inner, HERE)
         name, config = type(self.inner).__name__, self.inner.config.get_text_config()
         ids = torch.arange(13, device=self.inner.device)[None] % config.vocab_size
         hidden: list[torch.Tensor] = []
-        head = self.inner.get_output_embeddings()
-        handle = head.register_forward_hook(lambda m, ins, out: hidden.append(out.detach()))
+        handle = self.body.register_forward_hook(
+            lambda module, args, out: hidden.append(out.last_hidden_state.detach())
+        )
+        inputs = {"input_ids": ids, "position_ids": torch.arange(13, device=ids.device)[None]}
         split.probe = Probe(dict.fromkeys(self.inner.modules(), ""))
         try:
             with torch.no_grad(), evaluating(root):
                 more = {"output_router_logits": True} if self.routes else {}
-                out = root(
-                    input_ids=ids, position_ids=torch.arange(13, device=ids.device)[None], **more
-                )
+                out = root(**inputs, **more)
+                product = root(hidden=hidden[0])
         finally:
             split.probe = None
             handle.remove()
-        plain, logits = hidden[0].float(), out.logits.float()
-        scale = float((logits * plain).sum() / (plain * plain).sum())
+        product, logits = product.float(), out.logits.float()
+        scale = float((logits * product).sum() / (product * product).sum())
         for cap in (None, *_caps(config)):
             factor = scale if cap is None else 1.0
-            want = plain * factor if cap is None else cap * torch.tanh(plain / cap)
+            want = product * factor if cap is None else cap * torch.tanh(product / cap)
             if float((want - logits).norm()) <= 0.01 * float(logits.norm()):
                 self.logit_scale, self.logit_softcap = _rounded(factor), cap
                 break
         else:
             raise NotCovered(
-                f"{name}: its logits are not those of its head, times a factor or with a softcap; "
-                "its loss cannot be computed in chunks"
+                f"{name}: its logits are not its head's product with its hidden states, times a "
+                "factor or with a softcap; its loss cannot be computed in chunks"
             )
         if self.routes:
             self.top = top_of(self.inner, out.router_logits, out.aux_loss)

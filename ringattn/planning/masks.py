@@ -56,19 +56,7 @@ class Mask:
     def pieces(self) -> list[int]:
         """Lengths of the shortest pieces of the sequence between which there are no pairs: of
         packed documents, their lengths. ValueError if queries and keys are not the same tokens."""
-        if self.n_q != self.n_k:
-            raise ValueError(f"{self.n_q} queries and {self.n_k} keys are not one sequence")
-        spans = sorted(
-            (min(part.q.start, part.k.start), max(part.q.last, part.k.last)) for part in self.slices
-        )
-        lengths, begin, end = [], 0, 0
-        for first, last in (*spans, (self.n_q, self.n_q - 1)):
-            if first >= end:  # nothing before reaches here
-                lengths += [end - begin] if end > begin else []
-                lengths += [1] * (first - end)  # tokens without any pair
-                begin = end = first
-            end = max(end, last + 1)
-        return lengths
+        return pieces([self])
 
     def to_dense(self) -> np.ndarray:
         """bool array ``[n_q, n_k]``. For tests and pictures; ValueError beyond 2**28 pairs."""
@@ -104,6 +92,26 @@ class Mask:
         pairs = _meeting(self.slices, other.slices)
         left = (piece for part, holes in pairs for piece in _without(part, holes))
         return Mask(tuple(left), self.n_q, self.n_k)
+
+
+def pieces(masks: Iterable[Mask]) -> list[int]:
+    """:attr:`Mask.pieces` of the union of masks of one length."""
+    spans, n = [], 0
+    for mask in masks:
+        n = mask.n_q
+        if mask.n_q != mask.n_k:
+            raise ValueError(f"{mask.n_q} queries and {mask.n_k} keys are not one sequence")
+        spans += [
+            (min(part.q.start, part.k.start), max(part.q.last, part.k.last)) for part in mask.slices
+        ]
+    lengths, begin, end = [], 0, 0
+    for first, last in (*sorted(spans), (n, n - 1)):
+        if first >= end:  # nothing before reaches here
+            lengths += [end - begin] if end > begin else []
+            lengths += [1] * (first - end)  # tokens without any pair
+            begin = end = first
+        end = max(end, last + 1)
+    return lengths
 
 
 def _meeting(

@@ -34,16 +34,21 @@ def generate(
     engine.train(False)
     for _ in range(count):
         n = len(tokens)
-        plans = split.plans(attention.masks([n], n), attention.layers(layers))
+        # Of a text of few tokens some ranks would have none, which not every model bears: what is
+        # put behind it does not change it.
+        padded = tokens + [tokenizer.end] * (context.cp - n)
+        length = len(padded)
+        plans = split.plans(attention.masks([length], length), attention.layers(layers))
         own = torch.from_numpy(plans.layout.positions(context.cp_rank)).to(context.device)
-        text = torch.tensor(tokens, device=context.device)
+        text = torch.tensor(padded, device=context.device)
         with torch.no_grad():
             logits = engine.forward(text[own][None], own, context.attend(plans))
         # Drawn from the same numbers on every rank; only the owner's draw means anything.
         noise = torch.rand(1, generator=generator, dtype=torch.float64)
         token = torch.zeros(1, dtype=torch.int64, device=context.device)
-        if len(own) and own[-1] == n - 1:
-            usable = logits[0, -1, : tokenizer.vocab_size].double().cpu()
+        last = (own == n - 1).nonzero()
+        if len(last):
+            usable = logits[0, int(last), : tokenizer.vocab_size].double().cpu()
             weights = torch.softmax(usable / temperature, -1)
             drawn = torch.searchsorted(weights.cumsum(0), noise).clamp(max=len(usable) - 1)
             token.copy_(drawn)
