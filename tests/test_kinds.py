@@ -136,7 +136,7 @@ def test_runs_with_a_pattern_are_equal_for_every_split_and_resume_across(tmp_pat
             1: {"one": case("one")},
             2: {
                 "two": case("two", "parallel.schedule=direct", "parallel.layout=balanced"),
-                "first": case("first", "train.steps=2", "checkpoint.every=2", "engine=fsdp"),
+                "first": case("first", "checkpoint.every=2", "engine=fsdp"),
             },
             3: {"three": case("three", "engine.zero_stage=3", "memory.checkpoint=true")},
             4: {
@@ -145,13 +145,11 @@ def test_runs_with_a_pattern_are_equal_for_every_split_and_resume_across(tmp_pat
             },
         },
     )
-    for name in ("two", "three", "four"):
+    for name in ("two", "three", "four", "first"):
         _assert_equal(runs["one"], runs[name], name)
-    resumed = _train_all(
-        tmp_path, {3: {"second": case("second", f"checkpoint.resume={tmp_path / 'first'}")}}
-    )
-    # The learning rate of the first run ended after two steps: only its third step is looked at.
-    assert resumed["second"][0]["step"] == 3
+    again = f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}"
+    resumed = _train_all(tmp_path, {3: {"second": case("second", again, "engine.zero_stage=3")}})
+    _assert_equal(runs["one"][2:], resumed["second"], "resumed on 3 ranks")
     facts = json.loads((tmp_path / "two/facts.json").read_text())["plan"]
     assert facts["kinds"]["local"]["layers"] == 3 and facts["kinds"]["global"]["layers"] == 1
     assert facts["area"] < facts["kinds"]["global"]["area"]

@@ -64,7 +64,7 @@ class SplitModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers: the longest list of modules."""
+        """The layers: the list of modules that has most parameters."""
         lists = [m for m in self.inner.modules() if isinstance(m, nn.ModuleList)]
         return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
@@ -108,9 +108,8 @@ class SplitModel(nn.Module):
         share = None
         if routes:
             comm = ProcessRank(None)
-            share, whole = shared_loss(out.router_logits, self.top, comm)
+            share, _ = shared_loss(out.router_logits, self.top, comm)
             share = share * router_weight(self.inner)
-            self.router_loss = float(whole)
         return *head(hidden, labels, self.memory, self.logit_softcap), share
 
     def _install(self, attend: Mapping[str, Attend]) -> None:
