@@ -216,15 +216,33 @@ def test_settings_come_from_the_folder_and_rope_may_be_extended(tmp_path):
             config.load([*keys, key])
 
 
-def test_train_from_hf_export_and_load_again(tmp_path, text):
-    make(MODELS["qwen3-yarn"], tmp_path / "in")
+def from_hf(name, tmp_path, text, *more):
+    """Trains a saved model of the family on two ranks; what was printed."""
+    make(MODELS[name], tmp_path / "in")
     keys = [
         "model=hf", f"model.path={tmp_path / 'in'}", "data=files", text, "seq_len=64",
         "logger=none", "train.sample_tokens=0", "train.steps=2", "peak_flops=1e9",
-        "engine.zero_stage=3", f"run_dir={tmp_path / 'run'}", "optim.warmup_tokens=0",
+        f"run_dir={tmp_path / 'run'}", "optim.warmup_tokens=0", *more,
     ]  # fmt: skip
     status, output = train(2, *keys)
     assert status == 0, output
+    return output
+
+
+def assert_exported(folder):
+    """Logits of transformers on what was exported, and ours on two ranks."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    ours, attention = load(folder)
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        want = theirs(tokens).logits
+    assert (split_logits(ours, attention, tokens, 2) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_train_from_hf_export_and_load_again(tmp_path, text):
+    from_hf("qwen3-yarn", tmp_path, text, "engine.zero_stage=3")
     assert metrics(tmp_path / "run")[0]["loss"] > 0
     export = [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "dtype=float32"]
     assert cli(["export", *export, "shard_gb=0.0001"]) == 0
@@ -237,11 +255,4 @@ def test_train_from_hf_export_and_load_again(tmp_path, text):
     assert before.keys() == after.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) == len(before)  # trained, all of it
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    ours, attention = load(tmp_path / "out")
-    tokens = torch.arange(60)[None]
-    with torch.no_grad():
-        want = theirs(tokens).logits
-    assert (split_logits(ours, attention, tokens, 2) - want).abs().max() < 1e-4 * want.abs().max()
+    assert_exported(tmp_path / "out")

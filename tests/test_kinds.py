@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 
 import ringattn as ra
 from ringattn import cost
@@ -24,7 +23,7 @@ from ringattn.training.forecast import on_paper
 from ringattn.typed import SettingsError, defaults
 
 from .processes import TINY, train
-from .test_hf import MODELS, load, make, split_logits
+from .test_hf import MODELS, assert_exported, from_hf, make
 from .test_processes import _assert_equal, _train_all
 
 KINDS = 'attention.kinds={local:"sliding_window(16)",global:causal}'
@@ -188,25 +187,11 @@ def test_a_forecast_sums_over_the_kinds():
 
 
 def test_a_family_with_kinds_is_trained_exported_and_loaded_again(tmp_path, text):
-    make(MODELS["gemma3"], tmp_path / "in")
-    keys = [
-        "model=hf", f"model.path={tmp_path / 'in'}", "data=files", text, "seq_len=64",
-        "logger=none", "train.sample_tokens=0", "train.steps=1", "peak_flops=1e9",
-        "engine=fsdp", f"run_dir={tmp_path / 'run'}", "optim.warmup_tokens=0",
-    ]  # fmt: skip
-    status, output = train(2, *keys)
-    assert status == 0, output
+    output = from_hf("gemma3", tmp_path, text, "engine=fsdp")
     assert "of each document: sliding_window(7)" in output
-    assert cli(["export", f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}",
-                "dtype=float32"]) == 0  # fmt: skip
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    ours, attention = load(tmp_path / "out")
-    tokens = torch.arange(60)[None]
-    with torch.no_grad():
-        want = theirs(tokens).logits
-    assert (split_logits(ours, attention, tokens, 2) - want).abs().max() < 1e-4 * want.abs().max()
+    export = [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "dtype=float32"]
+    assert cli(["export", *export]) == 0
+    assert_exported(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama-linear"])

@@ -182,6 +182,27 @@ def test_a_router_loss_is_in_the_metrics(tmp_path, text):
     assert line["router_loss"] == pytest.approx(0.1 * float(out.aux_loss), rel=1e-4)
 
 
+def test_buffers_are_not_cast(tmp_path):
+    saved(COVERED["gemma3"], tmp_path)
+    status, output = launch(1, ROOT / "tests/workers/buffers.py", str(tmp_path))
+    assert status == 0, output
+
+
+def test_another_config_json_does_not_continue_a_checkpoint(tmp_path, text):
+    """Of the same sizes: only the base of RoPE is another one."""
+    saved(COVERED["llama"], tmp_path / "model")
+    keys = [*KEYS, text, "model=transformers", f"model.path={tmp_path / 'model'}", "train.steps=1",
+            "checkpoint.every=1", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    status, output = train(1, *keys)
+    assert status == 0, output
+    path = tmp_path / "model/config.json"
+    keys_of = json.loads(path.read_text())
+    keys_of["rope_parameters"]["rope_theta"] = 123.0
+    path.write_text(json.dumps(keys_of))
+    status, output = train(1, *keys, "train.steps=2")
+    assert status == 2 and "holds another model: model.unchanged" in output, output
+
+
 def test_no_rank_holds_the_whole_model_while_it_is_loaded():
     """Of four ranks none grows by more than 1.3 x (a quarter of the weights + the largest)."""
     status, output = launch(4, ROOT / "benchmarks/loading.py", "400")

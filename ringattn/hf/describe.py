@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from ringattn.hf.attention import NAME
 from ringattn.hf.coverage import NotCovered
-from ringattn.hf.kinds import CHUNK, FULL, WINDOW, is_causal, own_band, types_of
+from ringattn.hf.kinds import CHUNK, FULL, WINDOW, covered_types, is_causal, own_band
 
 PREFIX = "inner."  # of parameters in :class:`ringattn.hf.trained.SplitModel`
 
@@ -79,16 +79,13 @@ def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
     NotCovered for layers that are not."""
     model = empty_model(config)  # which sets the attention of its config
     config = model.config
-    types = list(types_of(config.get_text_config()))
+    types = list(covered_types(model, config.get_text_config()))
     if not is_causal(model):
         raise NotCovered(f"{type(model).__name__} attends both ways: it is no causal model")
     texts = {}
     for kind in dict.fromkeys(types):
         if kind not in (FULL, WINDOW, CHUNK):
-            raise NotCovered(
-                f"{type(model).__name__} has layers of type {kind}, which mix tokens without "
-                "softmax attention, or by a mask of their own: they are not covered"
-            )
+            raise NotCovered(f"{type(model).__name__}: layers of type {kind} are not for train.py")
         if kind == CHUNK:
             texts[kind] = f"block_local({config.get_text_config().attention_chunk_size})"
         else:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, masking_utils
 
 from ringattn.hf.attention import NAME, Allowed, Layer, LayerMask, Split
-from ringattn.hf.coverage import language_model, probed
+from ringattn.hf.coverage import NotCovered, language_model, probed
 from ringattn.make import make_plans as plans_of
 from ringattn.planning import layouts, masks
 from ringattn.planning.layer_plans import LayerPlans
@@ -61,13 +61,7 @@ def make_plans(
     has, or has one direction only and the model both.
     """
     config = text_config(model)
-    layer_types = [kind for kind in types_of(config) if kind not in _NO_MIXERS]
-    unknown = sorted(set(layer_types) - set(_CAUSAL))
-    if unknown:
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(unknown)}, which mix tokens "
-            f"without softmax attention, or by a mask of their own: they are not covered"
-        )
+    layer_types = [kind for kind in covered_types(model, config) if kind not in _NO_MIXERS]
     causal = is_causal(model)
     lengths = mask.pieces
     functions = {} if causal else _of_layers(model, config)
@@ -80,12 +74,12 @@ def make_plans(
     if causal and not looks_back:
         raise ValueError(
             f"{type(model).__name__} is causal, and the mask has queries that attend later keys; "
-            f"a plan cannot make a layer see more than it does"
+            "a plan cannot make a layer see more than it does"
         )
     if not causal and looks_back and mask.area > mask.n_q:
         raise ValueError(
             f"{type(model).__name__} attends both ways, and the mask is causal; give "
-            f"masks.full(n) or masks.documents(lengths, causal=False)"
+            "masks.full(n) or masks.documents(lengths, causal=False)"
         )
     # Of packed documents a layer has all that is its own: nothing to intersect.
     plain = mask == masks.documents(lengths, causal)
@@ -121,6 +115,18 @@ def types_of(config: PretrainedConfig) -> Sequence[str]:
     else:
         kind = FULL
     return [kind] * config.num_hidden_layers
+
+
+def covered_types(model: nn.Module, config: PretrainedConfig) -> Sequence[str]:
+    """:func:`types_of`. Raises NotCovered for layers that neither attend by a mask nor leave tokens
+    alone."""
+    types = types_of(config)
+    if unknown := sorted({*types} - {*_CAUSAL, *_NO_MIXERS}):
+        raise NotCovered(
+            f"{type(model).__name__} has layers of type {', '.join(unknown)}, which mix tokens "
+            "without softmax attention, or by a mask of their own: they are not covered"
+        )
+    return types
 
 
 def is_causal(model: nn.Module) -> bool:

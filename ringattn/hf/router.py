@@ -38,21 +38,17 @@ def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
         raise NotCovered(
             f"{name} has a router loss of its own form; set output_router_logits=False"
         )
-    share, _ = shared_loss(logits, top, comm)
+    share = shared_loss(logits, top, comm)
     if out.loss is not None:
         weight = router_weight(model)
         text = out.loss - weight * aux.to(out.loss.device)
-        if not len(logits[0]):
-            text = out.logits.sum() * 0  # transformers' mean over no tokens is not a number
         out.loss = text + weight * share.to(text)
     out.aux_loss = share
 
 
-def shared_loss(
-    logits: Sequence[torch.Tensor], top: int, comm: Comm
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(this rank's share of the router loss of all ranks' tokens, that loss): the shares add up to
-    it, in value and in gradient. ``logits``: of every layer, ``[local tokens, experts]``; ``top``
+def shared_loss(logits: Sequence[torch.Tensor], top: int, comm: Comm) -> torch.Tensor:
+    """This rank's share of the router loss of all ranks' tokens: the shares add up to it, in value
+    and in gradient. ``logits``: of every layer, ``[local tokens, experts]``; ``top``
     experts a token. Collective."""
     counts, probabilities, rows = _statistics(logits, top)
     local = torch.cat([counts, probabilities.detach(), rows])
@@ -62,7 +58,7 @@ def shared_loss(
     # The value of all ranks, the gradient of this rank's part of it.
     others = everyone[experts : 2 * experts] - probabilities.detach()
     whole = experts * (counts / rows * (probabilities + others) / rows).sum()
-    return whole - whole.detach() * (1 - 1 / comm.world), whole.detach()
+    return whole - whole.detach() * (1 - 1 / comm.world)
 
 
 def top_of(model: nn.Module, logits: Sequence[torch.Tensor], aux: torch.Tensor) -> int | None:
@@ -98,8 +94,6 @@ def _statistics(
 def _usual(logits: Sequence[torch.Tensor], top: int, aux: torch.Tensor) -> bool:
     """Whether transformers' loss of the local tokens is the usual one with ``top`` experts a
     token."""
-    if not len(logits[0]):
-        return True
     with torch.no_grad():
         counts, probabilities, rows = _statistics(logits, top)
         want = len(counts) * (counts / rows * probabilities / rows).sum()

@@ -26,6 +26,7 @@ from ringattn.hf.coverage import NotCovered, language_model, probe
 from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
 from ringattn.hf.kinds import assign, text_config
 from ringattn.hf.proof import compare
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 
 # What probes have seen, by the names of what the model was called with: its loss is looked at too.
@@ -101,13 +102,8 @@ def make_split(plans: Plan | Mapping[str, Plan], group: Any, kernel: str) -> Spl
     mapping = {None: plans} if isinstance(plans, Plan) else plans
     if not mapping or not all(isinstance(plan, Plan) for plan in mapping.values()):
         raise ValueError(f"plans must be a plan or a mapping of kinds to plans, got {plans!r}")
-    first = next(iter(mapping.values()))
-    for kind, plan in mapping.items():
-        if plan.layout is not plan.key_layout and plan.layout != plan.key_layout:
-            raise ValueError(f"the plan of {kind} has keys of their own: a model has one sequence")
-        if plan.layout != first.layout:
-            raise ValueError(f"the plan of {kind} has another layout than the first one")
-    if empty := [rank for rank in first.layout.ranks if not first.layout.count(rank)]:
+    layout = LayerPlans(mapping).layout
+    if empty := [rank for rank in layout.ranks if not layout.count(rank)]:
         raise ValueError(f"ranks {empty} have no token: transformers models need one on every rank")
     return Split(mapping, group, kernel, lengths_of(plans))
 

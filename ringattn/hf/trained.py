@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ringattn.execution.carriers import ProcessRank
 from ringattn.hf.attention import HERE, Attend, Probe, Split, installed
 from ringattn.hf.batch import lengths_of
-from ringattn.hf.coverage import NotCovered, evaluating, probe, router_weight
+from ringattn.hf.coverage import TOKENS, NotCovered, evaluating, probe, router_weight
 from ringattn.hf.describe import empty_model
 from ringattn.hf.kinds import assign
 from ringattn.hf.proof import compare
@@ -29,7 +29,7 @@ class SplitModel(nn.Module):
     """``forward(tokens, positions, attend, labels)`` as of
     :class:`ringattn.models.decoder.Decoder`; with labels the tuple has a fourth element, the share
     of this rank in the router loss (None where there is none). Called with ``input_ids=`` it is the
-    model of transformers itself.
+    model of transformers itself, and with ``hidden=`` its head.
 
     ``config``: of the model; ``kinds``: the kind of each layer, by which ``attend`` is asked. Under
     the meta device parameters have no memory, but buffers do.
@@ -107,8 +107,7 @@ class SplitModel(nn.Module):
         head = self.inner.get_output_embeddings()
         share = None
         if routes:
-            comm = ProcessRank(None)
-            share, _ = shared_loss(out.router_logits, self.top, comm)
+            share = shared_loss(out.router_logits, self.top, ProcessRank(None))
             share = share * router_weight(self.inner)
         return *head(hidden, labels, self.memory, self.logit_softcap), share
 
@@ -140,12 +139,12 @@ class SplitModel(nn.Module):
         token goes to."""
         split: Split = getattr(self.inner, HERE)
         name, config = type(self.inner).__name__, self.inner.config.get_text_config()
-        ids = torch.arange(13, device=self.inner.device)[None] % config.vocab_size
+        ids = torch.arange(TOKENS, device=self.inner.device)[None] % config.vocab_size
         hidden: list[torch.Tensor] = []
         handle = self.body.register_forward_hook(
             lambda module, args, out: hidden.append(out.last_hidden_state.detach())
         )
-        inputs = {"input_ids": ids, "position_ids": torch.arange(13, device=ids.device)[None]}
+        inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS, device=ids.device)[None]}
         split.probe = Probe(dict.fromkeys(self.inner.modules(), ""))
         try:
             with torch.no_grad(), evaluating(root):

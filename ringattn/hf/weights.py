@@ -21,7 +21,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from ringattn.hf.describe import PREFIX, config_of, empty_model
 from ringattn.models.hf_config import UnknownModel
-from ringattn.models.hf_weights import index, slice_of
+from ringattn.models.hf_weights import index, refuse_others, run_of, slice_of
 
 
 @dataclass
@@ -60,10 +60,7 @@ class HubWeights:
                 self.targets[name].keys[pattern].append(key)
             elif not _known_extra(model, name):
                 extra.append(key)
-        missing = set(tensors) - set(self.targets)
-        for names, what in ((missing, "lacks"), (extra, "has more:")):
-            if names:
-                raise UnknownModel(f"{folder} {what} {len(names)} weights, as {min(names)}")
+        refuse_others(folder, set(tensors) - set(self.targets), extra)
         for name, tensor in tensors.items():
             target = self.targets[name]
             stored = self._shape(target)
@@ -75,21 +72,17 @@ class HubWeights:
     ) -> torch.Tensor:
         if kind != "weight":
             return torch.zeros(count)
-        if not count:
-            return torch.empty(0)
         target = self.targets[name.removeprefix(self.prefix)]
-        width = torch.Size(shape[1:]).numel()
-        first, last = start // width, -(-(start + count) // width)
-        if target.converter is None:
-            ((key,),) = target.keys.values()
-            rows = slice_of(self.files[key], key)[first:last].float().flatten()
-        elif target.stacked:
-            rows = torch.cat(
-                [self._converted(target, name, at).flatten() for at in range(first, last)]
-            )
-        else:
-            rows = self._converted(target, name)[first:last].flatten()
-        return rows[start - first * width :][:count]
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            if target.converter is None:
+                ((key,),) = target.keys.values()
+                return slice_of(self.files[key], key)[first:last]
+            if target.stacked:
+                return torch.cat([self._converted(target, name, i) for i in range(first, last)])
+            return self._converted(target, name)[first:last]
+
+        return run_of(shape, start, count, rows)
 
     def buffers(self) -> Iterable[tuple[str, torch.Tensor]]:
         """The buffers that the files have, by their names in the model, as they are stored."""

@@ -5,7 +5,7 @@ that no process holds more than its own part, and written shard by shard.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,25 @@ def slice_of(path: Path, key: str) -> Any:
         raise UnknownModel(f"{path}: {error}") from None
 
 
+def refuse_others(folder: Path, missing: Collection[str], extra: Collection[str]) -> None:
+    """Raises UnknownModel for weights that a folder lacks, or has beside those of a model."""
+    for names, what in ((missing, "lacks"), (extra, "has more:")):
+        if names:
+            raise UnknownModel(f"{folder} {what} {len(names)} weights, as {min(names)}")
+
+
+def run_of(
+    shape: tuple[int, ...], start: int, count: int, rows: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """Elements ``start`` to ``start + count`` of a flat weight, float32, of which ``rows(first,
+    last)`` reads whole rows."""
+    if not count:
+        return torch.empty(0)
+    width = torch.Size(shape[1:]).numel()
+    first, last = start // width, -(-(start + count) // width)
+    return rows(first, last).float().flatten()[start - first * width :][:count]
+
+
 class Pretrained:
     """The weights of a folder as a :class:`ringattn.training.states.Source`.
 
@@ -67,9 +86,7 @@ class Pretrained:
             for name in self.files
             if name not in wanted and name != "lm_head.weight" and "rotary_emb" not in name
         }
-        for names, what in ((wanted - set(self.files), "lacks"), (extra, "has more:")):
-            if names:
-                raise UnknownModel(f"{folder} {what} {len(names)} weights, as {min(names)}")
+        refuse_others(folder, wanted - set(self.files), extra)
         for name, shape in shapes.items():
             stored = tuple(self._slice(name).get_shape())
             if stored != tuple(shape):
@@ -83,14 +100,8 @@ class Pretrained:
     ) -> torch.Tensor:
         if kind != "weight":
             return torch.zeros(count)
-        if not count:
-            return torch.empty(0)
-        width = 1
-        for size in shape[1:]:
-            width *= size
-        first, last = start // width, -(-(start + count) // width)
-        rows = self._slice(name)[first:last].float().flatten()
-        return rows[start - first * width :][:count]
+        stored = self._slice(name)
+        return run_of(shape, start, count, lambda first, last: stored[first:last])
 
 
 def save(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> int:

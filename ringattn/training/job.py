@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def prepare(
         seq_len=run.seq_len,
         seed=run.seed,
         corpus=data.fingerprint,
-        model=asdict(run.model.sizes) | ({"unchanged": True} if run.model.unchanged else {}),
+        model=asdict(run.model.sizes) | _unchanged(run),
         attention=asdict(run.attention),
         written_by=f"{run.engine.name}, ZeRO {run.engine.zero_stage}, {world} ranks, "
         f"parallel.cp={run.parallel.cp}",
@@ -80,6 +81,14 @@ def prepare(
                 raise SettingsError(f"model.path: {error}") from None
     hardware = hardware_of(run)
     return Job(run, model, data, run_dir, manifest, source, resume, remarks, hardware)
+
+
+def _unchanged(run: TrainingRun) -> dict[str, str]:
+    """Of a module that transformers makes: what it is made of, which sizes alone do not say."""
+    if not run.model.unchanged:
+        return {}
+    text = (Path(run.model.path).expanduser() / "config.json").read_bytes()
+    return {"unchanged": f"of config.json {hashlib.sha256(text).hexdigest()[:16]}"}
 
 
 def _weights(run: TrainingRun, folder: Path) -> states.Source:

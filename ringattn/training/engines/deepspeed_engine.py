@@ -47,8 +47,10 @@ class DeepSpeedEngine:
             with context.device:
                 model = parts.make_model()
         optimizer = make_optimizer(model, parts.optimizer)
-        # DeepSpeed casts buffers too: frequencies of RoPE must stay as they are.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # DeepSpeed casts buffers too, at stage 3 as they are made: frequencies of RoPE must be what
+        # they are without it.
+        with torch.device("meta"):
+            buffers = dict(parts.make_model().named_buffers())
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.root = self.engine
         for name, buffer in buffers.items():
