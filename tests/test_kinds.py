@@ -249,3 +249,20 @@ def test_the_plan_of_kinds_as_a_table_json_and_a_picture(tmp_path, capsys):
     ):
         assert cli(["plan", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_was_chosen_for_each_kind_stays_chosen():
+    n, layers = 64, ["local", "global"]
+    masks = {"local": ra.masks.sliding_window(n, 8), "global": ra.masks.causal(n)}
+    layout = ra.layouts.zigzag(n, 4)
+    chosen = ra.LayerPlans(
+        {
+            "local": ra.make_plan(masks["local"], layout, "direct"),
+            "global": ra.make_plan(masks["global"], layout, "ring", ulysses=2),
+        },
+        layers,
+    )
+    again = Strategy(4, schedule="auto", heads=4).like(chosen).plans(masks, layers)
+    assert {kind: (plan.schedule, plan.ulysses) for kind, plan in again.items()} == {
+        "local": ("direct", 1), "global": ("ring", 2)
+    }  # fmt: skip
