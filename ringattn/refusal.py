@@ -13,6 +13,7 @@ _EXTRAS = {
     "hf": ("transformers", "accelerate"),
     "data": ("datasets", "pyarrow", "tokenizers"),
     "liger": ("liger_kernel",),
+    "lora": ("peft",),
 }
 
 

@@ -180,9 +180,9 @@ def test_engines_move_what_their_algorithms_need():
         (FSDP(zero_stage=3), (4 + 2 * 2) * n * share),
         (FSDP(zero_stage=2), (4 + 2) * n * share),
     ):
-        moved = engine.traffic(n, 2, world, 1)
+        moved = engine.traffic(SMALL, 2, world, 1)
         assert moved.gathered + moved.reduced + moved.at_step == pytest.approx(bytes_)
-        alone = engine.traffic(n, 2, 1, 1)
+        alone = engine.traffic(SMALL, 2, 1, 1)
         assert alone.gathered + alone.reduced + alone.at_step == 0
 
 

@@ -56,6 +56,8 @@ def test_loss_and_its_gradients(tokens, vocab, dim, chunk, seed):
     got = torch.autograd.grad(2 * total, (hidden, weight))
     for a, b in zip(got, torch.autograd.grad(2 * want.sum(), (hidden, weight)), strict=True):
         assert torch.allclose(a, b.float(), atol=1e-4)
+    frozen, *_ = chunked_cross_entropy(hidden, weight.detach(), labels, chunk)
+    assert torch.equal(torch.autograd.grad(2 * frozen, hidden)[0], got[0])
 
 
 def test_liger_gives_the_same_loss():

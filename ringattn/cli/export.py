@@ -14,6 +14,7 @@ import yaml
 from ringattn.cli.request import Key, RequestError, choice, parse
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
+from ringattn.models.lora_config import Lora
 from ringattn.training.attention import Attention
 from ringattn.training.checkpoints import saver, states
 
@@ -34,6 +35,11 @@ KEYS = {
     "dtype": Key(choice("bfloat16", "float16", "float32"), "bfloat16", "of the weights"),
     "shard_gb": Key(_size, 5.0, "the largest file, in GB"),
     "tokenizer": Key(str, None, "a folder or a tokenizer.json, copied along"),
+    "lora": Key(
+        choice("merged", "adapters"),
+        "merged",
+        "of a run with model.lora: the model with its adapters merged, or they alone, for peft",
+    ),
 }
 
 
@@ -61,6 +67,9 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
         raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
     path, manifest = sound[0]
     unchanged = manifest.model.get("unchanged", False)
+    lora = Lora(**manifest.model["lora"]) if "lora" in manifest.model else None
+    if values["lora"] == "adapters" and lora is None:
+        raise ValueError(f"lora=adapters: {path} has none")
     if not unchanged:
         attention = Attention(**manifest.attention)
         kinds = attention.layers(manifest.model["layers"])
@@ -76,12 +85,16 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     shard = int(values["shard_gb"] * 1e9)
     with states.Saved([path / name for name in sorted(manifest.files)]) as saved:
         if unchanged:
-            from ringattn.hf.weights import export  # here: transformers is an extra
+            from ringattn.hf.export import export, export_adapters  # here: transformers is an extra
 
             def read(name: str, shape: torch.Size) -> torch.Tensor:
                 return saved.read("weight", name, tuple(shape), 0, shape.numel()).view(shape)
 
-            size = export(_original(path), draft, read, dtype, shard)
+            original = _original(path, manifest)
+            if values["lora"] == "adapters":
+                size = export_adapters(original, draft, read, dtype, lora)
+            else:
+                size = export(original, draft, read, dtype, shard, lora)
         else:
             model = ModelConfig(**manifest.model)
 
@@ -100,13 +113,19 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     return path, size, manifest.step
 
 
-def _original(checkpoint: Path) -> Path:
-    """The folder that a run with model=transformers began with, as its config.yaml says."""
+def _original(checkpoint: Path, manifest: saver.Manifest) -> Path:
+    """The folder that a run with model=transformers began with, as its config.yaml says. Raises
+    ValueError if it is not there, or frozen weights are not what they were."""
     path = checkpoint.parent.parent / "config.yaml"
     keys = yaml.safe_load(path.read_text())
     folder = Path(keys["model"]["path"]).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}, which the run began with ({path}), is not there any more")
+    if "frozen" in manifest.model:
+        from ringattn.hf.lora import fingerprint  # here: peft is an extra
+
+        if manifest.model["frozen"] != fingerprint(folder):
+            raise ValueError(f"{folder} has other weights now than the run began with ({path})")
     return folder
 
 

@@ -27,6 +27,9 @@ class Sizes(Protocol):
     def parameters(self) -> int: ...
 
     @property
+    def trained(self) -> int: ...
+
+    @property
     def matmul_parameters(self) -> int: ...
 
 
@@ -66,8 +69,8 @@ class EngineTraffic:
 
 
 class EngineCost(Protocol):
-    """What an engine's settings say of its costs, for a model of so many ``parameters`` with
-    ``wide`` bytes an element, on ``world`` ranks of which ``cp`` share a sequence."""
+    """What an engine's settings say of its costs, for a model with ``wide`` bytes an element, on
+    ``world`` ranks of which ``cp`` share a sequence."""
 
     name: str
 
@@ -79,12 +82,12 @@ class EngineCost(Protocol):
     def on_host(self) -> bool:
         """Whether the optimizer steps in host memory."""
 
-    def bucket(self, parameters: int) -> int:
+    def bucket(self, model: Sizes) -> int:
         """Elements of the buffer that gradients are reduced in."""
 
-    def states(self, parameters: int, wide: int, world: int, cp: int) -> States: ...
+    def states(self, model: Sizes, wide: int, world: int, cp: int) -> States: ...
 
-    def traffic(self, parameters: int, wide: int, world: int, cp: int) -> EngineTraffic: ...
+    def traffic(self, model: Sizes, wide: int, world: int, cp: int) -> EngineTraffic: ...
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,18 @@ class Setup:
 
     def traffic(self, model: Sizes) -> EngineTraffic:
         """Of the engine."""
-        return self.engine.traffic(model.parameters, self.wide, self.world, self.cp)
+        return self.engine.traffic(model, self.wide, self.world, self.cp)
 
 
 def step_flops(model: Sizes, tokens: int, area: float) -> float:
     """Model FLOPs of forward and backward over ``tokens`` tokens with ``area`` attended pairs in a
     layer, on the mean: what MFU counts.
 
-    6 per matmul parameter and token; 12 * area * heads * head_dim per layer for attention
-    (two products forward, four backward). Recomputed work does not count.
+    6 per matmul parameter and token, 4 of those that are frozen; 12 * area * heads * head_dim per
+    layer for attention (two products forward, four backward). Recomputed work does not count.
     """
-    return 6 * model.matmul_parameters * tokens + (
+    trained = min(model.trained, model.matmul_parameters)
+    return (4 * model.matmul_parameters + 2 * trained) * tokens + (
         12 * area * model.layers * model.heads * model.head_dim
     )
 
@@ -146,12 +150,15 @@ def product_flops(model: Sizes, setup: Setup, tokens: int) -> dict[str, float]:
         again += ffn * (1 - memory.ffn_tile / tokens) if memory.checkpoint else 0.0
     elif memory.checkpoint:
         again += ffn * 2 / 3
-    return {
-        "projections": 6.0 * tokens * model.layers * attention,
-        "feed-forward": 6.0 * tokens * model.layers * ffn,
-        "head and loss": 6.0 * tokens * model.dim * model.vocab_size,
+    frozen = model.trained < model.parameters
+    each = 4.0 if frozen else 6.0  # of a frozen weight there is no gradient
+    parts = {
+        "projections": each * tokens * model.layers * attention,
+        "feed-forward": each * tokens * model.layers * ffn,
+        "head and loss": each * tokens * model.dim * model.vocab_size,
         "recomputed": 2.0 * tokens * model.layers * again,
     }
+    return parts | ({"adapters": 6.0 * tokens * model.trained} if frozen else {})
 
 
 def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
@@ -196,7 +203,7 @@ def footprint(
     :func:`ringattn.cost.buffers`. Without the framework's own share, and the copy that a checkpoint
     is written from (12 bytes a parameter of this rank, in host memory)."""
     wide, memory = setup.wide, setup.memory
-    states = setup.engine.states(model.parameters, wide, setup.world, setup.cp)
+    states = setup.engine.states(model, wide, setup.world, setup.cp)
     tiled = memory.tiled(tokens)
     # A fused norm keeps its input and its output; the CPU's also what lies between.
     norm = 2 if setup.device == "cuda" else 3
@@ -230,7 +237,7 @@ def footprint(
     tail = 3 * model.dim * wide + 4 * model.head_dim + 3 * 8
     chunk = memory.loss_chunk or max(64, tokens * model.dim // model.vocab_size)
     logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
-    gathered += wide * setup.engine.bucket(model.parameters)
+    gathered += wide * setup.engine.bucket(model)
     moments = {
         "attention": attention + gathered,
         "feed-forward": feed_forward + gathered,

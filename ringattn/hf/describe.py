@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from ringattn.hf.attention import NAME
 from ringattn.hf.coverage import NotCovered
 from ringattn.hf.kinds import CHUNK, FULL, WINDOW, covered_types, is_causal, own_band
+from ringattn.models.lora_config import Lora
 
 PREFIX = "inner."  # of parameters in :class:`ringattn.hf.trained.SplitModel`
 
@@ -45,17 +46,22 @@ def empty_model(config: PretrainedConfig, weights: bool = False) -> PreTrainedMo
         ) from None
 
 
-def sizes(config: PretrainedConfig) -> dict[str, Any]:
+def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
     """The ``model`` settings that costs are counted with: widths as in the config, parameters as
-    they are. Of experts those that a token goes to count as active."""
+    they are, adapters among them. Of experts those that a token goes to count as active."""
     text, model = config.get_text_config(), empty_model(config)
-    total = active = 0
+    if lora is not None:
+        from ringattn.hf.lora import adapt  # here: peft is an extra
+
+        adapt(model, lora)
+    total = active = adapters = 0
     experts = next((n for name in ("num_experts", "num_local_experts", "n_routed_experts")
                     if isinstance(n := getattr(text, name, None), int)), None)  # fmt: skip
     chosen = getattr(text, "num_experts_per_tok", None)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     for name, p in model.named_parameters():
         total += p.numel()
+        adapters += p.numel() if lora is not None and p.requires_grad else 0
         if p.dim() > 1 and (p is not table.weight or head.weight is table.weight):
             routed = ".experts." in name and experts and chosen
             active += p.numel() * chosen // experts if routed else p.numel()
@@ -71,6 +77,7 @@ def sizes(config: PretrainedConfig) -> dict[str, Any]:
         "tied": head.weight is table.weight,
         "total": total,
         "active": active,
+        "adapters": adapters or None,
     }
 
 

@@ -21,6 +21,7 @@ from ringattn.hf.router import shared_loss, top_of
 from ringattn.hf.split import follow_length, follows_length
 from ringattn.models import recompute
 from ringattn.models.decoder import Head
+from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
 from ringattn.planning.layer_plans import LayerPlans
 
@@ -31,13 +32,20 @@ class SplitModel(nn.Module):
     of this rank in the router loss (None where there is none). Called with ``input_ids=`` it is the
     model of transformers itself, and with ``hidden=`` its head.
 
-    ``config``: of the model; ``kinds``: the kind of each layer, by which ``attend`` is asked. Under
-    the meta device parameters have no memory, but buffers do.
+    ``config``: of the model; ``kinds``: the kind of each layer, by which ``attend`` is asked;
+    ``lora``: the adapters that it gets, if any. Under the meta device parameters have no memory,
+    but buffers do.
     """
 
-    def __init__(self, config: PretrainedConfig, memory: Memory, kinds: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        memory: Memory,
+        kinds: Sequence[str],
+        lora: Lora | None = None,
+    ) -> None:
         super().__init__()
-        self.memory, self.kinds = memory, tuple(kinds)
+        self.memory, self.kinds, self.lora = memory, tuple(kinds), lora
         on_meta = torch.get_default_device().type == "meta"
         self.inner = empty_model(config, weights=not on_meta)
         head = self.inner.get_output_embeddings()
@@ -47,6 +55,10 @@ class SplitModel(nn.Module):
             ours = Head(head.in_features, head.out_features, bias=False)
         ours.weight = head.weight
         self.inner.set_output_embeddings(ours)
+        if lora is not None:
+            from ringattn.hf.lora import adapt  # here: peft is an extra
+
+            adapt(self.inner, lora)
         # What logits are beside the head's product; found by the self-check.
         self.logit_scale, self.logit_softcap, self.top = 1.0, None, None
         text = self.inner.config.get_text_config()
@@ -145,6 +157,11 @@ class SplitModel(nn.Module):
             lambda module, args, out: hidden.append(out.last_hidden_state.detach())
         )
         inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS, device=ids.device)[None]}
+        called: set[nn.Module] = set()
+        handles = [
+            module.register_forward_hook(lambda module, args, out: called.add(module))
+            for module in self.inner.modules()
+        ]
         split.probe = Probe(dict.fromkeys(self.inner.modules(), ""))
         try:
             with torch.no_grad(), evaluating(root):
@@ -153,7 +170,12 @@ class SplitModel(nn.Module):
                 product = root(hidden=hidden[0])
         finally:
             split.probe = None
-            handle.remove()
+            for each in (handle, *handles):
+                each.remove()
+        if self.lora is not None:
+            from ringattn.hf.lora import check_used
+
+            check_used(self.inner, called)
         product, logits = product.float(), out.logits.float()
         scale = float((logits * product).sum() / (product * product).sum())
         for cap in (None, *_caps(config)):

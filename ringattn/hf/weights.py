@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
-from ringattn.hf.describe import PREFIX, config_of, empty_model
 from ringattn.models.hf_config import UnknownModel
 from ringattn.models.hf_weights import index, refuse_others, run_of, slice_of
 
@@ -138,30 +137,6 @@ class HubWeights:
             if candidate in tensors:
                 return candidate, converter, pattern
         return name, converter, pattern
-
-
-def export(
-    original: Path,
-    out: Path,
-    read: Callable[[str, torch.Size], torch.Tensor],
-    dtype: torch.dtype,
-    shard_bytes: int,
-) -> int:
-    """Writes the model of the folder ``original`` with other weights to ``out``, as transformers
-    writes it; ``read(name, shape)``: a parameter by its name here. The whole model is in host
-    memory then. Returns the bytes of its tensors."""
-    config = config_of(original)
-    model, source = empty_model(config, weights=True), HubWeights(original, empty_model(config))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.data = read(PREFIX + name, p.shape).to(dtype)
-        for name, value in source.buffers():
-            model.get_buffer(name).copy_(value)
-    model.tie_weights()
-    config._attn_implementation = model.config._attn_implementation = None
-    model.config.dtype = dtype
-    model.save_pretrained(out, max_shard_size=shard_bytes)
-    return sum(p.nbytes for p in model.parameters())
 
 
 def _persistent(model: PreTrainedModel) -> dict[str, torch.Tensor]:

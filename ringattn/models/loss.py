@@ -28,8 +28,9 @@ def chunked_cross_entropy(
     hidden ``[..., dim]``, weight ``[vocab, dim]`` in the same dtype, labels ``[...]`` with IGNORED
     where not supervised (loss 0; the sum is connected, and 0, if no token is). Only the sum has a
     gradient. It is computed in the forward, chunk by chunk, so that nothing is computed twice:
-    three matrix products for each chunk and no logits kept. Products are in the dtype of
-    ``hidden``, the rest and the gradient of ``weight`` over the chunks in float32.
+    three matrix products for each chunk (two if ``weight`` is frozen) and no logits kept. Products
+    are in the dtype of ``hidden``, the rest and the gradient of ``weight`` over the chunks in
+    float32.
 
     ``chunk``: tokens at a time. None: as many as make a chunk's logits as large as ``hidden``.
     ``softcap``: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
@@ -76,7 +77,9 @@ class _Chunked(torch.autograd.Function):
         rows, flat = hidden.flatten(0, -2), labels.flatten()
         losses = rows.new_zeros(len(rows), dtype=torch.float32)
         d_rows = torch.empty_like(rows)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             x, supervised = rows[part], flat[part] != IGNORED
@@ -93,11 +96,14 @@ class _Chunked(torch.autograd.Function):
                 logits.mul_(slope)
             d_logits = logits.to(x.dtype)
             d_rows[part] = d_logits @ weight
+            if d_weight is None:
+                continue
             if d_weight.dtype == x.dtype:
                 d_weight.addmm_(d_logits.T, x)
             else:
                 d_weight += d_logits.T @ x
-        ctx.gradients = d_rows.view_as(hidden), d_weight.to(weight.dtype)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        ctx.gradients = d_rows.view_as(hidden), d_weight
         losses = losses.view(labels.shape)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
@@ -112,4 +118,5 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError("the loss has one backward: its gradients are scaled in place")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None
+        d_weight = None if d_weight is None else d_weight.mul_(grad)
+        return d_hidden.mul_(grad), d_weight, None, None, None

@@ -91,6 +91,11 @@ class ModelConfig:
         return self.layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
 
     @property
+    def trained(self) -> int:
+        """Those that are trained: all."""
+        return self.parameters
+
+    @property
     def parameters(self) -> int:
         """All parameters."""
         extra = 0 if self.tied else self.dim * self.vocab_size

@@ -30,6 +30,7 @@ from ringattn.cost.hardware import Hardware, HardwareError
 from ringattn.cost.presets import here
 from ringattn.cost.presets import load as load_hardware
 from ringattn.models import hf_config
+from ringattn.models.lora_config import Lora
 from ringattn.models.rope_config import RopeConfig
 from ringattn.planning.head_split import check_degree
 from ringattn.planning.layer_plans import ONE
@@ -55,7 +56,7 @@ def register() -> None:
     for group, kinds in (("engine", ENGINES), ("logger", LOGGERS)):
         for kind in kinds:
             store.store(group=group, name=kind.name, node=typed.defaults(kind))
-    theirs = _open_keys(Model) | {"path": "${required:}"}
+    theirs = _open_keys(Model) | {"path": "${required:}", "lora": typed.defaults(Lora)}
     store.store(group="model", name="hf", node=theirs | {"unchanged": False})
     store.store(group="model", name="transformers", node=theirs | {"unchanged": True})
 
@@ -194,13 +195,13 @@ def _fill_unchanged(model: dict[str, Any]) -> hf_config.Layers:
         (path / "config.json").stat()
         try:
             theirs = describe.config_of(path)
-            read = describe.sizes(theirs)
+            read = describe.sizes(theirs, _lora(model))
             masks, types = describe.masks(theirs)
         except ValueError as error:
             raise SettingsError(f"model.path: {error}") from None
     usual = typed.defaults(Model)
     for key, value in model.items():
-        if key in ("path", "unchanged"):
+        if key in ("path", "unchanged", "lora"):
             continue
         own = read.get(key, usual.get(key))
         if isinstance(value, dict):  # of RoPE, where nothing is said
@@ -216,6 +217,19 @@ def _fill_unchanged(model: dict[str, Any]) -> hf_config.Layers:
     if len(masks) == 1:
         return hf_config.Layers({ONE: next(iter(masks.values()))})
     return hf_config.Layers(masks, hf_config.shortest(types))
+
+
+def _lora(model: dict[str, Any]) -> Lora | None:
+    """The adapters that are asked for. Raises SettingsError."""
+    try:
+        lora = typed.read(Lora, model["lora"])
+    except SettingsError as error:
+        raise SettingsError(f"model.lora.{error}") from None
+    if not lora.rank:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise SettingsError(f"model.lora.rank={lora.rank} {advice('peft')}")
+    return lora
 
 
 def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> TrainingRun:

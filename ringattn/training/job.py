@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ringattn.cost import Hardware
 from ringattn.data.open_data import Opened, Progress, open_data
@@ -83,12 +84,19 @@ def prepare(
     return Job(run, model, data, run_dir, manifest, source, resume, remarks, hardware)
 
 
-def _unchanged(run: TrainingRun) -> dict[str, str]:
+def _unchanged(run: TrainingRun) -> dict[str, Any]:
     """Of a module that transformers makes: what it is made of, which sizes alone do not say."""
     if not run.model.unchanged:
         return {}
-    text = (Path(run.model.path).expanduser() / "config.json").read_bytes()
-    return {"unchanged": f"of config.json {hashlib.sha256(text).hexdigest()[:16]}"}
+    folder = Path(run.model.path).expanduser()
+    text = (folder / "config.json").read_bytes()
+    made = {"unchanged": f"of config.json {hashlib.sha256(text).hexdigest()[:16]}"}
+    if not run.model.lora.rank:
+        return made
+    from ringattn.hf.lora import fingerprint
+
+    # Frozen weights are not in checkpoints: they have to be there again.
+    return made | {"lora": asdict(run.model.lora), "frozen": fingerprint(folder)}
 
 
 def _weights(run: TrainingRun, folder: Path) -> states.Source:
@@ -97,4 +105,9 @@ def _weights(run: TrainingRun, folder: Path) -> states.Source:
     from ringattn.hf.describe import PREFIX, config_of, empty_model  # here: it takes seconds
     from ringattn.hf.weights import HubWeights
 
-    return HubWeights(folder, empty_model(config_of(folder)), PREFIX)
+    source = HubWeights(folder, empty_model(config_of(folder)), PREFIX)
+    if not run.model.lora.rank:
+        return source
+    from ringattn.hf.lora import WithAdapters
+
+    return WithAdapters(source, run.seed)

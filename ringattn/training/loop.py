@@ -90,10 +90,10 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     engine = build_engine(job, context)
     if resume:
         with states.Saved([resume[0] / name for name in sorted(start.files)]) as saved:
-            states.fill(engine, saved, start.adam_steps)
+            states.fill(engine, saved, job.source, start.adam_steps)
         display.say(f"resumed {resume[0]} at step {start.step}")
     else:
-        states.fill(engine, job.source, 0)
+        states.fill(engine, job.source, job.source, 0)
     if run.model.unchanged:
         fill_buffers(engine, job.source)
     stream = job.data.train
@@ -166,11 +166,12 @@ def build_engine(job: Job, context: Context) -> Engine:
         from ringattn.hf.describe import config_of  # here: transformers is an extra
         from ringattn.hf.trained import SplitModel
 
-        return SplitModel(config_of(Path(run.model.path).expanduser()), run.memory, layers)
+        lora = run.model.lora if run.model.lora.rank else None
+        return SplitModel(config_of(Path(run.model.path).expanduser()), run.memory, layers, lora)
 
     parts = Parts(
         make_model=make_model,
-        parameters=job.model.parameters,
+        trained=job.model.trained,
         optimizer=run.optim,
         context=context,
         precision=run.precision,

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from ringattn.cost import Hardware
 from ringattn.data.settings import Data
 from ringattn.kernels import NAMES as KERNELS
+from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
 from ringattn.planning.layouts import NAMES as LAYOUTS
@@ -40,17 +41,30 @@ class Model(ModelConfig):
     """Of an unchanged module: its parameters."""
     active: Count | None = None
     """Of an unchanged module: the matrix parameters that a token meets."""
+    adapters: Count | None = None
+    """Of an unchanged module: the parameters of its adapters (model.lora): all that is trained."""
+    lora: Lora
 
     @model_validator(mode="after")
     def _is_somebodys(self) -> Model:
         if self.unchanged and self.path is None:
             raise ValueError("model.unchanged=true needs model.path")
+        if self.lora.rank and not self.unchanged:
+            raise ValueError(
+                f"model.lora.rank={self.lora.rank}: adapters are for unchanged modules; give "
+                "model=transformers"
+            )
         return self
 
     @property
     def parameters(self) -> int:
         """All parameters."""
         return self.total or ModelConfig.parameters.fget(self)
+
+    @property
+    def trained(self) -> int:
+        """Those of them that are trained."""
+        return self.adapters or self.parameters
 
     @property
     def matmul_parameters(self) -> int:

@@ -1,8 +1,8 @@
 """Weights and optimizer state between engines and files: fragments out, fragments in.
 
 A checkpoint is one safetensors file a rank, each tensor a run of a flattened parameter in float32,
-named ``KIND:START:PARAMETER``. Any split of the model reads any other's files, each rank only the
-runs that it needs; nothing is unpickled.
+named ``KIND:START:PARAMETER``. Frozen parameters are not in it. Any split of the model reads any
+other's files, each rank only the runs that it needs; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ringattn.models.decoder import ModelConfig, initial_weight
-from ringattn.training.engines import KINDS, Engine
+from ringattn.training.engines import Engine
 
 
 class Source(Protocol):
@@ -90,12 +90,14 @@ class Saved:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def fill(engine: Engine, source: Source, adam_steps: int) -> None:
-    """Collective: the engine's weights and optimizer state, each rank its own part."""
+def fill(engine: Engine, source: Source, frozen: Source, adam_steps: int) -> None:
+    """Collective: the engine's weights and optimizer state, each rank its own part; ``frozen``:
+    where frozen parameters come from."""
     with torch.no_grad():
         for f in engine.fragments():
-            for kind in KINDS:
-                f.write(kind, source.read(kind, f.name, f.shape, f.start, f.count))
+            origin = source if f.trained else frozen
+            for kind in f.kinds:
+                f.write(kind, origin.read(kind, f.name, f.shape, f.start, f.count))
         engine.fragments_written(adam_steps)
 
 
@@ -105,9 +107,9 @@ def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for f in engine.fragments():
             first, stop = (f.count * (f.copy + i) // f.copies for i in (0, 1))
-            if first == stop:
+            if first == stop or not f.trained:
                 continue
-            for kind in KINDS:
+            for kind in f.kinds:
                 part = f.read(kind)[first:stop].to("cpu", copy=True)
                 tensors[f"{kind}:{f.start + first}:{f.name}"] = part
     return tensors

@@ -38,7 +38,8 @@ class Fragment:
     checkpoint of them fits any other split.
 
     ``read(kind)`` is a float32 tensor ``[count]`` and ``write(kind, value)`` sets it, kind from
-    KINDS. ``copy`` of ``copies`` ranks hold the same fragment.
+    KINDS. ``copy`` of ``copies`` ranks hold the same fragment. Of one that is not ``trained`` there
+    is only the weight, which never changes.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Fragment:
     write: Callable[[str, torch.Tensor], None]
     copy: int = 0
     copies: int = 1
+    trained: bool = True
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return KINDS if self.trained else KINDS[:1]
 
 
 class Engine(Protocol):
@@ -92,11 +98,12 @@ class Engine(Protocol):
 @dataclass(frozen=True)
 class Parts:
     """What an engine is built of. ``make_model`` gives a model without weights, with ``blocks`` and
-    ``ends`` to be split one by one, and ``tie``; ``parameters``: how many it has; ``batch_size``
-    and ``grad_accum``: sequences of a micro-step, and micro-steps."""
+    ``ends`` to be split one by one, and ``tie``; parameters that want no gradient are frozen.
+    ``trained``: how many are not; ``batch_size`` and ``grad_accum``: sequences of a micro-step, and
+    micro-steps."""
 
     make_model: Callable[[], nn.Module]
-    parameters: int
+    trained: int
     optimizer: Optimizer
     context: Context
     precision: str

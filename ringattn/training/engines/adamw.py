@@ -12,18 +12,25 @@ from ringattn.training.optimizer import Optimizer
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW; only matrices decay (what is a matrix, a flat part of ZeRO 3 does not show).
+    """AdamW of what is not frozen; only matrices decay (what is a matrix, a flat part of ZeRO 3
+    does not show).
 
     The learning rate is set before every step; until then it is 0, so that a step on gradients of
     0, which DeepSpeed makes to allocate, changes nothing."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for p in model.parameters():
+    for p in trained(model):
         parts[len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
     groups = [
         {"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
         for decays, params in parts.items()
+        if params
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(settings.betas), fused=True)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def allocate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from ringattn.cost.model import EngineTraffic, States
+from ringattn.cost.model import EngineTraffic, Sizes, States
 from ringattn.refusal import advice
 from ringattn.typed import Flag, OneOf, SettingsError, settings
 
@@ -83,16 +83,16 @@ class DeepSpeed:
     def on_host(self) -> bool:
         return self.offload_optimizer or self.offload_params
 
-    def bucket(self, parameters: int) -> int:
-        return min(BUCKET, parameters) if self.zero_stage else 0
+    def bucket(self, model: Sizes) -> int:
+        return min(BUCKET, model.trained) if self.zero_stage else 0
 
-    def states(self, parameters: int, wide: int, world: int, cp: int) -> States:
-        n, stage = parameters, self.zero_stage
+    def states(self, model: Sizes, wide: int, world: int, cp: int) -> States:
+        trained, stage = model.trained, self.zero_stage
         device = {
-            "weights": n * wide / (world if stage >= 3 else 1),
-            "gradients": n * wide / (world if stage >= 2 else 1),
+            "weights": model.parameters * wide / (world if stage >= 3 else 1),
+            "gradients": trained * wide / (world if stage >= 2 else 1),
             # AdamW's two moments in float32, and float32 weights beside bf16 ones.
-            "optimizer": n * (8 + (4 if wide == 2 else 0)) / (world if stage >= 1 else 1),
+            "optimizer": trained * (8 + (4 if wide == 2 else 0)) / (world if stage >= 1 else 1),
         }
         away = []
         if self.on_host:
@@ -102,13 +102,13 @@ class DeepSpeed:
         host = sum(device[name] for name in away)
         return States(device | dict.fromkeys(away, 0.0), host)
 
-    def traffic(self, parameters: int, wide: int, world: int, cp: int) -> EngineTraffic:
-        n, share = parameters, (world - 1) / world
+    def traffic(self, model: Sizes, wide: int, world: int, cp: int) -> EngineTraffic:
+        n, share = model.trained, (world - 1) / world
         # Of a parameter of this rank: weight, gradient and two moments read, three of them
         # written, the gradient read and written once more to be clipped.
         optimizer = 40.0 * n / (world if self.zero_stage >= 1 else 1)
         if self.zero_stage == 3:
-            return EngineTraffic(2 * n * wide * share, 4 * n * share, 0, optimizer)
+            return EngineTraffic(2 * model.parameters * wide * share, 4 * n * share, 0, optimizer)
         if self.zero_stage == 2:  # gradients go to their owners in every micro-step
             return EngineTraffic(0, 4 * n * share, n * wide * share, optimizer)
         weights = 4 * n if self.zero_stage == 0 else wide * n

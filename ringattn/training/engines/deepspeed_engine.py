@@ -23,11 +23,11 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from ringattn.context import Attends, Context
+from ringattn.context import Attends
 from ringattn.execution.carriers import Stopwatch
 from ringattn.models.decoder import Loss
 from ringattn.training.engines import Fragment, Parts
-from ringattn.training.engines.adamw import allocate, make_optimizer, set_steps
+from ringattn.training.engines.adamw import allocate, make_optimizer, set_steps, trained
 from ringattn.training.engines.deepspeed import BUCKET, DeepSpeed
 
 
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         wrapper = self.engine.optimizer
         self.masters: dict[nn.Parameter, torch.Tensor] = {}  # ZeRO 0: whole, on every rank
         if wrapper is optimizer:
-            self.masters = {p: p.data for p in model.parameters()}
+            self.masters = {p: p.data for p in trained(model)}
         elif isinstance(wrapper, FP16_UnfusedOptimizer):
             self.masters = dict(
                 zip(chain(*wrapper.fp16_groups), chain(*wrapper.fp32_groups), strict=True)
@@ -124,7 +124,9 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         for name, p in self.engine.module.named_parameters():
             if hasattr(p, "ds_id"):
-                yield _partition(name, p, self.context)
+                yield _partition(name, p)
+            elif not p.requires_grad:
+                yield self._frozen(name, p)
             elif p in self.masters:
                 yield self._whole(name, p)
             elif p._hp_mapping is not None:
@@ -158,6 +160,20 @@ class DeepSpeedEngine:
         copy, copies = torch.distributed.get_rank(), self.context.world
         return Fragment(name, tuple(p.shape), 0, p.numel(), tensor, write, copy, copies)
 
+    def _frozen(self, name: str, p: nn.Parameter) -> Fragment:
+        """Below ZeRO 3: whole, on every rank, in the dtype that is computed with."""
+
+        def read(kind: str) -> torch.Tensor:
+            return p.data.float().view(-1)
+
+        def write(kind: str, value: torch.Tensor) -> None:
+            p.data.view(-1).copy_(value)
+
+        copy, copies = torch.distributed.get_rank(), self.context.world
+        return Fragment(
+            name, tuple(p.shape), 0, p.numel(), read, write, copy, copies, trained=False
+        )
+
     def close(self) -> None:
         self.engine.destroy()
 
@@ -166,7 +182,7 @@ def _settings(keys: DeepSpeed, parts: Parts) -> dict[str, Any]:
     context = parts.context
     place = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
     # DeepSpeed allocates a bucket, by default of so many elements, however small the model.
-    bucket = min(BUCKET, parts.parameters)
+    bucket = min(BUCKET, parts.trained)
     zero: dict[str, Any] = {"stage": keys.zero_stage, "reduce_bucket_size": bucket}
     if keys.offload_optimizer:
         zero["offload_optimizer"] = place
@@ -189,25 +205,30 @@ def _settings(keys: DeepSpeed, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _partition(name: str, p: nn.Parameter, context: Context) -> Fragment:
-    """ZeRO 3: equal runs of every parameter, the last ones padded."""
+def _partition(name: str, p: nn.Parameter) -> Fragment:
+    """ZeRO 3: equal runs of every parameter, the last ones padded. Frozen ones are only in the
+    dtype that is computed with."""
     size, rank = p.ds_tensor.numel(), torch.distributed.get_rank()
     start = min(rank * size, p.ds_numel)
     count = min(size, p.ds_numel - start)
 
     def read(kind: str) -> torch.Tensor:
+        if not p.requires_grad:
+            return p.ds_tensor.data[:count].float()
         if kind == "weight":
             return safe_get_local_fp32_param(p)[:count]
         return safe_get_local_optimizer_state(p, kind)[:count]
 
     def write(kind: str, value: torch.Tensor) -> None:
         value = nn.functional.pad(value, (0, size - count))
-        if kind == "weight":
+        if not p.requires_grad:
+            p.ds_tensor.data.copy_(value)
+        elif kind == "weight":
             safe_set_local_fp32_param(p, value)
         else:
             safe_set_local_optimizer_state(p, value, kind)
 
-    return Fragment(name, tuple(p.ds_shape), start, count, read, write)
+    return Fragment(name, tuple(p.ds_shape), start, count, read, write, trained=p.requires_grad)
 
 
 def _slice(name: str, p: nn.Parameter) -> Fragment:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from ringattn.cost.model import EngineTraffic, States
+from ringattn.cost.model import EngineTraffic, Sizes, States
 from ringattn.typed import Flag, OneOf, settings
 
 if TYPE_CHECKING:
@@ -72,24 +72,26 @@ class FSDP:
     def on_host(self) -> bool:
         return self.offload_params
 
-    def bucket(self, parameters: int) -> int:
+    def bucket(self, model: Sizes) -> int:
         return 0
 
-    def states(self, parameters: int, wide: int, world: int, cp: int) -> States:
-        own = parameters / self._shards(world, cp)  # float32
-        device = {"weights": 4 * own, "gradients": 4 * own, "optimizer": 8 * own}
+    def states(self, model: Sizes, wide: int, world: int, cp: int) -> States:
+        shards = self._shards(world, cp)  # float32
+        own, trained = model.parameters / shards, model.trained / shards
+        device = {"weights": 4 * own, "gradients": 4 * trained, "optimizer": 8 * trained}
         host = sum(device.values()) if self.offload_params else 0.0
         device = dict.fromkeys(device, 0.0) if self.offload_params else device
-        device["weights"] += wide * parameters if self.zero_stage == 2 else 0.0  # gathered
+        device["weights"] += wide * model.parameters if self.zero_stage == 2 else 0.0  # gathered
         return States(device, host)
 
-    def traffic(self, parameters: int, wide: int, world: int, cp: int) -> EngineTraffic:
-        n, shards = parameters, self._shards(world, cp)
+    def traffic(self, model: Sizes, wide: int, world: int, cp: int) -> EngineTraffic:
+        n, shards = model.trained, self._shards(world, cp)
         share, copies = (shards - 1) / shards, world // shards
         across = 2 * 4 * n / shards * (copies - 1) / copies
         times = 1 if self.zero_stage == 2 else 2
         # Of a parameter of this rank: see deepspeed.
-        return EngineTraffic(times * n * wide * share, 4 * n * share + across, 0, 40.0 * n / shards)
+        gathered = times * model.parameters * wide * share
+        return EngineTraffic(gathered, 4 * n * share + across, 0, 40.0 * n / shards)
 
     def _shards(self, world: int, cp: int) -> int:
         return cp if self.shard == "context" else world

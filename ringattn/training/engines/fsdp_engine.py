@@ -18,7 +18,7 @@ from ringattn.context import Attends
 from ringattn.execution.carriers import Stopwatch
 from ringattn.models.decoder import Loss
 from ringattn.training.engines import Fragment, Parts
-from ringattn.training.engines.adamw import allocate, make_optimizer, set_steps
+from ringattn.training.engines.adamw import allocate, make_optimizer, set_steps, trained
 from ringattn.training.engines.fsdp import FSDP
 
 
@@ -59,7 +59,7 @@ class FSDPEngine:
         model.tie()
         self.model = self.root = model
         self.optimizer = make_optimizer(model, parts.optimizer)
-        allocate(self.optimizer, model.parameters())
+        allocate(self.optimizer, trained(model))
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class FSDPEngine:
         if self.micro_steps % self.grad_accum:
             return None
         # Of the local parts, reduced on the device: offloaded gradients lie where NCCL is not.
-        grads = [p.grad.to_local() for p in self.model.parameters()]
+        grads = [p.grad.to_local() for p in trained(self.model)]
         square = nn.utils.get_total_norm(grads).to(self.context.device).double() ** 2
         dist.all_reduce(square, group=self.mesh.get_group(self.mesh.ndim - 1))
         norm, clip = math.sqrt(float(square)), self.clip
@@ -110,11 +110,12 @@ class FSDPEngine:
             # Whole rows, cut as torch.chunk does.
             rows = -(-p.shape[0] // shards)
             start = min(place * rows, p.shape[0]) * (p.numel() // p.shape[0])
-            tensor = _local(p, self.optimizer.state[p])
+            tensor = _local(p, self.optimizer.state[p] if p.requires_grad else {})
             count = tensor("weight").numel()
             yield Fragment(
-                name, tuple(p.shape), start, count, tensor, _writer(tensor), copy, copies
-            )
+                name, tuple(p.shape), start, count, tensor, _writer(tensor), copy, copies,
+                p.requires_grad,
+            )  # fmt: skip
 
     def fragments_written(self, adam_steps: int) -> None:
         set_steps(self.optimizer, adam_steps)

@@ -24,7 +24,8 @@ def plan_table(
     model, texts = run.model, run.attention.texts
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
-        ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"),
+        ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"
+                  + (f", of which {model.trained:,} are trained" if model.adapters else "")),
         ("mesh", f"data {ahead.dp} x context {plans.world}, {ahead.device}"),
         *((f"mask{_of(plans, kind)}",
            f"of each {_TEXTS[run.attention.name]}: {text}") for kind, text in texts.items()),
@@ -46,8 +47,9 @@ def plan_table(
         ("predicted memory", f"{_bytes(memory.device)} per rank: states {_bytes(memory.states)}, "
                              f"kept {_bytes(memory.kept)}, working {_bytes(memory.working)}"
                              + (f"; {_bytes(memory.host)} in host memory" if memory.host else "")),
-        ("FLOPs per step", f"{ahead.flops:.3g}: 6 x matmul parameters x tokens + 12 x pairs x "
-                           "heads x head_dim per layer"),
+        ("FLOPs per step", f"{ahead.flops:.3g}: 6 x matmul parameters "
+                           + ("(4 x frozen ones) " if model.adapters else "")
+                           + "x tokens + 12 x pairs x heads x head_dim per layer"),
         *([("mfu", f"over {peak / 1e9:,.1f} GFLOP/s per rank"
                    f" ({measure})")]
           if peak else []),

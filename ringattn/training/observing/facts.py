@@ -12,7 +12,7 @@ from typing import Any
 from ringattn.training.forecast import Forecast
 
 FACTS, FORMAT = "facts.json", 1  # of a run directory
-_PACKAGES = ("ringattn", "torch", "triton", "deepspeed", "numpy", "transformers")
+_PACKAGES = ("ringattn", "torch", "triton", "deepspeed", "numpy", "transformers", "peft")
 
 
 def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
         "format": FORMAT,
         "setup": asdict(ahead.setup),
         "parameters": ahead.run.model.parameters,
+        "trained": ahead.run.model.trained,
         "plan": {
             "schedule": plans.schedule,
             "ulysses": plans.heaviest.ulysses,
