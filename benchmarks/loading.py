@@ -66,7 +66,7 @@ def main(mib: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before = resident("VmRSS")
     parts = Parts(
-        make_model=lambda: SplitModel(config, Memory(), names), parameters=1,
+        make_model=lambda: SplitModel(config, Memory(), names), trained=1,
         optimizer=Optimizer(), context=context, precision="fp32", batch_size=1, grad_accum=1,
     )  # fmt: skip
     engine = FSDP().build(parts)

@@ -57,7 +57,7 @@ def measure(keys):
         job = prepare(run, Path(folder) / "run", 1)
         context = Context.create(1, torch.device("cpu"))
         engine = build_engine(job, context)
-        states.fill(engine, states.Fresh(job.model, 0), 0)
+        states.fill(engine, job.source, job.source, 0)
         engine.set_lr(1e-3)
         batch = load_batch(
             run.attention,
