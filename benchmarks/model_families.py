@@ -45,6 +45,9 @@ WINDOW = SIZES | {"sliding_window": 9}
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
          "mamba_chunk_size": 8}  # fmt: skip
+STATES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 8}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8}  # fmt: skip
 CAUSAL, MASKED, PAIRS = (
     hf.AutoModelForCausalLM, hf.AutoModelForMaskedLM, hf.AutoModelForSeq2SeqLM,
 )  # fmt: skip
@@ -179,27 +182,26 @@ COVERED = {
         packed=False,
         causal=False,
     ),
-}  # fmt: skip
-_MIXES = r"\({}\) mixes tokens without"
-REFUSED = {
     "qwen3-next": Family(
         "Qwen3-Next",
         lambda: hf.Qwen3NextConfig(
             **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-            shared_expert_intermediate_size=24, linear_num_value_heads=4, linear_num_key_heads=2,
-            linear_key_head_dim=8, linear_value_head_dim=8,
+            shared_expert_intermediate_size=24, **DELTA,
         ),
-        refused=r"linear_attn " + _MIXES.format("Qwen3NextGatedDeltaNet"),
+        "3 gated delta rules : 1 global, short convolutions, experts",
+        packed=False,
     ),
     "lfm2": Family(
         "LFM2",
         lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2, block_ff_dim=48),
-        refused=r"conv " + _MIXES.format("Lfm2ShortConv"),
+        "short convolutions and attention",
+        packed=False,
     ),
     "bamba": Family(
-        "Bamba, Mamba-2",
+        "Bamba",
         lambda: hf.BambaConfig(**SIZES, attn_layer_indices=[1, 3], **MAMBA),
-        refused=r"mamba " + _MIXES.format("BambaMixer"),
+        "Mamba-2 and attention",
+        packed=False,
     ),
     "nemotron-h": Family(
         "Nemotron-H",
@@ -208,7 +210,8 @@ REFUSED = {
             layer_types=["linear_attention", "full_attention", "mlp", "linear_attention"],
             mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8,
         ),
-        refused=r"mixer " + _MIXES.format("NemotronHMamba2Mixer"),
+        "Mamba-2, attention, feed-forward",
+        packed=False,
     ),
     "granite-hybrid": Family(
         "Granite 4 hybrid",
@@ -216,7 +219,8 @@ REFUSED = {
             **SIZES, layer_types=["linear_attention", "full_attention"] * 2, num_local_experts=2,
             num_experts_per_tok=1, shared_intermediate_size=24, **MAMBA,
         ),
-        refused=r"mamba " + _MIXES.format("GraniteMoeHybridMambaLayer"),
+        "Mamba-2 and attention, experts",
+        packed=False,
     ),
     "jamba": Family(
         "Jamba",
@@ -224,8 +228,79 @@ REFUSED = {
             **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1,
             mamba_d_state=8,
         ),
-        refused=r"mamba " + _MIXES.format("JambaMambaMixer"),
+        "Mamba-1 and attention, experts",
+        packed=False,
     ),
+    "qwen3.5": Family(
+        "Qwen 3.5 (text)",
+        lambda: hf.Qwen3_5TextConfig(**SIZES, **DELTA),
+        "3 gated delta rules : 1 global",
+        packed=False,
+    ),
+    "olmo-hybrid": Family(
+        "Olmo hybrid",
+        lambda: hf.OlmoHybridConfig(**SIZES),
+        "3 gated delta rules : 1 global",
+        packed=False,
+    ),
+    "kimi-linear": Family(
+        "Kimi Linear",
+        lambda: hf.KimiLinearConfig(
+            **PLAIN | {"num_key_value_heads": 4, "head_dim": 8}, kv_lora_rank=16,
+            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_experts=4,
+            num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        ),
+        "delta rule with a decay for each channel, latent attention, experts",
+        packed=False,
+    ),
+    "minimax": Family(
+        "MiniMax",
+        lambda: hf.MiniMaxConfig(
+            **SIZES, num_local_experts=4, num_experts_per_tok=2, block_size=8
+        ),
+        "lightning attention and attention, experts",
+        packed=False,
+    ),
+    "falcon-h1": Family(
+        "Falcon-H1",
+        lambda: hf.FalconH1Config(**SIZES, mamba_d_ssm=64, **MAMBA),
+        "Mamba-2 beside attention in every layer",
+        packed=False,
+    ),
+    "zamba2": Family(
+        "Zamba2",
+        lambda: hf.Zamba2Config(
+            **PLAIN, mamba_d_state=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=8,
+            n_mamba_heads=8, attention_head_dim=16, num_mem_blocks=1,
+            layers_block_type=["mamba", "hybrid"] * 2,
+        ),
+        "Mamba-2, one shared attention",
+        packed=False,
+    ),
+    "lfm2-moe": Family(
+        "LFM2 MoE",
+        lambda: hf.Lfm2MoeConfig(
+            **SIZES, layer_types=["conv", "full_attention"] * 2, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=24, num_dense_layers=1,
+        ),
+        "short convolutions and attention, experts",
+        packed=False,
+    ),
+    "mamba": Family(
+        "Mamba", lambda: hf.MambaConfig(**STATES), "Mamba-1 alone", packed=False,
+    ),
+    "falcon-mamba": Family(
+        "FalconMamba", lambda: hf.FalconMambaConfig(**STATES), "Mamba-1 alone", packed=False,
+    ),
+    "mamba2": Family(
+        "Mamba-2",
+        lambda: hf.Mamba2Config(**STATES, num_heads=8, head_dim=8, chunk_size=8, n_groups=1),
+        "Mamba-2 alone",
+        packed=False,
+    ),
+}  # fmt: skip
+_MIXES = r"\({}\) mixes tokens without"
+REFUSED = {
     "rwkv": Family(
         "RWKV",
         lambda: hf.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61),

@@ -3,14 +3,15 @@
 from importlib import import_module
 from typing import Any
 
-from ringattn.make import make_plan, make_plans
+from ringattn.make import make_plan, make_plans, make_segments
 from ringattn.planning import layouts, masks
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 __all__ = [
-    "LayerPlans", "Plan", "hf", "kernels", "layouts", "make_plan", "make_plans", "masks",
-    "ring_attention",
+    "LayerPlans", "Plan", "Segments", "hf", "kernels", "layouts", "make_plan", "make_plans",
+    "make_segments", "masks", "mixers", "ring_attention",
 ]  # fmt: skip
 
 
@@ -18,6 +19,6 @@ def __getattr__(name: str) -> Any:
     # torch is imported on first use, so that planning stays light.
     if name == "ring_attention":
         return import_module("ringattn.execution.attention").ring_attention
-    if name in ("hf", "kernels"):
+    if name in ("hf", "kernels", "mixers"):
         return import_module(f"ringattn.{name}")
     raise AttributeError(f"module 'ringattn' has no attribute {name!r}")

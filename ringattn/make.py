@@ -9,12 +9,13 @@ from typing import Any
 
 from ringattn import cost
 from ringattn.cost import AttentionShape, Hardware, presets
-from ringattn.planning import head_split, plan, schedules
+from ringattn.planning import head_split, masks, plan, schedules
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
 from ringattn.planning.runs import integer
+from ringattn.planning.segments import Segments
 
 _FEW = 8  # ranks of which "auto" follows each
 _TIE = 0.01  # estimates closer than that say nothing
@@ -193,3 +194,22 @@ def _check_layouts(mask: Mask, layout: Layout, key_layout: Layout) -> None:
         raise ValueError(
             f"queries and keys need layouts with one step, got {layout.step} and {key_layout.step}"
         )
+
+
+@lru_cache(maxsize=64)
+def make_segments(mask: Mask, layout: Layout) -> Segments:
+    """What mixers with a state along the sequence go by, for packed documents or one text:
+    ``mask`` is ``masks.causal(n)`` or ``masks.documents(lengths)``. The same arguments give the
+    same object.
+
+    Raises ValueError for another mask, since a state sees all tokens of a document before it; and
+    for a layout whose runs are not contiguous.
+    """
+    lengths = mask.pieces
+    documents = masks.documents(lengths)
+    if mask.n_q != layout.n or mask.area != documents.area or (mask - documents).area:
+        raise ValueError(
+            f"make_segments: the mask must be causal(n) or documents(lengths) of the layout's "
+            f"{layout.n} tokens: a state sees all tokens of its document before it"
+        )
+    return Segments(layout, lengths)

@@ -52,10 +52,61 @@ def test_what_is_not_covered_is_refused_with_its_reason(name):
     assert re.search(REFUSED[name].refused, said), said
 
 
-def test_a_mask_of_recurrent_layers_is_refused_before_there_is_a_plan():
-    model = families.make(REFUSED["lfm2"], "ringattn")
-    with pytest.raises(ValueError, match="layers of type conv"):
-        make_plans(model, ra.masks.causal(20), "zigzag", world=2)
+@pytest.mark.parametrize(
+    ("plans_of", "shown"),
+    [
+        (lambda model, mask: make_plans(model, mask, "striped", world=2), "of step 2"),
+        (
+            lambda model, mask: make_plans(
+                model, mask - ra.masks.sinks(mask.n_q, 1), "zigzag", world=2
+            ),
+            "a state along the sequence, which see all",
+        ),
+        (
+            lambda model, mask: ra.make_plan(mask, ra.layouts.striped(mask.n_q, 2)),
+            "of step 2",
+        ),
+        (
+            lambda model, mask: ra.make_plan(
+                ra.masks.full(mask.n_q), ra.layouts.zigzag(mask.n_q, 2)
+            ),
+            "a state along the sequence, which see all",
+        ),
+    ],
+    ids=["striped", "sparse", "plan striped", "plan both ways"],
+)
+@pytest.mark.parametrize("name", ["lfm2", "mamba2"])
+def test_a_state_needs_segments_and_documents(name, plans_of, shown):
+    with pytest.raises(ValueError, match=shown):
+        step(name, plans_of)
+
+
+def test_modules_have_their_own_methods_back():
+    model = families.make(COVERED["qwen3-next"], "ringattn")
+    plan = make_plans(model, ra.masks.causal(9), "contiguous", world=1)
+    inside = [m for m in model.modules() if type(m).__name__ == "Qwen3NextGatedDeltaNet"]
+    with split_sequence(model, plan):
+        assert inside and all("forward" in m.__dict__ for m in inside)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert "on_segments" not in repr(vars(sys.modules[type(inside[0]).__module__]).values())
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3-next", "jamba", "lfm2", "minimax"])
+def test_a_mixer_that_is_not_the_modules_is_found_by_the_proof(name, monkeypatch):
+    """As a new version of transformers might be: here ours is a little off."""
+    from ringattn.hf import mixers
+
+    off = {
+        "bamba": ("linear", lambda f: lambda q, k, v, d, **m: f(q, k, v, 1.1 * d, **m)),
+        "minimax": ("linear", lambda f: lambda q, k, v, d, **m: f(q, k, v, 1.1 * d, **m)),
+        "qwen3-next": ("delta", lambda f: lambda q, k, v, b, *a, **m: f(q, k, v, 0.9 * b, *a, **m)),
+        "jamba": ("scan", lambda f: lambda x, dt, *a, **k: f(x, dt * 1.05, *a, **k)),
+        "lfm2": ("conv", lambda f: lambda x, w, *a, **k: f(x, w.roll(1, -1), *a, **k)),
+    }
+    what, change = off[name]
+    monkeypatch.setattr(mixers, what, change(getattr(mixers, what)))
+    with pytest.raises(ValueError, match="differ from the same model in one process"):
+        step(name, usual)
 
 
 def test_the_page_has_the_tables():

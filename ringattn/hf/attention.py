@@ -9,8 +9,7 @@ layer would do in one process. The plan, which says what it does here, belongs t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ringattn.execution.attention import ring_attention
 from ringattn.execution.carriers import connect
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 NAME = "ringattn"
 HERE = "_ringattn_split"  # on every module of a model that is inside split_sequence
@@ -104,6 +104,11 @@ class Split:
             raise RuntimeError(f"{name} was not reached when the model was probed: it has no plan")
         return partial(ring_attention, plan=self.of[module], group=self.group, kernel=self.kernel)
 
+    @cached_property
+    def segments(self) -> Segments:
+        """What layers with a state along the sequence go by."""
+        return Segments(self.any.layout, self.lengths)
+
     @property
     def any(self) -> Plan:
         """All plans share layout and ranks."""
@@ -113,22 +118,6 @@ class Split:
     def positions(self) -> torch.Tensor:
         """int64 ``[local tokens]``: where this rank's tokens stand in the whole sequence."""
         return torch.from_numpy(self.any.layout.positions(self.rank))
-
-
-@contextmanager
-def installed(model: nn.Module, split: Split) -> Iterator[None]:
-    """``split`` on every module of ``model``; what was there before comes back afterwards."""
-    before = [(module, module.__dict__.get(HERE)) for module in model.modules()]
-    for module, _ in before:
-        object.__setattr__(module, HERE, split)
-    try:
-        yield
-    finally:
-        for module, own in before:
-            if own is None:
-                object.__delattr__(module, HERE)
-            else:
-                object.__setattr__(module, HERE, own)
 
 
 # What transformers passes along that says nothing new: the plan and the local batch have it.

@@ -8,6 +8,7 @@ router that drops tokens) mixes tokens in a way that this project would run on e
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ringattn.batches import IGNORED
-from ringattn.hf.attention import HERE, Layer, Probe, Split, installed
+from ringattn.hf.attention import HERE, Layer, Probe, Split
+from ringattn.hf.inside import installed
+from ringattn.hf.mixers import has_mixers
 
 TOKENS = 13  # of a probe: no size of a model, so that the axis of tokens is known
 # All tokens alike or not, which one changes, and to how many others: where all are alike they
@@ -78,7 +81,7 @@ def probe(
         layers = split.probe.layers
     finally:
         split.probe = None
-    if not layers:
+    if not layers and not has_mixers(model):
         raise NotCovered(f"{name}: no layer calls transformers' attention interface")
     return layers
 
@@ -99,11 +102,22 @@ def _check_first_position(
         )
 
 
+def takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether its forward takes an argument, or hands it on to a model inside that does."""
+    parameters = inspect.signature(model.forward).parameters
+    if name in parameters:
+        return True
+    inside = (m for m in model.children() if isinstance(m, PreTrainedModel))
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return open_ended and any(takes(m, name) for m in inside)
+
+
 def probed(model: nn.Module, ids: torch.Tensor) -> dict[nn.Module, Layer]:
     """:func:`probe` of a model outside of a split."""
     inside = language_model(model)
     with installed(inside, Split({}, None, "auto", [])):
-        return probe(inside, {"input_ids": ids.to(next(inside.parameters()).device)})
+        inputs = {"input_ids": ids.to(next(inside.parameters()).device)}
+        return probe(inside, inputs | ({"use_cache": False} if takes(inside, "use_cache") else {}))
 
 
 def _reason(model: nn.Module, leaks: list[str], token: int) -> str:

@@ -17,13 +17,16 @@ from torch import nn
 from transformers import PretrainedConfig, masking_utils
 
 from ringattn.hf.attention import NAME, Allowed, Layer, LayerMask, Split
+from ringattn.hf.batch import lengths_of, masks_of
 from ringattn.hf.coverage import NotCovered, language_model, probed
+from ringattn.hf.mixers import has_mixers
 from ringattn.make import make_plans as plans_of
 from ringattn.planning import layouts, masks
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 from ringattn.planning.slices import Slice
 
 FULL, WINDOW, CHUNK = "full_attention", "sliding_attention", "chunked_attention"
@@ -61,8 +64,11 @@ def make_plans(
     has, or has one direction only and the model both.
     """
     config = text_config(model)
-    layer_types = [kind for kind in covered_types(model, config) if kind not in _NO_MIXERS]
     causal = is_causal(model)
+    if has_mixers(model):
+        layer_types = _attending(model, config)
+    else:
+        layer_types = [kind for kind in covered_types(model, config) if kind in _CAUSAL]
     lengths = mask.pieces
     functions = {} if causal else _of_layers(model, config)
     own = {
@@ -88,7 +94,29 @@ def make_plans(
         if world is None:
             raise ValueError(f"layout={layout!r}: give world= too, the ranks that share a sequence")
         layout = layouts.build(layout, [each[kind] for kind in layer_types], world)
-    return LayerPlans(plans_of(each, layout, **as_make_plan), layer_types, mask)
+    plans = LayerPlans(plans_of(each, layout, **as_make_plan), layer_types, mask)
+    check_segments(model, plans)
+    return plans
+
+
+def check_segments(model: nn.Module, plans: Plan | Mapping[str, Plan]) -> None:
+    """Raises ValueError where ``model`` has layers with a state along the sequence, and the plans'
+    layout has no segments, or what all layers share is no packed documents: a state sees all tokens
+    of its document before it."""
+    if not has_mixers(model):
+        return
+    known = masks_of(plans)
+    lengths = lengths_of(plans)
+    shared = getattr(plans, "shared", None)
+    looks_back = all((mask & masks.causal(mask.n_q)).area == mask.area for mask in known)
+    if not looks_back or (shared is not None and shared != masks.documents(lengths)):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a state along the sequence, which see all "
+            "tokens of their document before them: the mask must be masks.causal(n) or "
+            "masks.documents(lengths)"
+        )
+    layout = (plans if isinstance(plans, Plan) else next(iter(plans.values()))).layout
+    Segments(layout, lengths)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
@@ -106,8 +134,9 @@ def text_config(model: nn.Module) -> PretrainedConfig:
 
 def types_of(config: PretrainedConfig) -> Sequence[str]:
     """The type of each layer, as transformers names them."""
-    if getattr(config, "layer_types", None):
-        return list(config.layer_types)
+    for name in ("layer_types", "layers_block_type"):
+        if getattr(config, name, None):
+            return list(getattr(config, name))
     if getattr(config, "sliding_window", None) is not None:
         kind = WINDOW
     elif getattr(config, "attention_chunk_size", None) is not None:
@@ -121,12 +150,22 @@ def covered_types(model: nn.Module, config: PretrainedConfig) -> Sequence[str]:
     """:func:`types_of`. Raises NotCovered for layers that neither attend by a mask nor leave tokens
     alone."""
     types = types_of(config)
+    if has_mixers(model):  # what a layer does with its tokens is then found by the probe
+        return types
     if unknown := sorted({*types} - {*_CAUSAL, *_NO_MIXERS}):
         raise NotCovered(
             f"{type(model).__name__} has layers of type {', '.join(unknown)}, which mix tokens "
             "without softmax attention, or by a mask of their own: they are not covered"
         )
     return types
+
+
+def _attending(model: nn.Module, config: PretrainedConfig) -> list[str]:
+    """The types of the layers that attend, of a model that has others too. Where none attends there
+    is one kind all the same, which says what all layers share."""
+    layers, types = probed(model, torch.zeros(1, 1, dtype=torch.long)), types_of(config)
+    found = [types[layer.index] for layer in layers.values() if layer.index is not None]
+    return [kind if kind in _CAUSAL else FULL for kind in found] or [FULL]
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree
-from ringattn.hf.attention import HERE, NAME, Split, installed
+from ringattn.hf.attention import HERE, NAME, Split
 from ringattn.hf.coverage import evaluating, shortened
+from ringattn.hf.inside import installed
 from ringattn.make import make_plan
 from ringattn.planning import layouts, masks
 from ringattn.planning.masks import Mask

@@ -20,11 +20,12 @@ from torch import nn
 
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree, router
-from ringattn.hf.attention import HERE, Layer, Split, installed
+from ringattn.hf.attention import HERE, Layer, Split
 from ringattn.hf.batch import lengths_of
-from ringattn.hf.coverage import NotCovered, language_model, probe
+from ringattn.hf.coverage import NotCovered, language_model, probe, takes
 from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
-from ringattn.hf.kinds import assign, text_config
+from ringattn.hf.inside import installed
+from ringattn.hf.kinds import assign, check_segments, text_config
 from ringattn.hf.proof import compare
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
@@ -62,6 +63,7 @@ def split_sequence(
     """
     inside = language_model(model)
     split = make_split(plans, group, kernel)
+    check_segments(inside, plans)
     if hasattr(inside, HERE):
         raise RuntimeError("split_sequence: this model already has a plan")
     before = partial(_before, check=check)
@@ -116,7 +118,7 @@ def _before(
     first one, what can be wrong with model and plans."""
     split: Split = getattr(model, HERE)
     bound = by_name(model, args, kwargs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if takes(model, "use_cache"):
         bound["use_cache"] = False
     if split.probe is not None:
         check_names(bound)

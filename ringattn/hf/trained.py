@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ringattn.execution.carriers import ProcessRank
-from ringattn.hf.attention import HERE, Attend, Probe, Split, installed
+from ringattn.hf.attention import HERE, Attend, Probe, Split
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import TOKENS, NotCovered, evaluating, probe, router_weight
 from ringattn.hf.describe import empty_model
+from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign
 from ringattn.hf.proof import compare
 from ringattn.hf.router import shared_loss, top_of

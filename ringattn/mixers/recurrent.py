@@ -1,0 +1,253 @@
+"""Linear attention and the delta rule over split sequences, in chunks, with torch on any device.
+
+Within a chunk everything is a matrix product; from chunk to chunk goes a state in float32, and from
+segment to segment a summary: see ``chunks`` and ``states``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ringattn.execution.carriers import Comm, connect
+from ringattn.mixers.chunks import Chunks, follow, nothing
+from ringattn.mixers.states import first_states
+from ringattn.planning.segments import Segments
+
+CHUNK, CHUNK_OF_VECTORS = 64, 16  # tokens; with a decay for each of dk all pairs of them exist
+
+
+def linear(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None = None,
+    *,
+    segments: Segments,
+    group: Any = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """``S_t = D_t S_{t-1} + k_t v_t^T``, ``out_t = scale S_t^T q_t``; ``D_t = diag exp decay_t``.
+
+    Without decay linear attention (Katharopoulos et al. 2020; with feature maps on q and k
+    Performer and Random Feature Attention, see ``features``); with one for each head RetNet and
+    lightning attention, for each head and token Mamba-2 (SSD), for each of dk too GLA.
+
+    q, k ``[batch, tokens, heads, dk]`` of this rank, v ``[batch, tokens, heads, dv]``; decay, the
+    logarithm and at most 0: ``[heads]``, ``[batch, tokens, heads]`` or ``[batch, tokens, heads,
+    dk]``. ``scale`` None: ``1 / sqrt(dk)``. ``normalize``: divided by ``scale z_t^T q_t``, z being
+    the state of v = 1. ``initial`` ``[heads, dk, dv]``: the state that every document begins with;
+    its gradient is this rank's share. Returns ``[batch, tokens, heads, dv]`` in the dtype of v;
+    states are float32.
+
+    Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
+    """
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        if initial is not None:
+            raise ValueError("linear: initial and normalize do not go together")
+    out = _mix(q, k, v, decay, None, segments, group, scale, initial, chunk)
+    return (out[..., :-1].float() / out[..., -1:].float()).to(v.dtype) if normalize else out
+
+
+def delta(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor | None = None,
+    *,
+    segments: Segments,
+    group: Any = None,
+    scale: float | None = None,
+    initial: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """``S_t = D_t S_{t-1} + beta_t k_t (v_t - (D_t S_{t-1})^T k_t)^T``, ``out_t = scale S_t^T
+    q_t``: the delta rule (Yang et al. 2024, arXiv:2406.06484), with a decay for each head gated
+    (arXiv:2412.06464), for each of dk too Kimi's (arXiv:2510.26692). Keys should have a norm of 1.
+
+    beta ``[batch, tokens, heads]``; all else as in :func:`linear`.
+    """
+    if beta.shape != k.shape[:3]:
+        raise ValueError(f"delta: beta must be {list(k.shape[:3])}, got {list(beta.shape)}")
+    return _mix(q, k, v, decay, beta, segments, group, scale, initial, chunk)
+
+
+def _mix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    segments: Segments,
+    group: Any,
+    scale: float | None,
+    initial: torch.Tensor | None,
+    chunk: int | None,
+) -> torch.Tensor:
+    comm = connect(group)
+    decay = checked(q, k, v, decay, segments, comm)
+    if not q.shape[1]:
+        return nothing(v, q, k, decay, beta, initial)
+    vectors = decay is not None and decay.dim() == 4
+    size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)
+    chunks = Chunks(segments.pieces(comm.rank), size, q.shape[1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v32 = chunks.cut(q) * scale, chunks.cut(k), chunks.cut(v)  # [chunks, batch, heads, C, d]
+    log = _decays(chunks, decay, k)
+    # The sum of decays up to each token; in float64, since differences of it count.
+    total = log.double().cumsum(-2)
+    grown = total.float().exp()
+    scores = _pairs(q, k, total).tril()
+    ahead = (total[..., -1:, :] - total).float().exp() * k  # from each token to the chunk's end
+    values, reads = v32, None
+    if beta is not None:
+        strength = chunks.cut(beta)[..., None]
+        system = (strength * _pairs(k, k, total)).tril(-1)
+        both = torch.cat([strength * v32, strength * grown * k], -1)
+        solved = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
+        values, reads = solved.split([v32.shape[-1], k.shape[-1]], -1)
+    addend = ahead.mT @ values
+    transition = grown[..., -1, :, None]  # [chunks, batch, heads, dk or 1, 1]
+    if reads is not None:
+        diagonal = transition[..., 0].expand(*k.shape[:3], k.shape[-1])
+        transition = torch.diag_embed(diagonal) - ahead.mT @ reads
+    first = first_of_pieces(transition, addend, total[..., -1, :], chunks, segments, comm, initial)
+    states, _ = follow(transition, addend, first, chunks.lines)
+    if reads is not None:
+        values = values - reads @ states
+    out = scores @ values + (q * grown) @ states
+    return chunks.joined(out).to(v.dtype)
+
+
+def checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    segments: Segments,
+    comm: Comm,
+) -> torch.Tensor | None:
+    """The decay with axes of batch and tokens. Raises ValueError for what does not fit."""
+    if segments.world != comm.world:
+        raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")
+    tokens = segments.layout.count(comm.rank)
+    if q.shape != k.shape or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "q, k must be [batch, tokens, heads, dk] and v [batch, tokens, heads, dv], got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if k.shape[1] != tokens:
+        raise ValueError(f"{k.shape[1]} tokens, and rank {comm.rank} owns {tokens}")
+    if decay is None:
+        return None
+    if decay.shape == k.shape[2:3]:
+        return decay.expand(k.shape[:3])
+    if decay.shape not in (k.shape[:3], k.shape):
+        raise ValueError(
+            f"decay must be [heads], [batch, tokens, heads] or [batch, tokens, heads, dk], got "
+            f"{list(decay.shape)}"
+        )
+    return decay
+
+
+def _decays(chunks: Chunks, decay: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
+    """``[chunks, batch, heads, C, dk or 1]``."""
+    if decay is None:
+        return k.new_zeros(*k.shape[:-1], 1)
+    log = chunks.cut(decay)
+    return log if decay.dim() == 4 else log[..., None]
+
+
+def _pairs(q: torch.Tensor, k: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """``sum over d of q_td k_sd exp(total_td - total_sd)`` for s <= t, else what is to be cut off;
+    no factor is above 1, so none overflows."""
+    C = q.shape[-2]
+    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    if total.shape[-1] == 1:
+        apart = total - total.mT
+        return (q @ k.mT) * apart.masked_fill(later, -torch.inf).float().exp()
+    apart = total.unsqueeze(-2) - total.unsqueeze(-3)  # [..., t, s, dk]
+    factors = apart.masked_fill(later[..., None], -torch.inf).float().exp()
+    return torch.einsum("...td,...sd,...tsd->...ts", q, k, factors)
+
+
+def first_of_pieces(
+    transition: torch.Tensor,
+    addend: torch.Tensor,
+    log: torch.Tensor,
+    chunks: Chunks,
+    segments: Segments,
+    comm: Comm,
+    initial: torch.Tensor | None,
+) -> torch.Tensor:
+    """The state that each piece begins with ``[pieces, batch, heads, dk, dv]``: of the segments
+    before it, or that of a document. ``log``: of the transitions that are diagonal."""
+    zero = torch.zeros_like(addend[0])
+    begin = zero if initial is None else zero + initial.float()
+    if not any(segment.carries for segment in segments.all):
+        return torch.stack([begin] * len(chunks.pieces))
+    own = segments.of(comm.rank)
+    through = {segment.number: torch.zeros_like(transition[0]) for segment in own}
+    added = {segment.number: zero for segment in own}
+    ends = [
+        (piece, line)
+        for piece, line in zip(chunks.pieces, chunks.lines, strict=True)
+        if piece.last and segments.read(piece.segment)
+    ]
+    if ends:
+        starts = torch.stack([zero if piece.carries else begin for piece, _ in ends])
+        summaries = _summaries(transition, addend, log, starts, [line for _, line in ends])
+        for (piece, _), way, state in zip(ends, *summaries, strict=True):
+            added[piece.segment.number] = state
+            if piece.segment.passes:
+                through[piece.segment.number] = way
+    first = first_states(
+        torch.stack([through[segment.number] for segment in own]),
+        torch.stack([added[segment.number] for segment in own]),
+        addend,
+        segments,
+        comm,
+    )
+    # 0 where a document begins with the segment; used all the same, so that every rank takes part
+    # in the exchange of the backward.
+    given = {segment.number: state for segment, state in zip(own, first, strict=True)}
+    begins = {segment.offset for segment in own}
+    return torch.stack(
+        [
+            given[piece.segment.number] + (0.0 if piece.carries else 1.0) * begin
+            if piece.start in begins
+            else begin
+            for piece in chunks.pieces
+        ]
+    )
+
+
+def _summaries(
+    transition: torch.Tensor,
+    addend: torch.Tensor,
+    log: torch.Tensor,
+    starts: torch.Tensor,
+    lines: Sequence[tuple[int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(transition, addend) of each line of chunks. A transition comes from the same steps with the
+    identity as first state and nothing added."""
+    if transition.shape[-1] == 1:
+        ways = [log[a:b].sum(0).float().exp()[..., None] for a, b in lines]
+        return torch.stack(ways), follow(transition, addend, starts, lines)[1]
+    dk = transition.shape[-1]
+    nothing = addend.new_zeros(*addend.shape[:-1], dk)
+    identity = torch.eye(dk, device=addend.device).expand(*starts.shape[:-1], dk)
+    _, ends = follow(
+        transition,
+        torch.cat([nothing, addend], -1),
+        torch.cat([identity, starts], -1),
+        lines,
+    )
+    return ends[..., :dk], ends[..., dk:]

@@ -1,0 +1,66 @@
+"""Mamba-1's selective scan over split sequences: a decay for each channel and dimension of its
+state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ringattn.execution.carriers import connect
+from ringattn.mixers.chunks import Chunks, follow, nothing
+from ringattn.mixers.recurrent import CHUNK, first_of_pieces
+from ringattn.planning.segments import Segments
+
+
+def scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    segments: Segments,
+    group: Any = None,
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``out_t = h_t C_t`` (Gu and Dao 2023,
+    arXiv:2312.00752), for each channel by itself.
+
+    x, dt ``[batch, tokens, channels]`` of this rank, A ``[channels, state]`` (at most 0), B, C
+    ``[batch, tokens, state]``. Returns what x is like; states are float32. Without the skip ``D x``
+    and gates, which are the caller's.
+
+    Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
+    """
+    comm = connect(group)
+    tokens = segments.layout.count(comm.rank)
+    if segments.world != comm.world:
+        raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")
+    fits = x.shape == dt.shape and B.shape == C.shape == (*x.shape[:2], A.shape[-1])
+    if x.dim() != 3 or x.shape[1] != tokens or not fits or len(A) != x.shape[2]:
+        raise ValueError(
+            f"scan: x and dt must be [batch, {tokens}, channels], A [channels, state], B and C "
+            f"[batch, {tokens}, state], got {[list(t.shape) for t in (x, dt, A, B, C)]}"
+        )
+    if not tokens:
+        return nothing(x, dt, A, B, C)
+    chunks = Chunks(segments.pieces(comm.rank), chunk, tokens)
+    dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt * x)[:, :, None])
+    B, C = chunks.cut(B[:, :, None]), chunks.cut(C[:, :, None])
+    # [chunks, batch, channels, size, state]
+    log = (dt.mT[:, :, 0, :, :, None] * A[:, None].float()).double()
+    total = log.cumsum(-2)
+    factors = log.float().exp()
+    inputs = moved.mT[:, :, 0, :, :, None] * B
+    state, states = torch.zeros_like(inputs[..., 0, :]), []
+    for factor, given in zip(factors.unbind(-2), inputs.unbind(-2), strict=True):
+        state = factor * state + given
+        states.append(state)
+    inside = torch.stack(states, -2)
+    transition, addend = total[..., -1, :].float().exp()[..., None], state[..., None]
+    first = first_of_pieces(transition, addend, total[..., -1, :], chunks, segments, comm, None)
+    before, _ = follow(transition, addend, first, chunks.lines)
+    inside = inside + total.float().exp() * before.mT
+    out = torch.einsum("nbdcs,nbhcs->nbdc", inside, C)
+    return chunks.joined(out.unsqueeze(-1)).squeeze(-1).to(x.dtype)

@@ -1,0 +1,245 @@
+"""Segments: a layout's runs, as mixers with a state along the sequence see them.
+
+A segment takes a state from the one before it, unless a document begins with it, and hands one on.
+What it does to a state is a summary (a transition and an addend), so the first state of a segment
+is made of the summaries of those before it, back to where a document began: these are the moves of
+such a layer, counted here. A short convolution needs the last tokens before a segment: its halo.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from ringattn.planning.layouts import Layout
+from ringattn.planning.runs import Run
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``number``: in the order of the sequence; ``offset``: the local index of its first token on
+    ``rank``; ``starts``: the positions in it at which documents begin."""
+
+    number: int
+    rank: int
+    run: Run
+    offset: int
+    starts: tuple[int, ...]
+
+    @property
+    def carries(self) -> bool:
+        """Whether its first token goes on with a document of the segment before."""
+        return not self.starts or self.starts[0] > self.run.start
+
+    @property
+    def passes(self) -> bool:
+        """Whether a state goes through all of it."""
+        return not self.starts
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Its tokens by document."""
+        cuts = [self.run.start] if self.carries else []
+        cuts += [*self.starts, self.run.stop]
+        shift = self.offset - self.run.start
+        return [
+            Piece(a + shift, b + shift, self, carries=self.carries and a == self.run.start)
+            for a, b in pairwise(cuts)
+        ]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``stop``, local, of one document in a segment; ``carries``: whether they
+    go on with one."""
+
+    start: int
+    stop: int
+    segment: Segment
+    carries: bool
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def last(self) -> bool:
+        """Whether its end is the segment's."""
+        segment = self.segment
+        return self.stop - segment.offset == len(segment.run)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """What the pieces of a rank need of the tokens before them. ``sends`` and ``recvs``: local rows
+    for each peer, and how many rows come from it; ``before``: for each piece the rows before it,
+    the nearest last, as local rows, or as ``tokens + i`` for the received row ``i``."""
+
+    sends: dict[int, list[Run]]
+    recvs: dict[int, int]
+    before: list[list[int]]
+
+
+class Segments:
+    """Of a ``layout`` whose sequence holds documents of these ``lengths``.
+
+    Raises ValueError for a layout whose runs are not contiguous (striped): there a state would
+    travel with every token.
+    """
+
+    def __init__(self, layout: Layout, lengths: Sequence[int]) -> None:
+        if layout.step > 1:
+            raise ValueError(
+                f"the layout {layout.name} has runs of step {layout.step}: a state would travel "
+                "with every token; take contiguous, zigzag or balanced"
+            )
+        if sum(lengths) != layout.n:
+            raise ValueError(f"documents of {sum(lengths)} tokens in a layout of {layout.n}")
+        self.layout, self.lengths = layout, tuple(int(x) for x in lengths if x)
+        starts = list(accumulate(self.lengths, initial=0))[:-1]
+        self._starts = starts
+        numbered = sorted(
+            (run.start, run.stop, rank, offset)
+            for rank in layout.ranks
+            for offset, run in layout.numbered(rank)
+            if run
+        )
+        self.all = tuple(
+            Segment(
+                number,
+                rank,
+                Run(begin, end),
+                offset,
+                tuple(starts[bisect_left(starts, begin) : bisect_left(starts, end)]),
+            )
+            for number, (begin, end, rank, offset) in enumerate(numbered)
+        )
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    @cached_property
+    def _own(self) -> dict[int, list[Segment]]:
+        own: dict[int, list[Segment]] = defaultdict(list)
+        for segment in self.all:
+            own[segment.rank].append(segment)
+        return own
+
+    def of(self, rank: int) -> list[Segment]:
+        """Those of a rank, in their order."""
+        return self._own.get(rank, [])
+
+    def pieces(self, rank: int) -> list[Piece]:
+        """The tokens of a rank by segment and document, in local order."""
+        pieces = [piece for segment in self.of(rank) for piece in segment.pieces]
+        return sorted(pieces, key=lambda piece: piece.start)
+
+    def sources(self, segment: Segment) -> list[Segment]:
+        """Those whose summaries make the first state of this one, in their order; none where a
+        document begins with it."""
+        if not segment.carries:
+            return []
+        first = segment.number - 1
+        while self.all[first].passes:
+            first -= 1
+        return list(self.all[first : segment.number])
+
+    @cached_property
+    def _readers(self) -> list[set[int]]:
+        """For each segment the ranks that need its summary; own ones too."""
+        readers: list[set[int]] = [set() for _ in self.all]
+        for segment in self.all:
+            for source in self.sources(segment):
+                readers[source.number].add(segment.rank)
+        return readers
+
+    @cached_property
+    def _authors(self) -> list[set[int]]:
+        """For each segment the ranks of those that made its first state."""
+        return [{source.rank for source in self.sources(segment)} for segment in self.all]
+
+    def read(self, segment: Segment) -> bool:
+        """Whether any segment needs this one's summary."""
+        return bool(self._readers[segment.number])
+
+    def moves(self, rank: int, backward: bool = False) -> tuple[dict, dict]:
+        """(what ``rank`` sends, what it receives) in the exchange of summaries: {peer: segments in
+        their order}. In the backward they are those of which the gradient of the first state is
+        sent to who made it."""
+        wanted = self._authors if backward else self._readers
+        sends: dict[int, list[Segment]] = defaultdict(list)
+        recvs: dict[int, list[Segment]] = defaultdict(list)
+        for segment in self.all:
+            for reader in wanted[segment.number] - {segment.rank}:
+                if segment.rank == rank:
+                    sends[reader].append(segment)
+                if reader == rank:
+                    recvs[segment.rank].append(segment)
+        return dict(sorted(sends.items())), dict(sorted(recvs.items()))
+
+    def with_transition(self, segment: Segment, backward: bool = False) -> bool:
+        """Whether the transition of a segment travels too: where a state goes through it, and in
+        the backward on from it."""
+        if not segment.passes:
+            return False
+        after = segment.number + 1
+        return not backward or (after < len(self.all) and self.all[after].carries)
+
+    def received(self, rank: int, state: int, transition: int) -> tuple[int, int]:
+        """Bytes that a layer receives, (forward, backward), where a state and a transition have so
+        many. They do not depend on the length."""
+        totals = []
+        for backward in (False, True):
+            _, recvs = self.moves(rank, backward)
+            totals.append(
+                sum(
+                    state + transition * self.with_transition(segment, backward)
+                    for segments in recvs.values()
+                    for segment in segments
+                )
+            )
+        return totals[0], totals[1]
+
+    def halo(self, rank: int, size: int) -> Halo:
+        """For a convolution over ``size`` tokens before each one."""
+        sends: dict[int, list[Run]] = defaultdict(list)
+        places: dict[int, dict[int, list[list[int]]]] = {}
+        begins = [segment.run.start for segment in self.all]
+        counts: dict[int, int] = defaultdict(int)
+        for segment in self.all:
+            if not segment.carries:
+                continue
+            document = self._starts[bisect_right(self._starts, segment.run.start) - 1]
+            at = max(document, segment.run.start - size)
+            while at < segment.run.start:
+                owner = self.all[bisect_right(begins, at) - 1]
+                end = min(owner.run.stop, segment.run.start)
+                shift = owner.offset - owner.run.start
+                rows = Run(at + shift, end + shift)
+                if segment.rank == rank:
+                    peer = owner.rank
+                    first = rows.start if peer == rank else counts[peer]
+                    places.setdefault(segment.number, {}).setdefault(peer, []).append(
+                        [at, first, len(rows)]
+                    )
+                    if peer != rank:
+                        counts[peer] += len(rows)
+                elif owner.rank == rank:
+                    sends[segment.rank].append(rows)
+                at = end
+        tokens, recvs = self.layout.count(rank), dict(sorted(counts.items()))
+        base = dict(zip(recvs, accumulate(recvs.values(), initial=tokens), strict=False))
+        before = []
+        for piece in self.pieces(rank):
+            rows: list[tuple[int, int]] = []
+            if piece.carries:
+                for peer, parts in places.get(piece.segment.number, {}).items():
+                    shift = 0 if peer == rank else base[peer]
+                    for at, first, count in parts:
+                        rows += [(at + i, shift + first + i) for i in range(count)]
+            before.append([row for _, row in sorted(rows)])
+        return Halo(dict(sorted(sends.items())), recvs, before)
