@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ringattn.cost import Hardware
 from ringattn.make import make_plan
 from ringattn.planning import layouts
-from ringattn.planning.layer_plans import LayerPlans
+from ringattn.planning.layer_plans import NONE, LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
@@ -50,9 +50,10 @@ class Strategy:
         )
 
     def plans(self, masks: Mapping[str, Mask], layers: Sequence[str]) -> LayerPlans:
-        """The plans of a model whose ``layers`` are of these kinds, on one layout: balanced for the
-        sum over the layers. "auto" chooses for each kind."""
-        layout = layouts.build(self.layout, [masks[kind] for kind in layers], self.cp)
+        """The plans of a model whose ``layers`` are of these kinds (NONE: without attention), on
+        one layout: balanced for the sum over the layers. "auto" chooses for each kind."""
+        each = [masks[kind] for kind in layers if kind != NONE]
+        layout = layouts.build(self.layout, each, self.cp)
         usual = (self.schedule, self.ulysses)
         plans = {
             kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))

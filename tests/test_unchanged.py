@@ -41,9 +41,10 @@ def saved(family, folder, **changes):
     return model
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3", "qwen3-next"])
 def test_runs_are_equal_for_every_split_and_engine_and_resume_across(name, tmp_path, text):
-    """A mixture of experts with its router loss; windows and a global layer, two RoPE bases."""
+    """A mixture of experts with its router loss; windows and a global layer, two RoPE bases; gated
+    delta rules and short convolutions."""
     saved(COVERED[name], tmp_path / "model")
 
     def case(run, *more):
@@ -153,7 +154,7 @@ def test_sizes_and_masks_come_from_the_config(tmp_path):
         assert shown in str(error.value), more
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "t5"])
+@pytest.mark.parametrize("name", ["rwkv", "t5"])
 def test_what_is_not_covered_is_one_line_before_anything_starts(name, tmp_path, text):
     family = REFUSED[name]
     family.config().save_pretrained(tmp_path)

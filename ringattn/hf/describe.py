@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ringattn.hf.attention import NAME
 from ringattn.hf.coverage import NotCovered
 from ringattn.hf.kinds import CHUNK, FULL, WINDOW, covered_types, is_causal, own_band
+from ringattn.hf.mixers import calls_attention, has_mixers
 from ringattn.models.lora_config import Lora
 
 PREFIX = "inner."  # of parameters in :class:`ringattn.hf.trained.SplitModel`
@@ -65,7 +67,12 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
         if p.dim() > 1 and (p is not table.weight or head.weight is table.weight):
             routed = ".experts." in name and experts and chosen
             active += p.numel() * chosen // experts if routed else p.numel()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise NotCovered(
+            f"{type(model).__name__}: no layer attends, which train.py does not cover; in a loop "
+            "of your own it is (docs/models.md)"
+        )
     return {
         "dim": text.hidden_size,
         "layers": text.num_hidden_layers,
@@ -82,20 +89,46 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
 
 
 def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
-    """The masks of the model's layers as text, by type, and the type of each layer. Raises
-    NotCovered for layers that are not."""
+    """The masks of the model's layers as text, by type, and the type of each layer; "none" for
+    layers without attention, in which a state goes along the sequence, or nothing does. Raises
+    NotCovered for layers that are not, and where none attends."""
     model = empty_model(config)  # which sets the attention of its config
-    config = model.config
-    types = list(covered_types(model, config.get_text_config()))
+    name, text = type(model).__name__, model.config.get_text_config()
+    types = list(covered_types(model, text))
     if not is_causal(model):
-        raise NotCovered(f"{type(model).__name__} attends both ways: it is no causal model")
+        raise NotCovered(f"{name} attends both ways: it is no causal model")
+    if has_mixers(model):
+        types = _by_layer(model, types)
     texts = {}
     for kind in dict.fromkeys(types):
-        if kind not in (FULL, WINDOW, CHUNK):
-            raise NotCovered(f"{type(model).__name__}: layers of type {kind} are not for train.py")
         if kind == CHUNK:
-            texts[kind] = f"block_local({config.get_text_config().attention_chunk_size})"
-        else:
-            lo, _ = own_band(config.get_text_config(), kind, 2**20)
+            texts[kind] = f"block_local({text.attention_chunk_size})"
+        elif kind in (FULL, WINDOW):
+            lo, _ = own_band(text, kind, 2**20)
             texts[kind] = "causal" if lo is None else f"sliding_window({1 - lo})"
+        elif has_mixers(model):
+            texts[kind] = "none"
+        else:
+            raise NotCovered(f"{name}: layers of type {kind} are not for train.py")
     return texts, types
+
+
+def _by_layer(model: PreTrainedModel, types: list[str]) -> list[str]:
+    """The type of each layer of a model with mixers: whether it attends is seen by whether any of
+    its modules calls attention, since such types have many names."""
+    layers = layers_of(model)
+    if len(types) != len(layers):
+        raise NotCovered(f"{type(model).__name__}: {len(layers)} layers, and its config has types "
+                         f"of {len(types)}")  # fmt: skip
+    known = []
+    for kind, layer in zip(types, layers, strict=True):
+        attends = any(map(calls_attention, layer.modules()))
+        kind = kind if kind not in (FULL, WINDOW, CHUNK) or attends else "no_attention"
+        known.append(FULL if attends and kind not in (FULL, WINDOW, CHUNK) else kind)
+    return known
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The list of modules that has most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))

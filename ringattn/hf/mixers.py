@@ -192,6 +192,26 @@ def has_mixers(model: nn.Module) -> bool:
     return next(_methods_of(model), None) is not None
 
 
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a method of its class calls transformers' attention interface."""
+    return _attends(type(module))
+
+
+@cache
+def _attends(kind: type[nn.Module]) -> bool:
+    functions = (
+        inspect.unwrap(value)
+        for base in kind.__mro__
+        for value in vars(base).values()
+        if callable(value)
+    )
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names
+        for f in functions
+        if isinstance(f, FunctionType)
+    )
+
+
 def _methods_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, FunctionType]]:
     for module in model.modules():
         for name, function in _methods(type(module)).items():

@@ -14,9 +14,10 @@ from ringattn.execution.carriers import ProcessRank
 from ringattn.hf.attention import HERE, Attend, Probe, Split
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import TOKENS, NotCovered, evaluating, probe, router_weight
-from ringattn.hf.describe import empty_model
+from ringattn.hf.describe import empty_model, layers_of
 from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign
+from ringattn.hf.mixers import exchange, has_mixers
 from ringattn.hf.proof import compare
 from ringattn.hf.router import shared_loss, top_of
 from ringattn.hf.split import follow_length, follows_length
@@ -68,6 +69,10 @@ class SplitModel(nn.Module):
             self.inner._set_gradient_checkpointing(True, partial(_again, memory))
         for module in filter(follows_length, self.inner.modules()):
             follow_length(module)
+        exchange(self.inner)
+        # Whether modules have to know the documents.
+        self.by_document = has_mixers(self.inner)
+        self.by_document |= any(map(follows_length, self.inner.modules()))
         self.inner.train()
 
     @property
@@ -77,9 +82,8 @@ class SplitModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers: the list of modules that has most parameters."""
-        lists = [m for m in self.inner.modules() if isinstance(m, nn.ModuleList)]
-        return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+        """The layers."""
+        return layers_of(self.inner)
 
     @property
     def ends(self) -> Sequence[nn.Module]:
@@ -128,7 +132,7 @@ class SplitModel(nn.Module):
         """Hands the layers the functions of this forward, and of its backward."""
         plans = {kind: each.keywords["plan"] for kind, each in attend.items()}
         group = next(iter(attend.values())).keywords["group"]
-        lengths = lengths_of(plans) if any(map(follows_length, self.inner.modules())) else []
+        lengths = lengths_of(plans) if self.by_document else []
         split = Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds)
         for module in self.inner.modules():  # where they find it in the backward, too
             object.__setattr__(module, HERE, split)

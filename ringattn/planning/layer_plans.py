@@ -10,11 +10,13 @@ from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
 
 ONE = "all"  # the kind of every layer, where there is one
+NONE = ""  # of layers without attention
 
 
 class LayerPlans(dict[str, Plan]):
     """{kind: plan}; ``layers`` are the kinds of the model's layers, in order (by default each kind
-    once), and ``shared`` the mask that they all share, where it is known.
+    once; NONE for those without attention), and ``shared`` the mask that they all share, where it
+    is known.
 
     Raises ValueError for plans of several layouts, or layers of which there is no plan.
     """
@@ -28,7 +30,7 @@ class LayerPlans(dict[str, Plan]):
         super().__init__(plans)
         self.layers = tuple(self if layers is None else layers)
         self.shared = shared
-        if unknown := set(self.layers) - set(self):
+        if unknown := set(self.layers) - set(self) - {NONE}:
             raise ValueError(f"layers of kind {', '.join(sorted(unknown))} have no plan")
         for kind, plan in self.items():
             for name, own in (("layout", plan.layout), ("key layout", plan.key_layout)):
@@ -59,8 +61,8 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def counts(self) -> Counter[str]:
-        """Layers of each kind."""
-        return Counter(self.layers)
+        """Layers of each kind; those without attention do not count."""
+        return Counter(kind for kind in self.layers if kind != NONE)
 
     @property
     def pairs(self) -> int:

@@ -102,7 +102,9 @@ def pieces(masks: Iterable[Mask]) -> list[int]:
         if mask.n_q != mask.n_k:
             raise ValueError(f"{mask.n_q} queries and {mask.n_k} keys are not one sequence")
         spans += [
-            (min(part.q.start, part.k.start), max(part.q.last, part.k.last)) for part in mask.slices
+            (min(part.q.start, part.k.start), max(part.q.last, part.k.last))
+            for part in mask.slices
+            if (part.lo, part.hi) != (0, 0)  # of a token and itself nothing is joined
         ]
     lengths, begin, end = [], 0, 0
     for first, last in (*sorted(spans), (n, n - 1)):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ringattn.planning import mask_text, masks
-from ringattn.planning.layer_plans import ONE
+from ringattn.planning.layer_plans import NONE, ONE
 from ringattn.planning.masks import Mask
 from ringattn.typed import Count, Text, Whole, Words, settings
 
@@ -35,7 +35,7 @@ class Attention:
     and documents are those in it; masks: docs/attention.md."""
     kinds: _KINDS = None
     """Of a text, by kind of layer: {local:"sliding_window(1024)",global:causal}; in place of mask,
-    window and sinks."""
+    window and sinks. none: layers without attention, of an unchanged module."""
     pattern: Annotated[list[Text] | None, Field(min_length=1)] = None
     """With kinds: that of each layer, from the first on, again and again:
     [local,local,local,global]."""
@@ -66,6 +66,8 @@ class Attention:
                 )
         if unused := [name for name in self.kinds if name not in self.pattern]:
             raise ValueError(f"attention.pattern has no layer of kind {', '.join(unused)}")
+        if set(self.kinds.values()) == {"none"}:
+            raise ValueError("attention.kinds: some layer has to attend")
         return self
 
     @property
@@ -81,7 +83,8 @@ class Attention:
         return {ONE: f"{window} | sinks({self.sinks})" if self.sinks else window}
 
     def layers(self, count: int) -> tuple[str, ...]:
-        """The kind of each of ``count`` layers. Raises ValueError for too few for the pattern."""
+        """The kind of each of ``count`` layers, NONE of those without attention. Raises ValueError
+        for too few for the pattern."""
         pattern = self.pattern or [ONE]
         layers = tuple(pattern[i % len(pattern)] for i in range(count))
         if missing := set(pattern) - set(layers):
@@ -89,7 +92,7 @@ class Attention:
                 f"attention.pattern is of {len(pattern)} layers and model.layers={count}: none "
                 f"would be of kind {', '.join(sorted(missing))}"
             )
-        return layers
+        return tuple(NONE if self.texts[kind] == "none" else kind for kind in layers)
 
     def lengths(self, documents: Sequence[int], seq_len: int) -> list[int]:
         """Of the texts in sequences of ``seq_len`` that hold ``documents``."""
@@ -98,8 +101,9 @@ class Attention:
         return [seq_len] * (sum(documents) // seq_len)
 
     def masks(self, documents: Sequence[int], seq_len: int) -> dict[str, Mask]:
-        """The mask of each kind of layer: see :meth:`build`."""
-        return {kind: self.build(documents, seq_len, kind) for kind in self.texts}
+        """The mask of each kind of layer that attends: see :meth:`build`."""
+        attending = [kind for kind, text in self.texts.items() if text != "none"]
+        return {kind: self.build(documents, seq_len, kind) for kind in attending}
 
     def build(self, documents: Sequence[int], seq_len: int, kind: str = ONE) -> Mask:
         """The mask of one kind of layer, of sequences laid end to end, which hold ``documents`` of

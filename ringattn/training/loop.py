@@ -23,6 +23,7 @@ from ringattn.data.tokenizer import BYTES
 from ringattn.execution.carriers import ProcessRank, Timed
 from ringattn.kernels import select
 from ringattn.models.decoder import Decoder
+from ringattn.planning.layer_plans import NONE
 from ringattn.training.batch import MicroBatch, load_batch, numbers
 from ringattn.training.checkpoints import saver as checkpoints
 from ringattn.training.checkpoints import states
@@ -216,8 +217,8 @@ def _self_check(
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
     engine.train(False)
-    kinds = dict.fromkeys(job.run.attention.layers(job.model.layers))
-    check_engaged(context, split, engine.forward, job.model.vocab_size, list(kinds))
+    kinds = {*job.run.attention.layers(job.model.layers)} - {NONE}
+    check_engaged(context, split, engine.forward, job.model.vocab_size, sorted(kinds))
     engine.train(True)
     sequences = numbers(job.run.batch_size, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))

@@ -16,6 +16,7 @@ from ringattn.kernels import NAMES as KERNELS
 from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
+from ringattn.planning.layer_plans import NONE
 from ringattn.planning.layouts import NAMES as LAYOUTS
 from ringattn.planning.schedules import BUILDERS as SCHEDULES
 from ringattn.strategy import Strategy
@@ -188,7 +189,12 @@ class TrainingRun:
     @model_validator(mode="after")
     def _mask_fits(self) -> TrainingRun:
         self.attention.check(self.seq_len)
-        kinds = set(self.attention.layers(self.model.layers))
+        kinds = set(self.attention.layers(self.model.layers)) - {NONE}
+        if "none" in self.attention.texts.values() and not self.model.unchanged:
+            raise ValueError(
+                "attention.kinds: none is for unchanged modules (model=transformers), whose layers "
+                "without attention are their own"
+            )
         if unknown := sorted(set(self.model.rope_kinds or ()) - kinds):
             raise ValueError(
                 f"model.rope_kinds: no layer is of kind {', '.join(unknown)}; there are "

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ringattn.planning.layer_plans import LayerPlans
+from ringattn.planning.layer_plans import NONE, LayerPlans
 from ringattn.training.forecast import Forecast
 
 _TEXTS = {"documents": "document", "causal": "sequence"}
@@ -28,7 +28,10 @@ def plan_table(
                   + (f", of which {model.trained:,} are trained" if model.adapters else "")),
         ("mesh", f"data {ahead.dp} x context {plans.world}, {ahead.device}"),
         *((f"mask{_of(plans, kind)}",
-           f"of each {_TEXTS[run.attention.name]}: {text}") for kind, text in texts.items()),
+           f"of each {_TEXTS[run.attention.name]}: {text}")
+          for kind, text in texts.items() if text != "none"),
+        *([("without attention", f"{bare} of {len(plans.layers)} layers")]
+          if (bare := plans.layers.count(NONE)) else []),
         ("attention", f"schedule {plans.schedule}, ulysses {plans.ulysses}, "
                       f"layout {plans.layout.name}, kernel {kernel}"),
         *([("chosen", plans.reason)] if plans.reason else []),
