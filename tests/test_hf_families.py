@@ -91,6 +91,33 @@ def test_modules_have_their_own_methods_back():
     assert "on_segments" not in repr(vars(sys.modules[type(inside[0]).__module__]).values())
 
 
+def test_checkpointing_keeps_states_right_or_is_refused():
+    """Where a layer attends it notices a recomputation with a later plan; where none does nothing
+    would."""
+
+    def grads(name, again):
+        family = COVERED[name]
+        model = families.make(family, "ringattn")
+        tokens, _, mask = families.whole(family, [20, 25])
+        plans = make_plans(model, mask, "zigzag", world=2)
+
+        def work(rank):
+            own = copy.deepcopy(model).train()
+            if again:
+                own.gradient_checkpointing_enable({"use_reentrant": False})
+            with split_sequence(own, plans, rank):
+                batch = local_batch(plans, rank.rank, tokens)
+                own(**batch, num_items_in_batch=43).loss.backward()
+            return [p.grad for p in own.parameters() if p.grad is not None]
+
+        return VirtualWorld(2, 60).run(work)
+
+    for plain, kept in zip(grads("bamba", False), grads("bamba", True), strict=True):
+        assert all(map(torch.equal, plain, kept))
+    with pytest.raises(RuntimeError, match="no layer attends"):
+        grads("mamba2", True)
+
+
 @pytest.mark.parametrize("name", ["bamba", "qwen3-next", "jamba", "lfm2", "minimax"])
 def test_a_mixer_that_is_not_the_modules_is_found_by_the_proof(name, monkeypatch):
     """As a new version of transformers might be: here ours is a little off."""

@@ -1,6 +1,7 @@
 """Mixers with a state, over split sequences, beside the recurrence in float64."""
 
 import dataclasses
+import re
 from itertools import pairwise
 
 import pytest
@@ -408,3 +409,15 @@ def _call(mixer, tokens=8, world=1, **more):
 def test_on_real_processes(world):
     status, output = launch(world, ROOT / "tests/workers/states.py")
     assert status == 0, output
+
+
+def test_the_page(capsys):
+    page = (ROOT / "docs/mixers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope = {}
+    exec(compile(code, "docs/mixers.md", "exec"), scope)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert capsys.readouterr().out == shown
+    assert [out.shape for out in scope["outs"]] == [(1, 16, 4, 8)] * 2
+    for name in ra.mixers.__all__:
+        assert f"`{name}" in page or f"{name}.py" in page, name

@@ -67,12 +67,7 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
         if p.dim() > 1 and (p is not table.weight or head.weight is table.weight):
             routed = ".experts." in name and experts and chosen
             active += p.numel() * chosen // experts if routed else p.numel()
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None:
-        raise NotCovered(
-            f"{type(model).__name__}: no layer attends, which train.py does not cover; in a loop "
-            "of your own it is (docs/models.md)"
-        )
+    heads = text.num_attention_heads
     return {
         "dim": text.hidden_size,
         "layers": text.num_hidden_layers,
@@ -110,6 +105,11 @@ def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
             texts[kind] = "none"
         else:
             raise NotCovered(f"{name}: layers of type {kind} are not for train.py")
+    if set(texts.values()) == {"none"}:
+        raise NotCovered(
+            f"{name}: no layer attends, which train.py does not cover; in a loop of your own it is "
+            "(docs/models.md)"
+        )
     return texts, types
 
 

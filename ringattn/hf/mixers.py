@@ -137,6 +137,7 @@ def _lightning(
     if split is None or split.whole:
         given = (hidden_states, position_embeddings, attention_mask, cache)
         return type(module).forward(module, *given, **more)
+    check_recomputed(module, split)
     if cache is not None:
         raise ValueError(f"{type(module).__name__}: cached decoding is not covered")
     shape = (*hidden_states.shape[:2], module.num_attention_heads, 3 * module.head_dim)
@@ -251,6 +252,7 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
         split: Split | None = getattr(module, HERE, None)
         if split is None or split.whole:
             return original(*args, **kwargs)
+        check_recomputed(module, split)
         bound = signature.bind(*args, **kwargs).arguments
         for extra in [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
             more = bound.pop(extra, {})
@@ -271,6 +273,17 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
         return handler(partial(_where, split), **bound)
 
     return on_segments
+
+
+def check_recomputed(module: nn.Module, split: Split) -> None:
+    """Raises RuntimeError where a module is computed again in the backward of a model in which no
+    layer attends: only attention notices that the split is that of a later forward."""
+    unseen = split.probe is None and not split.of and not split.attends
+    if unseen and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(module).__name__} is computed again in the backward (gradient checkpointing): "
+            "not covered for models in which no layer attends"
+        )
 
 
 def _where(split: Split, tokens: int) -> dict[str, Any]:

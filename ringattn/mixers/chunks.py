@@ -7,11 +7,12 @@ A transition is a matrix ``[dk, dk]``, or what stands on its diagonal, ``[dk, 1]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from ringattn.planning.segments import Piece
+from ringattn.planning.segments import Piece, Segments
 
 
 def nothing(like: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -22,10 +23,19 @@ def nothing(like: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
     return like
 
 
+@lru_cache(maxsize=64)
+def chunks_of(segments: Segments, rank: int, size: int, device: torch.device) -> Chunks:
+    """The same arguments give the same object: all layers of a forward share it."""
+    tokens = segments.layout.count(rank)
+    return Chunks(segments.pieces(rank), size, tokens, device)
+
+
 class Chunks:
     """Of a rank's pieces, each cut into chunks of ``size`` tokens, the last of them padded."""
 
-    def __init__(self, pieces: Sequence[Piece], size: int, tokens: int) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], size: int, tokens: int, device: torch.device
+    ) -> None:
         self.size, self.tokens, self.pieces = size, tokens, pieces
         counts = np.array([-(-len(piece) // size) for piece in pieces], np.int64)
         ends = np.cumsum(counts)
@@ -33,20 +43,20 @@ class Chunks:
         index = np.full((int(counts.sum()), size), tokens, np.int64)
         for piece, (first, last) in zip(pieces, self.lines, strict=True):
             index[first:last].reshape(-1)[: len(piece)] = np.arange(piece.start, piece.stop)
-        self.index = torch.from_numpy(index)
-        self.back = torch.from_numpy(np.argsort(index.reshape(-1), kind="stable")[:tokens].copy())
+        back = np.argsort(index.reshape(-1), kind="stable")[:tokens].copy()
+        self.index, self.back = (torch.from_numpy(x).to(device) for x in (index, back))
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens, heads, ...]`` as float32 ``[chunks, batch, heads, size, ...]``, padded
         with 0."""
         x = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], 1)
-        chunked = x[:, self.index.to(x.device)]  # [batch, chunks, size, heads, ...]
+        chunked = x[:, self.index]  # [batch, chunks, size, heads, ...]
         return chunked.movedim(0, 1).movedim(3, 2).float()
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse."""
         flat = x.movedim(2, 3).movedim(1, 0).flatten(1, 2)  # [batch, chunks * size, heads, ...]
-        return flat[:, self.back.to(x.device)]
+        return flat[:, self.back]
 
 
 def applied(transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

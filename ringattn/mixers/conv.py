@@ -3,6 +3,7 @@ from the ranks that own them."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,19 +42,31 @@ def conv(
         )
     if not tokens:
         return nothing(x, weight, bias)
-    before = weight.shape[1] - 1
-    halo = segments.halo(comm.rank, before)
+    width = weight.shape[1]
+    halo, rows, keep = _rows(segments, comm.rank, width, x.device)
     x_all = torch.cat([x, _Halo.apply(x, halo, comm)], 1) if halo.sends or halo.recvs else x
-    # Every piece with the rows before it, or zeros.
-    none, rows, keep = x_all.shape[1], [], []
-    for piece, known in zip(segments.pieces(comm.rank), halo.before, strict=True):
+    x_all = torch.cat([x_all, x_all.new_zeros(x.shape[0], 1, x.shape[2])], 1)
+    laid = F.pad(x_all[:, rows].mT, (width - 1, 0))
+    out = F.conv1d(laid, weight[:, None].to(x.dtype), bias, groups=x.shape[2])
+    return out.mT[:, keep].to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _rows(
+    segments: Segments, rank: int, width: int, device: torch.device
+) -> tuple[Halo, torch.Tensor, torch.Tensor]:
+    """(the halo, the rows of every piece after those before it, which of these are the pieces').
+    Rows are this rank's, then received ones, then one of zeros."""
+    before = width - 1
+    halo = segments.halo(rank, before)
+    none = segments.layout.count(rank) + sum(halo.recvs.values())
+    rows: list[int] = []
+    keep: list[int] = []
+    for piece, known in zip(segments.pieces(rank), halo.before, strict=True):
         rows += [none] * (before - len(known)) + known
         keep += range(len(rows), len(rows) + len(piece))
         rows += range(piece.start, piece.stop)
-    x_all = torch.cat([x_all, x_all.new_zeros(x.shape[0], 1, x.shape[2])], 1)
-    laid = x_all[:, torch.tensor(rows, device=x.device)].mT
-    out = F.conv1d(F.pad(laid, (before, 0)), weight[:, None].to(x.dtype), bias, groups=x.shape[2])
-    return out.mT[:, torch.tensor(keep, device=x.device)].to(x.dtype)
+    return halo, torch.tensor(rows, device=device), torch.tensor(keep, device=device)
 
 
 class _Halo(torch.autograd.Function):

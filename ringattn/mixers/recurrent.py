@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
-from ringattn.mixers.chunks import Chunks, follow, nothing
+from ringattn.mixers.chunks import Chunks, chunks_of, follow, nothing
 from ringattn.mixers.states import first_states
 from ringattn.planning.segments import Segments
 
@@ -97,7 +97,7 @@ def _mix(
         return nothing(v, q, k, decay, beta, initial)
     vectors = decay is not None and decay.dim() == 4
     size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)
-    chunks = Chunks(segments.pieces(comm.rank), size, q.shape[1])
+    chunks = chunks_of(segments, comm.rank, size, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v32 = chunks.cut(q) * scale, chunks.cut(k), chunks.cut(v)  # [chunks, batch, heads, C, d]
     log = _decays(chunks, decay, k)

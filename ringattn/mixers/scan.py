@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import connect
-from ringattn.mixers.chunks import Chunks, follow, nothing
+from ringattn.mixers.chunks import chunks_of, follow, nothing
 from ringattn.mixers.recurrent import CHUNK, first_of_pieces
 from ringattn.planning.segments import Segments
 
@@ -45,7 +45,7 @@ def scan(
         )
     if not tokens:
         return nothing(x, dt, A, B, C)
-    chunks = Chunks(segments.pieces(comm.rank), chunk, tokens)
+    chunks = chunks_of(segments, comm.rank, chunk, x.device)
     dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt * x)[:, :, None])
     B, C = chunks.cut(B[:, :, None]), chunks.cut(C[:, :, None])
     # [chunks, batch, channels, size, state]

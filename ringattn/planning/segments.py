@@ -18,6 +18,8 @@ from itertools import accumulate, pairwise
 from ringattn.planning.layouts import Layout
 from ringattn.planning.runs import Run
 
+_SHOWN = 16  # segments that are printed
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -117,6 +119,20 @@ class Segments:
             )
             for number, (begin, end, rank, offset) in enumerate(numbered)
         )
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.all)} segments of {self.layout.name}, {len(self.lengths)} documents"]
+        for segment in self.all[:_SHOWN]:
+            line = f"  {segment.number}: {segment.run} on rank {segment.rank}"
+            if sources := self.sources(segment):
+                numbers = ", ".join(str(source.number) for source in sources)
+                line += f"; its first state is made of {numbers}"
+            if segment.starts:
+                line += f"; documents begin at {', '.join(map(str, segment.starts[:4]))}"
+                line += ", ..." if len(segment.starts) > 4 else ""
+            lines.append(line)
+        rest = len(self.all) - _SHOWN
+        return "\n".join(lines + ([f"  and {rest} more"] if rest > 0 else []))
 
     @property
     def world(self) -> int:

@@ -195,8 +195,8 @@ def _fill_unchanged(model: dict[str, Any]) -> hf_config.Layers:
         (path / "config.json").stat()
         try:
             theirs = describe.config_of(path)
-            read = describe.sizes(theirs, _lora(model))
             masks, types = describe.masks(theirs)
+            read = describe.sizes(theirs, _lora(model))
         except ValueError as error:
             raise SettingsError(f"model.path: {error}") from None
     usual = typed.defaults(Model)

@@ -55,6 +55,10 @@ class Diverged(RuntimeError):
     """Loss or gradient were not finite too many times in a row."""
 
 
+class Refused(RuntimeError):
+    """The model cannot be trained as it is asked for; raised on all ranks before the first step."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """A list that receives every SIGTERM and SIGINT; the old handlers return afterwards."""
@@ -105,9 +109,12 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         first = load_batch(run.attention, job.model.layers, stream, context, split, sequences)
         split = split.like(first.plans)
         if run.model.unchanged:
-            split_model(engine).self_check(
-                engine.root, first.plans, context.cp_group, context.kernel
-            )
+            try:
+                split_model(engine).self_check(
+                    engine.root, first.plans, context.cp_group, context.kernel
+                )
+            except ValueError as error:
+                raise Refused(str(error)) from error
         _self_check(job, context, engine, stream, split, start)
         dtype = DTYPES[run.precision]
         peak, measure = _peak(job, context)

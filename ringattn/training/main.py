@@ -81,6 +81,8 @@ def _main(arguments: list[str]) -> int:
         set_limit(run.memory.limit, device)
         start_distributed(device, run.parallel.timeout_s, run.engine)
         train(job, device)
+    except loop.Refused as error:  # raised on all ranks
+        return refuse(f"train.py: {error}")
     except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
