@@ -372,6 +372,19 @@ def test_half_precision_has_states_in_float32():
     assert float((out.double() - want).norm() / want.norm()) < 4e-3
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_autocast_leaves_states_in_float32(name):
+    def automatic(f):
+        def inside():
+            with torch.autocast("cpu", torch.bfloat16):
+                return f()
+
+        return inside
+
+    errors, _ = both(MIXERS[name], ra.layouts.zigzag(61, 2), [20, 41], wrap=automatic)
+    assert max(errors.values()) < 1e-5, errors
+
+
 @pytest.mark.parametrize(
     ("call", "shown"),
     [

@@ -114,7 +114,7 @@ def _not_fused(where: Where, **_: Any) -> None:
 
 
 # By their names in the files of transformers.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS = {
     "causal_conv1d_fn": _convolution,
     "torch_chunk_gated_delta_rule": _delta,
     "chunk_kimi_delta_attention": _delta,
@@ -150,7 +150,7 @@ def _lightning(
 
 
 # Forwards by the names of their classes, where a file has no function for what they do.
-METHODS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": _lightning}
+METHODS = {"MiniMaxLightningAttention": _lightning}
 
 
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:

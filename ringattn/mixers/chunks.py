@@ -6,13 +6,25 @@ A transition is a matrix ``[dk, dk]``, or what stands on its diagonal, ``[dk, 1]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any
 
 import numpy as np
 import torch
 
 from ringattn.planning.segments import Piece, Segments
+
+
+def in_float32(mixer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``mixer`` outside of autocast, which would take its states to half precision."""
+
+    @wraps(mixer)
+    def outside(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return mixer(x, *args, **kwargs)
+
+    return outside
 
 
 def nothing(like: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -23,7 +35,7 @@ def nothing(like: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
     return like
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def chunks_of(segments: Segments, rank: int, size: int, device: torch.device) -> Chunks:
     """The same arguments give the same object: all layers of a forward share it."""
     tokens = segments.layout.count(rank)

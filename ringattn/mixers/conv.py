@@ -6,15 +6,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.execution.exchange import take
-from ringattn.mixers.chunks import nothing
+from ringattn.mixers.chunks import in_float32, nothing
 from ringattn.planning.segments import Halo, Segments
 
 
+@in_float32
 def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -51,7 +53,7 @@ def conv(
     return out.mT[:, keep].to(x.dtype)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _rows(
     segments: Segments, rank: int, width: int, device: torch.device
 ) -> tuple[Halo, torch.Tensor, torch.Tensor]:
@@ -60,13 +62,13 @@ def _rows(
     before = width - 1
     halo = segments.halo(rank, before)
     none = segments.layout.count(rank) + sum(halo.recvs.values())
-    rows: list[int] = []
-    keep: list[int] = []
+    rows, keep, at = [], [], 0
     for piece, known in zip(segments.pieces(rank), halo.before, strict=True):
-        rows += [none] * (before - len(known)) + known
-        keep += range(len(rows), len(rows) + len(piece))
-        rows += range(piece.start, piece.stop)
-    return halo, torch.tensor(rows, device=device), torch.tensor(keep, device=device)
+        rows += [[none] * (before - len(known)) + known, np.arange(piece.start, piece.stop)]
+        keep.append(np.arange(at + before, at + before + len(piece)))
+        at += before + len(piece)
+    each = (np.concatenate(parts).astype(np.int64) for parts in (rows, keep))
+    return halo, *(torch.from_numpy(x).to(device) for x in each)
 
 
 class _Halo(torch.autograd.Function):

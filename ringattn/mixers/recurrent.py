@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
-from ringattn.mixers.chunks import Chunks, chunks_of, follow, nothing
+from ringattn.mixers.chunks import Chunks, chunks_of, follow, in_float32, nothing
 from ringattn.mixers.states import first_states
 from ringattn.planning.segments import Segments
 
@@ -79,6 +79,7 @@ def delta(
     return _mix(q, k, v, decay, beta, segments, group, scale, initial, chunk)
 
 
+@in_float32
 def _mix(
     q: torch.Tensor,
     k: torch.Tensor,

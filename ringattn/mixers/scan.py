@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import connect
-from ringattn.mixers.chunks import chunks_of, follow, nothing
+from ringattn.mixers.chunks import chunks_of, follow, in_float32, nothing
 from ringattn.mixers.recurrent import CHUNK, first_of_pieces
 from ringattn.planning.segments import Segments
 
 
+@in_float32
 def scan(
     x: torch.Tensor,
     dt: torch.Tensor,
