@@ -1,6 +1,7 @@
 """Unchanged models of transformers on split sequences: right beside one process, or refused."""
 
 import copy
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -134,6 +135,67 @@ def test_a_mixer_that_is_not_the_modules_is_found_by_the_proof(name, monkeypatch
     monkeypatch.setattr(mixers, what, change(getattr(mixers, what)))
     with pytest.raises(ValueError, match="differ from the same model in one process"):
         step(name, usual)
+
+
+class Meeting(torch.nn.Module):
+    """A layer of somebody's own, in which tokens meet: a mean over those before."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight = inner, torch.nn.Linear(32, 32)
+
+    def forward(self, x, factor=1.0):
+        return self.inner(x) + factor * self.weight(torch.cumsum(x, 1) / 10)
+
+
+def gathering(monkeypatch, name):
+    """The family with such layers where it has none that are refused; split with gathering."""
+    make, split_here = families.make, ra.hf.split_sequence
+
+    def with_layers(family, attention):
+        model = make(family, attention)
+        if name == "llama":
+            torch.manual_seed(3)
+            for layer in model.model.layers[:2]:
+                layer.mlp = Meeting(layer.mlp)
+        return model
+
+    monkeypatch.setattr(families, "make", with_layers)
+    monkeypatch.setattr(
+        ra.hf, "split_sequence", lambda *a, **k: split_here(*a, **k, mixers="gather")
+    )
+    return dataclasses.replace(COVERED[name] if name == "llama" else REFUSED[name], packed=False)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "rwkv"])
+def test_on_request_what_mixes_tokens_is_gathered(name, cp, monkeypatch):
+    family = gathering(monkeypatch, name)
+    want = families.in_one_process(family, LENGTHS)
+    loss, grad, whose = families.errors(families.split(family, cp, LENGTHS), want)
+    assert loss <= 1e-5 and grad <= 2e-4, (loss, grad, whose)
+
+
+def test_a_model_that_was_gathered_is_refused_again_without(monkeypatch):
+    family = gathering(monkeypatch, "llama")
+    model = families.make(family, "ringattn")
+    tokens, _, mask = families.whole(family, [20])
+    plan = ra.make_plan(mask, ra.layouts.contiguous(20, 1))
+    batch, layer = local_batch(plan, 0, tokens), model.model.layers[0].mlp
+    for mixers in ("gather", "refuse", "gather"):
+        with split_sequence(model, plan, mixers=mixers):
+            if mixers == "gather":
+                model(**batch, num_items_in_batch=19).loss.backward()
+                assert "forward" in layer.__dict__
+            else:
+                with pytest.raises(NotCovered, match=r"mlp \(Meeting\) mixes tokens"):
+                    model(**batch, num_items_in_batch=19)
+        assert "forward" not in layer.__dict__
+    with (
+        pytest.raises(ValueError, match='"refuse" or "gather"'),
+        split_sequence(model, plan, mixers="all"),
+    ):
+        pass
 
 
 def test_the_page_has_the_tables():

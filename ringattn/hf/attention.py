@@ -90,6 +90,7 @@ class Split:
     kinds: Sequence[str] = ()  # of the layers of such a run, by layer_idx
     checking: bool = False  # a proof runs: inputs are its own
     whole: bool = False  # of whole sequences, by transformers' attention
+    gather: bool = False  # modules that mix tokens by themselves are computed on whole documents
 
     @cached_property
     def rank(self) -> int:

@@ -37,6 +37,14 @@ class NotCovered(ValueError):
     reason."""
 
 
+class Mixes(NotCovered):
+    """Modules mix tokens by themselves; ``paths``: which, and what they are in."""
+
+    def __init__(self, message: str, paths: list[str]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
 def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model in ``model``, which may be wrapped. Raises NotCovered."""
     if hasattr(model, "_orig_mod"):
@@ -48,11 +56,15 @@ def language_model(model: nn.Module) -> PreTrainedModel:
 
 
 def probe(
-    model: PreTrainedModel, kwargs: dict[str, Any], call: Callable[..., Any] | None = None
+    model: PreTrainedModel,
+    kwargs: dict[str, Any],
+    call: Callable[..., Any] | None = None,
+    without_attention: bool = False,
 ) -> dict[nn.Module, Layer]:
     """The attention layers of ``model``, each with its own mask, from a few calls like
     ``model(**kwargs)`` on a few tokens, without gradient; ``call``: what is called in place of the
-    model, around it. Collective where the weights are split over ranks.
+    model, around it; ``without_attention``: whether there may be no such layer. Collective where
+    the weights are split over ranks.
 
     Raises NotCovered for a model in which tokens meet elsewhere, that fails, that has no such
     layer, or whose positions do not begin at 0.
@@ -71,7 +83,7 @@ def probe(
                     second = _run(model, call, kwargs, start, token, change)
                     leaks.update(_leaks(first, second, token))
                     if found := [path for path, count in leaks.items() if count >= _SURE]:
-                        raise NotCovered(_reason(model, found, token))
+                        raise Mixes(_reason(model, found, token), found)
             if not first.get("", ([], []))[1]:
                 raise NotCovered(
                     f"{name} gives nothing by token (it pools them, or keeps some only): this "
@@ -81,7 +93,7 @@ def probe(
         layers = split.probe.layers
     finally:
         split.probe = None
-    if not layers and not has_mixers(model):
+    if not layers and not without_attention and not has_mixers(model):
         raise NotCovered(f"{name}: no layer calls transformers' attention interface")
     return layers
 

@@ -23,6 +23,7 @@ from ringattn.hf import agree, router
 from ringattn.hf.attention import HERE, Layer, Split
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import NotCovered, language_model, probe, takes
+from ringattn.hf.gathered import install_found, probe_gathering, remove_found
 from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
 from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign, check_segments, text_config
@@ -31,7 +32,7 @@ from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 
 # What probes have seen, by the names of what the model was called with: its loss is looked at too.
-_LAYERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], dict[nn.Module, Layer]]]
+_LAYERS: WeakKeyDictionary[nn.Module, dict[tuple[frozenset[str], bool], dict[nn.Module, Layer]]]
 _LAYERS = WeakKeyDictionary()
 _PROVEN: WeakSet[nn.Module] = WeakSet()
 
@@ -43,6 +44,7 @@ def split_sequence(
     group: Any = None,
     kernel: str = "auto",
     check: bool = True,
+    mixers: str = "refuse",
 ) -> Iterator[None]:
     """Inside, ``model`` (a transformers model made with ``attn_implementation="ringattn"``, or what
     wraps one) sees this rank's tokens of sequences split as ``plans`` say over ``group`` (None: the
@@ -56,13 +58,17 @@ def split_sequence(
     both directions; and before the first one with gradient, unless ``check`` is False, a short
     sequence is computed both ways (see :mod:`ringattn.hf.proof`).
 
+    A module that mixes tokens in a way that is not covered is refused; with ``mixers="gather"`` it
+    is computed on whole documents on every rank, exact, in the time and memory of the whole
+    sequence (see :mod:`ringattn.hf.gathered`).
+
     Raises RuntimeError if the model is inside one already. The model's forward raises, on all
     ranks, ValueError: for a model that is not covered (:class:`NotCovered`), for a plan that is not
     a layer's own, and for inputs that are not this rank's part of one batch: see
     :func:`local_batch`.
     """
     inside = language_model(model)
-    split = make_split(plans, group, kernel)
+    split = make_split(plans, group, kernel, mixers)
     check_segments(inside, plans)
     if hasattr(inside, HERE):
         raise RuntimeError("split_sequence: this model already has a plan")
@@ -73,15 +79,24 @@ def split_sequence(
     ]
     for module in filter(follows_length, inside.modules()):
         handles += follow_length(module)
+    if split.gather:
+        install_found(inside)
     try:
         with installed(inside, split):
             yield
     finally:
         for handle in handles:
             handle.remove()
+        if split.gather:
+            remove_found(inside)
 
 
-def check(model: nn.Module, plans: Plan | Mapping[str, Plan], group: Any = None) -> None:
+def check(
+    model: nn.Module,
+    plans: Plan | Mapping[str, Plan],
+    group: Any = None,
+    mixers: str = "refuse",
+) -> None:
     """Proves that ``model`` on split sequences is the model of one process. Collective over
     ``group``.
 
@@ -94,20 +109,24 @@ def check(model: nn.Module, plans: Plan | Mapping[str, Plan], group: Any = None)
     inside = language_model(model)
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(inside.parameters()).device)
     inputs = {"input_ids": ids, "position_ids": ids}
-    with split_sequence(model, plans, group, check=False):
+    with split_sequence(model, plans, group, check=False, mixers=mixers):
         _assign(inside, inputs)
         compare(inside, inputs)
 
 
-def make_split(plans: Plan | Mapping[str, Plan], group: Any, kernel: str) -> Split:
+def make_split(
+    plans: Plan | Mapping[str, Plan], group: Any, kernel: str, mixers: str = "refuse"
+) -> Split:
     """Raises ValueError where the plans do not fit each other."""
+    if mixers not in ("refuse", "gather"):
+        raise ValueError(f'mixers must be "refuse" or "gather", got {mixers!r}')
     mapping = {None: plans} if isinstance(plans, Plan) else plans
     if not mapping or not all(isinstance(plan, Plan) for plan in mapping.values()):
         raise ValueError(f"plans must be a plan or a mapping of kinds to plans, got {plans!r}")
     layout = LayerPlans(mapping).layout
     if empty := [rank for rank in layout.ranks if not layout.count(rank)]:
         raise ValueError(f"ranks {empty} have no token: transformers models need one on every rank")
-    return Split(mapping, group, kernel, lengths_of(plans))
+    return Split(mapping, group, kernel, lengths_of(plans), gather=mixers == "gather")
 
 
 def _before(
@@ -146,7 +165,7 @@ def _alike(model: nn.Module, bound: dict[str, Any]) -> list[int]:
 def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
     """Every attention layer gets its plan; the model is probed if it has not been called so."""
     split: Split = getattr(model, HERE)
-    names = frozenset(name for name, x in bound.items() if x is not None)
+    names = frozenset(name for name, x in bound.items() if x is not None), split.gather
     known = _LAYERS.setdefault(model, {})
     if split.of and names in known:
         return
@@ -154,7 +173,7 @@ def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
     def find() -> None:
         config = text_config(model)
         if names not in known:
-            known[names] = probe(model, bound)
+            known[names] = (probe_gathering if split.gather else probe)(model, bound)
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in parameters and not open_ended:
