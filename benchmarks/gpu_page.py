@@ -87,6 +87,17 @@ def markdown(found: dict) -> str:
             for r in found.get("ranks", [])
         ],
     )
+    if found.get("states"):
+        text += (
+            "\n## Mixers with a state\n\nFloat32 over two ranks beside float64, the same bits a "
+        )
+        text += "second time; and forward and backward of a layer on one rank.\n\n"
+        rows = [
+            [row["mixer"], f"{row['error']:.0e}", "yes" if row["same"] else "NO",
+             f"{row['tokens']:,}", f"{row['ms']:.1f}"]
+            for row in found["states"]
+        ]  # fmt: skip
+        text += table(["mixer", "off by", "repeats", "tokens", "ms"], rows)
     if found["not_run"]:
         text += "\nNot run: " + "; ".join(dict.fromkeys(found["not_run"])) + ".\n"
     return text

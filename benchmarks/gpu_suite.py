@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_cases import ENGINES, judge, masks
 from gpu_page import markdown
 from gpu_programs import answer, profile, ranks, sanitizer
+from gpu_states import states
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -419,7 +420,7 @@ def host(suite: Suite) -> None:
 # In this order unless asked for otherwise: what says most comes first.
 SECTIONS = {
     section.__name__: section
-    for section in (first, correctness, peak, speed, rings, host, sanitizer, profile, ranks)
+    for section in (first, correctness, peak, speed, rings, states, host, sanitizer, profile, ranks)
 }
 
 
@@ -451,6 +452,7 @@ def main() -> int:
     print(f"written: {options.to / name}.json and .md")
     verdicts = [row["right"] for row in suite.found.get("correctness", [])]
     verdicts += [row["passed"] for row in suite.found.get("ranks", [])]
+    verdicts += [row[x] for row in suite.found.get("states", []) for x in ("right", "same")]
     verdicts += [x[y] for x in suite.found.get("first", {}).values() for y in ("right", "same")]
     return int(not verdicts or not all(verdicts))
 

@@ -47,6 +47,7 @@ def test_rehearsal(tmp_path):
     contenders = {who for row in found["speed"] for who in row["tflops"]}
     assert contenders == {"triton", "flash", "cudnn", "flex"}
     assert found["first"]["triton"]["same"] and len(found["host"]) == 3
+    assert len(found["states"]) == 4 and all(x["right"] and x["same"] for x in found["states"])
     assert {row["pass"] for row in found["speed"]} == {"forward", "backward"}
     page = file.with_suffix(".md").read_text()
     assert "no number here means anything" in page and "| cudnn |" in page
