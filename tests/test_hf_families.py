@@ -5,10 +5,16 @@ import dataclasses
 import importlib.util
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import ringattn as ra
 from ringattn.execution.carriers import VirtualRank, VirtualWorld
@@ -92,31 +98,49 @@ def test_modules_have_their_own_methods_back():
     assert "on_segments" not in repr(vars(sys.modules[type(inside[0]).__module__]).values())
 
 
-def test_checkpointing_keeps_states_right_or_is_refused():
-    """Where a layer attends it notices a recomputation with a later plan; where none does nothing
-    would."""
+@pytest.mark.parametrize("name", ["bamba", "mamba2"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_states_is_right_inside_and_refused_elsewhere(name, reentrant):
+    """Also where no attention, which would notice, is computed again: a backward after the split,
+    or inside of a later one whose documents are others."""
+    family = COVERED[name]
+    model = families.make(family, "ringattn")
+    each = [families.whole(family, lengths) for lengths in ([20, 28], [30, 18])]
+    plans = [make_plans(model, mask, "zigzag", world=2) for _, _, mask in each]
 
-    def grads(name, again):
-        family = COVERED[name]
-        model = families.make(family, "ringattn")
-        tokens, _, mask = families.whole(family, [20, 25])
-        plans = make_plans(model, mask, "zigzag", world=2)
-
+    def grads(how, again=True):
         def work(rank):
             own = copy.deepcopy(model).train()
             if again:
-                own.gradient_checkpointing_enable({"use_reentrant": False})
-            with split_sequence(own, plans, rank):
-                batch = local_batch(plans, rank.rank, tokens)
-                own(**batch, num_items_in_batch=43).loss.backward()
-            return [p.grad for p in own.parameters() if p.grad is not None]
+                kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+                apply_activation_checkpointing(
+                    own,
+                    checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=kind),
+                    check_fn=lambda m: type(m).__name__ in ("BambaMixer", "Mamba2Mixer"),
+                )
+            return steps(own, rank, how)
 
         return VirtualWorld(2, 60).run(work)
 
-    for plain, kept in zip(grads("bamba", False), grads("bamba", True), strict=True):
+    def steps(own, rank, how):
+        batches = [local_batch(p, rank.rank, x) for p, (x, _, _) in zip(plans, each, strict=True)]
+        with split_sequence(own, plans[0], rank):
+            loss = own(**batches[0], num_items_in_batch=46).loss
+            if how == "inside":
+                loss.backward()
+        if how == "outside":
+            loss.backward()
+        if how == "later":
+            with split_sequence(own, plans[1], rank):
+                (loss + own(**batches[1], num_items_in_batch=46).loss).backward()
+        return [p.grad for p in own.parameters() if p.grad is not None]
+
+    for plain, kept in zip(grads("inside", again=False), grads("inside"), strict=True):
         assert all(map(torch.equal, plain, kept))
-    with pytest.raises(RuntimeError, match="no layer attends"):
-        grads("mamba2", True)
+    for how in ("outside", "later"):
+        with pytest.raises(RuntimeError, match="computed again in a backward"):
+            grads(how)
+        grads(how, again=False)  # nothing is computed again
 
 
 @pytest.mark.parametrize("name", ["bamba", "qwen3-next", "jamba", "lfm2", "minimax"])

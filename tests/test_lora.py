@@ -169,10 +169,14 @@ def test_a_fingerprint_sees_any_training_of_a_large_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     from safetensors.torch import save_file
 
-    weights = {"a": torch.randn(700, 1000), "b": torch.randn(3)}
+    weights = {"a": torch.randn(700, 1000), **{f"norm{i}": torch.randn(3) for i in range(20)}}
     save_file(weights, tmp_path / "model.safetensors")
     before = fingerprint(tmp_path)
     assert fingerprint(tmp_path) == before
+    new = weights["a"].clone()
+    new[-1] *= 2  # a token that was added
+    save_file(weights | {"a": new}, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before
     for name in weights:
         save_file(weights | {name: weights[name] * 1.0001}, tmp_path / "model.safetensors")
         assert fingerprint(tmp_path) != before

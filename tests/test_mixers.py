@@ -356,6 +356,29 @@ def test_normalised_linear_attention_is_a_weighted_mean():
         assert float((out[0, :, 0] - want).norm() / want.norm()) < tolerance
 
 
+def test_every_rank_takes_part_where_only_the_initial_state_is_trained():
+    layout = ra.layouts.contiguous(20, 2)
+    segments = ra.make_segments(ra.masks.causal(20), layout)
+    found = _qkv(torch.Generator().manual_seed(0), 20, "scalar")
+    want = found["initial"].clone().requires_grad_()
+    plain = [found[x] for x in ("q", "k", "v", "decay")]
+    naive.recurrence(*plain, None, want).square().sum().backward()
+
+    def work(rank):
+        initial = found["initial"].float().requires_grad_()
+        own = [layout.shard(x, rank.rank).float() for x in plain]
+        out = linear(*own, segments=segments, group=rank, scale=1.0, initial=initial)
+        out.square().sum().backward()
+        return initial.grad
+
+    assert _apart(sum(VirtualWorld(2, 60).run(work)), want.grad) < 1e-5
+
+
+def test_a_convolution_in_half_precision_with_weights_in_float32():
+    x = torch.randn(1, 8, 3).bfloat16()
+    assert conv(x, torch.randn(3, 2), torch.randn(3), segments=_one()).dtype == torch.bfloat16
+
+
 def test_half_precision_has_states_in_float32():
     layout, draw = ra.layouts.contiguous(512, 2), torch.Generator().manual_seed(0)
     inputs = _qkv(draw, 512, "scalar")

@@ -58,6 +58,11 @@ def probe_gathering(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[nn.M
                      "rounds of gathering")  # fmt: skip
 
 
+def found_in(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` that a probe has found."""
+    return list(_FOUND.get(model, {}))
+
+
 def install_found(model: nn.Module) -> None:
     """Lets the modules that a probe has found in ``model`` compute on whole documents again."""
     for module, tokens in _FOUND.get(model, {}).items():

@@ -12,7 +12,8 @@ mixes tokens besides is found by the probe (:mod:`ringattn.hf.coverage`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
 from ringattn.execution.carriers import VirtualRank, VirtualWorld
@@ -275,15 +277,75 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
     return on_segments
 
 
+# The splits of the forwards whose gradients have arrived, by torch's number of a running backward.
+_RUNNING: dict[int, list[Split]] = {}
+
+
+def follow_backward(
+    model: nn.Module, split: Split, out: Any, more: Callable[[], Iterable[nn.Module]]
+) -> None:
+    """Of a forward inside of ``split`` that gave ``out``: lets :func:`check_recomputed` know when
+    its backward runs. ``more``: modules beside those of :func:`exchange` that must not be computed
+    again after the split."""
+    if not torch.is_grad_enabled():
+        return
+    known = weakref.ref(model)
+
+    def arrived(_: torch.Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        splits = _RUNNING.setdefault(task, [])
+        if any(one is split for one in splits):
+            return
+        finish = torch.autograd.Variable._execution_engine.queue_callback
+        if not splits:
+            finish(lambda: _RUNNING.pop(task, None))
+        splits.append(split)
+        inside = known()
+        if inside is not None and not hasattr(inside, HERE):
+            undo = [_closed(module) for module in {*_with_mixers(inside), *more()}]
+            finish(lambda: [action() for action in undo])
+
+    for x in tree_leaves(_opened(out)):
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            x.register_hook(arrived)
+
+
+def _closed(module: nn.Module) -> Callable[[], None]:
+    """Until the action that is returned the module is not to be computed."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(_LATE.format(type(module).__name__))
+
+    if "forward" in module.__dict__:
+        return lambda: None
+    module.__dict__["forward"] = refuse
+    return lambda: module.__dict__.pop("forward", None)
+
+
+def _with_mixers(model: nn.Module) -> set[nn.Module]:
+    return {module for module, _, _ in _methods_of(model)}
+
+
+def _opened(tree: Any) -> Any:
+    """Outputs of transformers are mappings that torch's trees may not know."""
+    return list(tree.values()) if isinstance(tree, dict) else tree
+
+
+_LATE = (
+    "{} is computed again in a backward (gradient checkpointing) that is not that of a forward of "
+    "this split_sequence: the backward of a forward belongs inside its own, before the next one"
+)
+
+
 def check_recomputed(module: nn.Module, split: Split) -> None:
-    """Raises RuntimeError where a module is computed again in the backward of a model in which no
-    layer attends: only attention notices that the split is that of a later forward."""
-    unseen = split.probe is None and not split.of and not split.attends
-    if unseen and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            f"{type(module).__name__} is computed again in the backward (gradient checkpointing): "
-            "not covered for models in which no layer attends"
-        )
+    """Raises RuntimeError where a module is computed again in a backward that is not, or not alone,
+    that of a forward inside of ``split``."""
+    task = torch._C._current_graph_task_id()
+    if task == -1 or split.probe is not None or split.attends is not None:
+        return
+    running = _RUNNING.get(task, [])
+    if len(running) != 1 or running[0] is not split:
+        raise RuntimeError(_LATE.format(type(module).__name__))
 
 
 def _where(split: Split, tokens: int) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from ringattn.hf import agree, router
 from ringattn.hf.attention import HERE, Layer, Split
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import NotCovered, language_model, probe, takes
-from ringattn.hf.gathered import install_found, probe_gathering, remove_found
+from ringattn.hf.gathered import found_in, install_found, probe_gathering, remove_found
 from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
 from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign, check_segments, text_config
+from ringattn.hf.mixers import follow_backward
 from ringattn.hf.proof import compare
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
@@ -75,7 +76,7 @@ def split_sequence(
     before = partial(_before, check=check)
     handles = [
         inside.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        inside.register_forward_hook(_router),
+        inside.register_forward_hook(_after),
     ]
     for module in filter(follows_length, inside.modules()):
         handles += follow_length(module)
@@ -217,8 +218,10 @@ def _together(split: Split, action: Callable[[], None], alike: Sequence[int] = (
             )
 
 
-def _router(model: nn.Module, args: tuple, out: Any) -> None:
+def _after(model: nn.Module, args: tuple, out: Any) -> None:
     split: Split = getattr(model, HERE)
+    if split.probe is None and not split.checking:
+        follow_backward(model, split, out, partial(found_in, model))
     whole = split.probe is not None or split.checking or split.any.world == 1
     if not whole and isinstance(getattr(out, "aux_loss", None), torch.Tensor):
         router.over_all_tokens(model, out, connect(split.group))

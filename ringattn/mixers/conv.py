@@ -49,6 +49,7 @@ def conv(
     x_all = torch.cat([x, _Halo.apply(x, halo, comm)], 1) if halo.sends or halo.recvs else x
     x_all = torch.cat([x_all, x_all.new_zeros(x.shape[0], 1, x.shape[2])], 1)
     laid = F.pad(x_all[:, rows].mT, (width - 1, 0))
+    bias = None if bias is None else bias.to(x.dtype)
     out = F.conv1d(laid, weight[:, None].to(x.dtype), bias, groups=x.shape[2])
     return out.mT[:, keep].to(x.dtype)
 

@@ -47,12 +47,13 @@ def linear(
 
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
-    if normalize:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        if initial is not None:
-            raise ValueError("linear: initial and normalize do not go together")
-    out = _mix(q, k, v, decay, None, segments, group, scale, initial, chunk)
-    return (out[..., :-1].float() / out[..., -1:].float()).to(v.dtype) if normalize else out
+    if not normalize:
+        return _mix(q, k, v, decay, None, segments, group, scale, initial, chunk)
+    if initial is not None:
+        raise ValueError("linear: initial and normalize do not go together")
+    both = torch.cat([v.float(), v.new_ones(*v.shape[:3], 1, dtype=torch.float32)], -1)
+    out = _mix(q, k, both, decay, None, segments, group, scale, None, chunk)
+    return (out[..., :-1] / out[..., -1:]).to(v.dtype)
 
 
 def delta(
@@ -212,7 +213,7 @@ def first_of_pieces(
     first = first_states(
         torch.stack([through[segment.number] for segment in own]),
         torch.stack([added[segment.number] for segment in own]),
-        addend,
+        addend if initial is None else addend + 0.0 * begin,
         segments,
         comm,
     )

@@ -47,7 +47,7 @@ def scan(
     if not tokens:
         return nothing(x, dt, A, B, C)
     chunks = chunks_of(segments, comm.rank, chunk, x.device)
-    dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt * x)[:, :, None])
+    dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt.float() * x.float())[:, :, None])
     B, C = chunks.cut(B[:, :, None]), chunks.cut(C[:, :, None])
     # [chunks, batch, channels, size, state]
     log = (dt.mT[:, :, 0, :, :, None] * A[:, None].float()).double()
