@@ -67,7 +67,9 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
         if p.dim() > 1 and (p is not table.weight or head.weight is table.weight):
             routed = ".experts." in name and experts and chosen
             active += p.numel() * chosen // experts if routed else p.numel()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise NotCovered(f"{type(model).__name__}: its config names no attention heads")
     return {
         "dim": text.hidden_size,
         "layers": text.num_hidden_layers,
