@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ringattn.batches import IGNORED
 from ringattn.hf.attention import HERE, Layer, Probe, Split
 from ringattn.hf.inside import installed
-from ringattn.hf.mixers import has_mixers
+from ringattn.hf.mixers import has_mixers, opened
 
 TOKENS = 13  # of a probe: no size of a model, so that the axis of tokens is known
 # All tokens alike or not, which one changes, and to how many others: where all are alike they
@@ -254,7 +254,7 @@ def _by_token(tree: Any) -> _Rows:
     change.
     """
     rows = []
-    for x in tree_leaves(_opened(tree)):
+    for x in tree_leaves(opened(tree)):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             continue
         if x.dim() > 1 and x.shape[:2] == (1, TOKENS):
@@ -264,13 +264,6 @@ def _by_token(tree: Any) -> _Rows:
     return [
         (x.float().cpu(), (64 if x.itemsize > 2 else 4) * torch.finfo(x.dtype).eps) for x in rows
     ]
-
-
-def _opened(tree: Any) -> Any:
-    """Outputs of transformers are mappings that torch's trees may not know."""
-    if isinstance(tree, dict):
-        return [_opened(x) for x in tree.values()]
-    return [_opened(x) for x in tree] if isinstance(tree, (tuple, list)) else tree
 
 
 def _leaks(first: dict, second: dict, token: int) -> dict[str, int]:

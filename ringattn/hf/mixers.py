@@ -165,7 +165,7 @@ def exchange(model: nn.Module) -> list[Callable[[], None]]:
     compute it on segments, while they are inside of a split; what is to be called afterwards."""
     undo = []
     for module, name, function in _methods_of(model):
-        if name in module.__dict__:
+        if name in module.__dict__ and not hasattr(module.__dict__[name], "closed"):
             continue  # somebody else's: the probe then finds what it does
         if function in METHODS.values():
             module.__dict__[name] = MethodType(function, module)
@@ -305,20 +305,24 @@ def follow_backward(
             undo = [_closed(module) for module in {*_with_mixers(inside), *more()}]
             finish(lambda: [action() for action in undo])
 
-    for x in tree_leaves(_opened(out)):
+    for x in tree_leaves(opened(out)):
         if isinstance(x, torch.Tensor) and x.requires_grad:
             x.register_hook(arrived)
 
 
 def _closed(module: nn.Module) -> Callable[[], None]:
-    """Until the action that is returned the module is not to be computed."""
+    """Until the action that is returned the module is not to be computed in a backward. (An error
+    there keeps the action from being called: nothing else may change.)"""
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:
+            return type(module).forward(module, *args, **kwargs)
         raise RuntimeError(_LATE.format(type(module).__name__))
 
     if "forward" in module.__dict__:
         return lambda: None
-    module.__dict__["forward"] = refuse
+    forward.closed = True
+    module.__dict__["forward"] = forward
     return lambda: module.__dict__.pop("forward", None)
 
 
@@ -326,9 +330,11 @@ def _with_mixers(model: nn.Module) -> set[nn.Module]:
     return {module for module, _, _ in _methods_of(model)}
 
 
-def _opened(tree: Any) -> Any:
+def opened(tree: Any) -> Any:
     """Outputs of transformers are mappings that torch's trees may not know."""
-    return list(tree.values()) if isinstance(tree, dict) else tree
+    if isinstance(tree, dict):
+        return [opened(x) for x in tree.values()]
+    return [opened(x) for x in tree] if isinstance(tree, (tuple, list)) else tree
 
 
 _LATE = (
