@@ -29,6 +29,7 @@ from ringattn.strategy import Strategy
 
 __all__ = [
     "IGNORED",
+    "Along",
     "Attend",
     "Attends",
     "Context",
@@ -41,7 +42,8 @@ __all__ = [
 ]
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Attends = Attend | Mapping[str, Attend]  # of all layers, or by kind of layer
+Along = Mapping[str, Any]  # what a state goes by: its segments, and the group
+Attends = Attend | Mapping[str, Attend | Along]  # of all layers, or by kind of layer
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ class Context:
 
     def attend(self, plans: Plan | LayerPlans, carrier: Any = None) -> Attends:
         """Attention over the split sequence as a function of local q, k, v: what layers call; of
-        LayerPlans, by kind of layer. ``carrier``: in place of the group, a carrier of
+        LayerPlans, by kind of layer, for those with a state what it goes by. ``carrier``: in place of the group, a carrier of
         :mod:`ringattn.comm` over it."""
         group = self.cp_group if carrier is None else carrier
         attend = partial(ring_attention, group=group, kernel=self.kernel)
         if isinstance(plans, Plan):
             return partial(attend, plan=plans)
-        return {kind: partial(attend, plan=plan) for kind, plan in plans.items()}
+        along = {
+            kind: {"segments": segments, "group": group}
+            for kind, segments in plans.segments.items()
+        }
+        return {kind: partial(attend, plan=plan) for kind, plan in plans.items()} | along
 
     def total(self, *values: float) -> list[float]:
         """Sums over all ranks of the world."""
@@ -146,6 +152,7 @@ def check_engaged(
     forward: Callable[[torch.Tensor, torch.Tensor, Attends], torch.Tensor],
     vocab_size: int,
     kinds: Sequence[str] = (ONE,),
+    states: Sequence[str] = (),
 ) -> None:
     """Proves with the real model and groups that tokens on one rank reach another, in the layers of
     each kind.
@@ -153,37 +160,52 @@ def check_engaged(
     ``forward(tokens, positions, attend)`` gives logits. The first token of a short sequence is
     changed; where in the layers of one kind every token attends itself and the first, every later
     logit must move, and where each attends itself only, none may. Two keys a row keep the effect
-    far above rounding, however many ranks there are. Raises RuntimeError on all ranks when the
-    model ignores the plan.
+    far above rounding, however many ranks there are. Of ``states``, kinds that carry one, documents
+    are of two tokens that lie across segments: where all first ones are changed, the second ones
+    must move, however fast the state decays. Raises RuntimeError on all ranks when the model
+    ignores the plan.
     """
     n = 4 * context.cp
     alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
-    for kind in (*kinds, None):
-        reaches = kind is not None
+    pairs = [1, *[2] * (n // 2 - 1), 1]
+    for kind in (*kinds, *states, None):
         each = dict.fromkeys(kinds, alone)
-        if reaches:
+        along: dict[str, Sequence[int]] = dict.fromkeys(states, [1] * n)
+        changed, reached = torch.arange(n) == 0, torch.zeros(n, dtype=torch.bool)
+        if kind in kinds:
             each[kind] = alone | masks.sinks(n, 1)
-        plans = strategy.plans(each, kinds)
+            reached = torch.arange(n) > 0
+        elif kind in states:
+            along[kind] = pairs
+            changed = torch.arange(n) % 2 == 1
+            changed[-1] = False
+            reached = changed.roll(1)
+        plans = strategy.plans(each, (*kinds, *states), along)
         own = torch.from_numpy(plans.layout.positions(context.cp_rank)).to(context.device)
+        changed, reached = changed.to(context.device), reached.to(context.device)
         logits = []
         for first in (1, 2):
             tokens = torch.arange(n, device=context.device) % vocab_size
-            tokens[0] = first
+            tokens[changed] = first
             with torch.no_grad():
                 logits.append(forward(tokens[own][None], own, context.attend(plans)))
         apart = (logits[0].float() - logits[1].float()).abs().amax(-1)[0]
         # Experts that get other tokens beside its own may round a token otherwise.
         noise = (64 if logits[0].itemsize > 2 else 4) * torch.finfo(logits[0].dtype).eps
         largest = logits[0].float().abs().max() if len(own) else 0.0
-        moved = apart > (0.0 if reaches else noise * largest)
-        wrong = (moved != reaches) & (own > 0)
+        should = reached[own]
+        moved = torch.where(should, apart > 0, apart > noise * largest)
+        wrong = (moved != should) & ~changed[own]
         if context.total(float(wrong.sum()))[0]:
+            several = len(kinds) + len(states) > 1
             raise RuntimeError(
                 "self-check failed: with "
-                + ("a first token that all attend"
-                   + (f" in the layers of kind {kind}" if len(kinds) > 1 else "")
-                   + ", it does not reach every later one"
-                   if reaches else "separate documents the first token leaks into later ones")
+                + ("separate documents the first token leaks into later ones" if kind is None
+                   else f"documents of two tokens in the layers of kind {kind}, first ones do not "
+                   "reach second ones, and those alone" if kind in states
+                   else "a first token that all attend"
+                   + (f" in the layers of kind {kind}" if several else "")
+                   + ", it does not reach every later one")
                 + "; the model does not use the attention it is given"
             )  # fmt: skip
 

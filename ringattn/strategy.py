@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ringattn.cost import Hardware
-from ringattn.make import make_plan
+from ringattn.make import make_plan, make_segments
 from ringattn.planning import layouts
-from ringattn.planning.layer_plans import NONE, LayerPlans
+from ringattn.planning import masks as planning_masks
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
@@ -49,20 +50,37 @@ class Strategy:
             hardware=self.hardware,
         )
 
-    def plans(self, masks: Mapping[str, Mask], layers: Sequence[str]) -> LayerPlans:
+    def plans(
+        self,
+        masks: Mapping[str, Mask],
+        layers: Sequence[str],
+        states: Mapping[str, Sequence[int]] | None = None,
+    ) -> LayerPlans:
         """The plans of a model whose ``layers`` are of these kinds (NONE: without attention), on
-        one layout: balanced for the sum over the layers. "auto" chooses for each kind."""
-        each = [masks[kind] for kind in layers if kind != NONE]
+        one layout: balanced for the sum over the layers. "auto" chooses for each kind. ``states``:
+        of kinds that carry a state, the lengths of the documents.
+
+        Raises ValueError for states and a striped layout."""
+        states = states or {}
+        each = [masks[kind] for kind in layers if kind in masks]
+        if not each:  # every token is as much work
+            each = [planning_masks.sliding_window(sum(next(iter(states.values()))), 1)]
         layout = layouts.build(self.layout, each, self.cp)
         usual = (self.schedule, self.ulysses)
         plans = {
             kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))
             for kind, mask in masks.items()
         }
-        return LayerPlans(plans, layers)
+        segments = {
+            kind: make_segments(planning_masks.documents(lengths), layout)
+            for kind, lengths in states.items()
+        }
+        return LayerPlans(plans, layers, segments=segments)
 
     def like(self, plans: LayerPlans) -> Strategy:
         """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
         by_kind = {kind: (plan.schedule, plan.ulysses) for kind, plan in plans.items()}
+        if not by_kind:
+            return self
         one = plans.heaviest
         return replace(self, schedule=one.schedule, by_kind=by_kind, ulysses=one.ulysses)

@@ -193,7 +193,7 @@ def _facts(
         "ranks": world,
         "hardware": hardware.name,
         "source": hardware.source,
-        "parameters": run.model.parameters,
+        "parameters": run.sizes.parameters,
         "ranked": [_row(split, run, keys) for split in ranked],
     }
     if answer is None:
@@ -256,7 +256,7 @@ def _print(answer: Answer, run: TrainingRun, world: int, hardware: Any, keys: li
 
     console = wide_console()
     console.print(
-        f"{run.model.parameters / 1e9:.2f} B parameters, {run.seq_len:,} tokens a sequence, "
+        f"{run.sizes.parameters / 1e9:.2f} B parameters, {run.seq_len:,} tokens a sequence, "
         f"{world} x {hardware.name} ({hardware.source})",
         soft_wrap=True,
     )

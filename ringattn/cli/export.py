@@ -72,6 +72,11 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
         raise ValueError(f"lora=adapters: {path} has none")
     if not unchanged:
         attention = Attention(**manifest.attention)
+        for kind, mixer in attention.mixers.items():
+            raise ValueError(
+                f"attention.kinds.{kind}: a {mixer.mixer} of this decoder has no place in a "
+                "Hugging Face config"
+            )
         kinds = attention.layers(manifest.model["layers"])
         masks = [attention.texts[kind] for kind in kinds]
         hf_config.family_of(manifest.model, masks)  # raises before anything is written

@@ -6,7 +6,7 @@ memory of a whole training step. ``step``: its seconds. ``search``: the best spl
 """
 
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import AttentionShape, Bytes, lower_bound, received
+from ringattn.cost.layer import AttentionShape, Bytes, lower_bound, received, received_states
 from ringattn.cost.timeline import Timeline, sample, simulate
 from ringattn.planning.buffers import Buffers, buffers
 
@@ -19,6 +19,7 @@ __all__ = [
     "buffers",
     "lower_bound",
     "received",
+    "received_states",
     "sample",
     "simulate",
 ]

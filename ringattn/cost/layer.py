@@ -8,12 +8,13 @@ elements of its head share; gradients of K/V rows travel as float32. A pair cost
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ringattn.planning.head_split import HeadSplit
 
 if TYPE_CHECKING:
     from ringattn.planning.plan import Plan
+    from ringattn.planning.segments import Segments
 
 BACKWARD = 2.5  # matrix products of the backward, in forwards
 _STATE_BYTES = 4  # partial states and K/V gradients are float32
@@ -67,6 +68,30 @@ def received(plan: Plan, rank: int, shape: AttentionShape) -> Bytes:
         forward += into.forward + back.forward
         backward += into.backward + back.backward
     return Bytes(forward, backward)
+
+
+class MixerShape(Protocol):
+    """Of one layer with a state: :class:`ringattn.models.mixer_config.Mixer`."""
+
+    conv: int
+    channels: int
+    summary: tuple[int, int]
+
+
+def received_states(
+    segments: Segments, rank: int, mixer: MixerShape, itemsize: int, batch: int = 1
+) -> Bytes:
+    """Bytes that ``rank`` receives for one layer with a state: the summaries of segments, and the
+    tokens before them that its convolution needs, ``itemsize`` bytes an element."""
+    halo = segments.halo(rank, mixer.conv - 1)
+    row = batch * mixer.channels * itemsize
+    forward, backward = (0, 0)
+    if any(mixer.summary):
+        forward, backward = segments.received(rank, *(batch * size for size in mixer.summary))
+    return Bytes(
+        forward + sum(halo.recvs.values()) * row,
+        backward + sum(len(run) for rows in halo.sends.values() for run in rows) * row,
+    )
 
 
 def state_bytes(shape: AttentionShape) -> int:

@@ -4,8 +4,27 @@ bytes held. Attention's own exchanges are in ``layer`` and ``timeline``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+
+
+class Mixing(Protocol):
+    """What a layer has in place of attention: :class:`ringattn.models.mixer_config.Mixer`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    conv: int
+    channels: int
+    flops: float
+    summary: tuple[int, int]
+
+    def matmul_parameters(self, dim: int) -> int: ...
+
+    def chunk_flops(self) -> float: ...
+
+    def kept(self, wide: int) -> int: ...
 
 
 class Sizes(Protocol):
@@ -19,6 +38,12 @@ class Sizes(Protocol):
     ffn_dim: int
     vocab_size: int
     tied: bool
+
+    @property
+    def mixed(self) -> Mapping[Mixing, int]: ...
+
+    @property
+    def attending(self) -> int: ...
 
     @property
     def block_norms(self) -> int: ...
@@ -122,18 +147,23 @@ def step_flops(model: Sizes, tokens: int, area: float) -> float:
     layer, on the mean: what MFU counts.
 
     6 per matmul parameter and token, 4 of those that are frozen; 12 * area * heads * head_dim per
-    layer for attention (two products forward, four backward). Recomputed work does not count.
+    layer for attention (two products forward, four backward), three times the forward's of a state
+    (see :attr:`ringattn.models.mixer_config.Mixer.flops`). Recomputed work does not count.
     """
     trained = min(model.trained, model.matmul_parameters)
-    return (4 * model.matmul_parameters + 2 * trained) * tokens + (
+    states = 3 * sum(count * mixer.flops for mixer, count in model.mixed.items())
+    return (4 * model.matmul_parameters + 2 * trained + states) * tokens + (
         12 * area * model.layers * model.heads * model.head_dim
     )
 
 
 def block_parameters(model: Sizes) -> tuple[int, int]:
-    """Matrix parameters of a block: (attention's projections, feed-forward)."""
+    """Matrix parameters of a block: (projections of attention or of a mixer, on the mean over the
+    blocks; feed-forward)."""
     attention = 2 * model.dim * model.head_dim * (model.heads + model.kv_heads)
-    return attention, 3 * model.dim * model.ffn_dim
+    mixers = sum(n * mixer.matmul_parameters(model.dim) for mixer, n in model.mixed.items())
+    mean = (model.attending * attention + mixers) // model.layers
+    return mean, 3 * model.dim * model.ffn_dim
 
 
 def product_flops(model: Sizes, setup: Setup, tokens: int) -> dict[str, float]:
@@ -158,6 +188,10 @@ def product_flops(model: Sizes, setup: Setup, tokens: int) -> dict[str, float]:
         "head and loss": each * tokens * model.dim * model.vocab_size,
         "recomputed": 2.0 * tokens * model.layers * again,
     }
+    if model.mixed:
+        passes = 4 if memory.checkpoint else 3
+        chunks = sum(count * mixer.chunk_flops() for mixer, count in model.mixed.items())
+        parts["states"] = passes * tokens * chunks
     return parts | ({"adapters": 6.0 * tokens * model.trained} if frozen else {})
 
 
@@ -167,16 +201,19 @@ def elementwise_bytes(model: Sizes, setup: Setup, tokens: int) -> float:
     reading and writing all its elements once; the backward twice the forward's."""
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     width = 6 + 2 * model.block_norms
-    block = (width * model.dim + 8 * (q + kv) + 5 * model.ffn_dim) * setup.wide
+    blocks = model.layers * (width * model.dim + 5 * model.ffn_dim) * setup.wide
+    blocks += model.attending * 8 * (q + kv) * setup.wide
+    # What a mixer keeps it has written once, and reads and writes about as often again.
+    blocks += 2 * sum(count * mixer.kept(setup.wide) for mixer, count in model.mixed.items())
     passes = 4 if setup.memory.checkpoint else 3
     outside = 9 * model.dim * setup.wide + 12 * model.vocab_size * 4
-    return float(tokens) * (passes * model.layers * block + outside)
+    return float(tokens) * (passes * blocks + outside)
 
 
 def operators(model: Sizes, setup: Setup) -> int:
     """Operators of a micro-step, roughly: what a device that is not fed ahead waits for."""
     passes = 4 if setup.memory.checkpoint else 3
-    return 40 * passes * model.layers + 100
+    return 40 * passes * model.attending + 150 * passes * sum(model.mixed.values()) + 100
 
 
 @dataclass(frozen=True)
@@ -203,13 +240,15 @@ def footprint(
     :func:`ringattn.cost.buffers`. Without the framework's own share, and the copy that a checkpoint
     is written from (12 bytes a parameter of this rank, in host memory)."""
     wide, memory = setup.wide, setup.memory
-    states = setup.engine.states(model, wide, setup.world, setup.cp)
+    weights = setup.engine.states(model, wide, setup.world, setup.cp)
     tiled = memory.tiled(tokens)
     # A fused norm keeps its input and its output; the CPU's also what lies between.
     norm = 2 if setup.device == "cuda" else 3
-    kept = block_kept(model, wide, memory.checkpoint, tiled, norm) * model.layers
+    kept = block_kept(model, wide, memory.checkpoint, tiled, norm) * model.attending
+    for mixer, count in model.mixed.items():
+        kept += count * mixed_kept(model, mixer, wide, memory.checkpoint, tiled, norm)
     if setup.ulysses > 1 and memory.checkpoint:  # q, k, v, out too, as exchanged: once is enough
-        kept += model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * wide
+        kept += model.attending * 2 * (model.heads + model.kv_heads) * model.head_dim * wide
     # The backward of a block, which is computed again before if it is not kept. First its
     # feed-forward, when all of the block is there, and gradients of the model's width...
     q, kv = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
@@ -217,6 +256,11 @@ def footprint(
     if memory.checkpoint:
         again = block_kept(model, wide, False, tiled, norm) - block_kept(model, wide, True)
         feed_forward += again * tokens
+    # Of a block with a state, all of it is there then; its gradients are as large.
+    states = [mixer.kept(wide) for mixer in model.mixed]
+    if memory.checkpoint and states:
+        of_attention = wide * (2 * q + kv) + 4 * model.heads
+        feed_forward += max(0, max(states) - of_attention) * tokens
     if tiled:
         feed_forward += 4 * model.ffn_dim * wide * memory.ffn_tile
     # ... then attention, when the feed-forward's are gone: gradients of out and of the model's
@@ -239,17 +283,19 @@ def footprint(
     logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
     gathered += wide * setup.engine.bucket(model)
     moments = {
-        "attention": attention + gathered,
+        **({"states": max(states) * tokens * (2 if memory.checkpoint else 1) + gathered}
+           if states else {}),
+        "attention": (attention if model.attending else 0) + gathered,
         "feed-forward": feed_forward + gathered,
         "loss": logits + gathered,
     }
     return Footprint(
-        int(sum(states.device.values())),
+        int(sum(weights.device.values())),
         int((kept + tail) * tokens),
         int(max(moments.values())),
-        int(states.host + offloaded * tokens),
+        int(weights.host + offloaded * tokens),
         int(offloaded * tokens),
-        {name: int(size) for name, size in states.device.items()},
+        {name: int(size) for name, size in weights.device.items()},
         {name: int(size) for name, size in moments.items()},
     )
 
@@ -268,3 +314,15 @@ def block_kept(
     each = norm * model.dim * model.block_norms // 2  # of attention's and of the feed-forward's
     ffn = model.dim if tiled else each + 4 * model.ffn_dim
     return (each + q + 2 * kv + ffn) * wide + result
+
+
+def mixed_kept(
+    model: Sizes, mixer: Mixing, wide: int, checkpoint: bool, tiled: bool = False, norm: int = 2
+) -> int:
+    """The same of a block with a state: with checkpointing its input alone, since its mixer is
+    computed again."""
+    if checkpoint:
+        return model.dim * wide
+    each = norm * model.dim * model.block_norms // 2
+    ffn = model.dim if tiled else each + 4 * model.ffn_dim
+    return (each + ffn) * wide + mixer.kept(wide)

@@ -48,7 +48,7 @@ class Prediction:
 
     @property
     def exposed(self) -> float:
-        """Seconds in which a rank waits for attention's exchanges."""
+        """Seconds in which a rank waits for exchanges of attention and of states."""
         return self.parts["exposed exchange"]
 
     @property
@@ -111,9 +111,17 @@ class Prediction:
             layer = cost.received(plan, cost.sample(plan)[-1], self._shape)
             forward += count * layer.forward
             backward += count * layer.backward
+        states = [
+            cost.received_states(segments, self.plans.world - 1, mixer, self.setup.wide)
+            for kind, segments in self.plans.segments.items()
+            if (mixer := self.model.mixer_of(kind))
+            for _ in range(self.plans.states[kind])
+        ]
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
+            **({"states": float(sum(x.forward + x.backward for x in states) * accum)}
+               if states else {}),
             "weights gathered": traffic.gathered * accum,
             "gradients reduced": traffic.reduced * accum,
             "at the step's end": traffic.at_step,
@@ -162,6 +170,7 @@ class Layer:
     tokens: int
     kv_rows: int
     grad_rows: int
+    states: float = 0.0  # seconds of the exchanges of all layers with a state, which nothing hides
 
 
 def layer_of(
@@ -176,7 +185,30 @@ def layer_of(
         exposed += count / len(plans.layers) * line.exposed
         held += [cost.buffers(plans[kind].rank(rank)) for rank in ranks]
     tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
-    return Layer(compute, exposed, tokens, max(r.kv for r in held), max(r.grads for r in held))
+    rows = max((r.kv for r in held), default=0), max((r.grads for r in held), default=0)
+    return Layer(compute, exposed, tokens, *rows, exchange_of(model, setup, plans, hardware))
+
+
+def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardware) -> float:
+    """Seconds that the layers with a state exchange in a micro-step: their halos and summaries,
+    forward and backward, again where they are computed again; of the first and the last rank."""
+    if not plans.segments or plans.world == 1:
+        return 0.0
+    link = hardware.inter_node if plans.world > hardware.node_size else hardware.intra_node
+    total = 0.0
+    for kind, count in plans.states.items():
+        segments, mixer = plans.segments[kind], model.mixer_of(kind)
+        each = []
+        for rank in (0, plans.world - 1):
+            size = cost.received_states(segments, rank, mixer, setup.wide)
+            peers = len(segments.moves(rank)[1]), len(segments.moves(rank, True)[1])
+            forward, backward = (
+                float(link.seconds(s, 2 * n))
+                for s, n in zip((size.forward, size.backward), peers, strict=True)
+            )
+            each.append(forward * (2 if setup.memory.checkpoint else 1) + backward)
+        total += count * max(each)
+    return total
 
 
 def timeline_of(
@@ -205,7 +237,8 @@ def predict(
     if isinstance(plans, Plan):
         plans = LayerPlans.alike(plans, model.layers)
     if layer is None:
-        ranks = cost.sample(plans.heaviest) if ranks is None else ranks
+        if ranks is None:
+            ranks = cost.sample(plans.heaviest) if plans else []
         layer = layer_of(model, setup, plans, hardware, ranks)
     memory = footprint(model, setup, layer.tokens, layer.kv_rows, layer.grad_rows)
     return Prediction(
@@ -240,7 +273,7 @@ def _parts(
         "matrix products": products,
         "elementwise": elementwise + dispatch,
         "attention kernel": layer.compute * model.layers,
-        "exposed exchange": layer.exposed * model.layers,
+        "exposed exchange": layer.exposed * model.layers + layer.states,
     }
     traffic = setup.traffic(model)
     crossing = setup.world > hardware.node_size

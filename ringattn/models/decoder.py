@@ -1,9 +1,10 @@
 """A decoder as in Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Olmo 3: RMSNorm, RoPE, grouped K/V
 heads, gated feed-forward, tied or untied head. Modules and weights have the names of their Hugging
-Face checkpoints.
+Face checkpoints. Kinds of layer may carry a state in place of attention: see
+:mod:`ringattn.models.mixer`.
 
-It knows nothing of ranks: it sees local tokens, their positions, and a function ``attend`` for each
-kind of layer.
+It knows nothing of ranks: it sees local tokens, their positions, and for each kind of layer a
+function ``attend``, or what a state goes by.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ringattn.context import Attend, Attends
+from ringattn.context import Along, Attend, Attends
 from ringattn.models import recompute
 from ringattn.models.loss import capped, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
+from ringattn.models.mixer import initial_mixer_weight, make_mixer
+from ringattn.models.mixer_config import Mixer
 from ringattn.models.rope import rotate, rotation
-from ringattn.models.sizes import ModelConfig
+from ringattn.models.sizes import MixedConfig, ModelConfig
 from ringattn.planning.layer_plans import ONE
 
 # The sum over supervised local tokens, that of each token, and whether its label is the likeliest.
@@ -103,25 +106,35 @@ _NORMS = {
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, memory: Memory) -> None:
+    def __init__(self, config: ModelConfig, memory: Memory, mixer: Mixer | None = None) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self.attends = memory, mixer is None
         self.places = _NORMS[config.norms]
         if self.places[0]:  # parameters in the order in which they are used
             self.add_module(self.places[0], _norm(config, config.dim))
-        self.self_attn = Attention(config)
+        if mixer is None:
+            self.self_attn = Attention(config)
+        else:
+            self.mixer = make_mixer(config, mixer)
         for name in filter(None, self.places[1:]):
             self.add_module(name, _norm(config, config.dim))
         self.mlp = FeedForward(config)
 
-    def forward(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, phases: torch.Tensor | None, attend: Attend | Along
+    ) -> torch.Tensor:
         return recompute.block(self.memory, partial(self._compute, phases=phases, attend=attend), x)
 
-    def _compute(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _compute(
+        self, x: torch.Tensor, phases: torch.Tensor | None, attend: Attend | Along
+    ) -> torch.Tensor:
         before, after, before_mlp, after_mlp = (
             getattr(self, name) if name else _unchanged for name in self.places
         )
-        x = x + after(self.self_attn(before(x), phases, attend))
+        if self.attends:
+            x = x + after(self.self_attn(before(x), phases, attend))
+        else:
+            x = x + after(self.mixer(before(x), attend))
         return recompute.tiles(self.memory, lambda t: t + after_mlp(self.mlp(before_mlp(t))), x)
 
 
@@ -159,7 +172,7 @@ class Decoder(nn.Module):
     :meth:`ringattn.context.Context.attend`).
 
     ``seed`` None leaves the weights as torch makes them: an engine fills in each rank's own.
-    ``kinds``: that of each layer, by default one.
+    ``kinds``: that of each layer; by default those of a :class:`MixedConfig`, or one.
     """
 
     def __init__(
@@ -171,9 +184,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.memory = config, memory or Memory()
+        kinds = config.kinds if kinds is None and isinstance(config, MixedConfig) else kinds
         self.kinds = (ONE,) * config.layers if kinds is None else tuple(kinds)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, self.memory) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            Block(config, self.memory, config.mixer_of(kind)) for kind in self.kinds
+        )
         self.norm = _norm(config, config.dim)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
         self.tie()
@@ -208,13 +224,14 @@ class Decoder(nn.Module):
         phases = {
             kind: rotation(positions, config.head_dim, config.rope_of(kind))
             for kind in dict.fromkeys(self.kinds)
+            if config.mixer_of(kind) is None
         }
         x = self.embed_tokens(tokens)
         if config.embed_scale:
             x = x * torch.tensor(config.dim**0.5, dtype=x.dtype)  # rounded as its weights are
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             own = attend[kind] if isinstance(attend, Mapping) else attend
-            x = layer(x, phases[kind], own)
+            x = layer(x, phases.get(kind), own)
         return self.lm_head(self.norm(x), labels, self.memory, config.logit_softcap)
 
 
@@ -231,11 +248,14 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: torch.Size)
     Normal with deviation 0.02; projections into the residual stream are scaled down by the square
     root of their number (GPT-2). Norms are 1, biases and sinks 0.
     """
-    if len(shape) < 2:
-        zero = config.norm_offset or name.endswith(("bias", "sinks"))
-        return torch.zeros(shape) if zero else torch.ones(shape)
     number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
     generator = torch.Generator().manual_seed(number)
+    if ".mixer." in name and (own := initial_mixer_weight(name, shape, generator)) is not None:
+        return own
+    if len(shape) < 2:
+        zero = config.norm_offset and not name.endswith("out_norm.weight")
+        zero |= name.endswith(("bias", "sinks"))
+        return torch.zeros(shape) if zero else torch.ones(shape)
     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = 0.02 / (2 * config.layers) ** 0.5 if into_residual else 0.02
     return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

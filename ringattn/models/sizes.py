@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ringattn.models.mixer_config import Mixer
 from ringattn.models.rope_config import RopeConfig
 from ringattn.typed import Count, Flag, Positive, Text, Words, settings
 
@@ -79,6 +81,20 @@ class ModelConfig:
         """That of a kind of layer."""
         return (self.rope_kinds or {}).get(kind, self.rope)
 
+    def mixer_of(self, kind: str) -> Mixer | None:
+        """What a kind of layer has in place of attention; None: it attends."""
+        return None
+
+    @property
+    def mixed(self) -> dict[Mixer, int]:
+        """How many layers have which mixer in place of attention."""
+        return {}
+
+    @property
+    def attending(self) -> int:
+        """Layers with attention."""
+        return self.layers - sum(self.mixed.values())
+
     @property
     def block_norms(self) -> int:
         """RMSNorms of the model's width in a block."""
@@ -88,7 +104,9 @@ class ModelConfig:
     def matmul_parameters(self) -> int:
         """Parameters that multiply every token: with the head, without the embedding look-up."""
         attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
+        mixers = sum(n * mixer.matmul_parameters(self.dim) for mixer, n in self.mixed.items())
+        ffn = self.layers * 3 * self.dim * self.ffn_dim
+        return self.attending * attention + mixers + ffn + self.dim * self.vocab_size
 
     @property
     def trained(self) -> int:
@@ -99,9 +117,30 @@ class ModelConfig:
     def parameters(self) -> int:
         """All parameters."""
         extra = 0 if self.tied else self.dim * self.vocab_size
-        per_layer = self.block_norms * self.dim
-        per_layer += self.heads if self.sinks else 0
+        per_layer = self.heads if self.sinks else 0
         per_layer += self.head_dim * (self.heads + self.kv_heads) if self.qk_norm_whole else 0
         per_layer += self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         per_layer += 2 * self.head_dim if self.qk_norm else 0
-        return self.matmul_parameters + extra + self.layers * per_layer + self.dim
+        extra += (self.block_norms * self.layers + 1) * self.dim + self.attending * per_layer
+        for mixer, n in self.mixed.items():
+            extra += n * (mixer.parameters(self.dim) - mixer.matmul_parameters(self.dim))
+        return self.matmul_parameters + extra
+
+
+@settings
+class MixedConfig(ModelConfig):
+    """A decoder of which some layers carry a state in place of attention."""
+
+    kinds: tuple[Text, ...]
+    """That of each layer."""
+    mixers: dict[Text, Mixer]
+    """By kind, all sizes known; other kinds attend."""
+
+    def mixer_of(self, kind: str) -> Mixer | None:
+        """What a kind of layer has in place of attention; None: it attends."""
+        return self.mixers.get(kind)
+
+    @property
+    def mixed(self) -> dict[Mixer, int]:
+        """How many layers have which mixer in place of attention."""
+        return dict(Counter(self.mixers[kind] for kind in self.kinds if kind in self.mixers))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 ONE = "all"  # the kind of every layer, where there is one
 NONE = ""  # of layers without attention
@@ -16,7 +17,7 @@ NONE = ""  # of layers without attention
 class LayerPlans(dict[str, Plan]):
     """{kind: plan}; ``layers`` are the kinds of the model's layers, in order (by default each kind
     once; NONE for those without attention), and ``shared`` the mask that they all share, where it
-    is known.
+    is known. ``segments``: of kinds of layer that carry a state, and have no plan.
 
     Raises ValueError for plans of several layouts, or layers of which there is no plan.
     """
@@ -26,16 +27,21 @@ class LayerPlans(dict[str, Plan]):
         plans: Mapping[str, Plan],
         layers: Sequence[str] | None = None,
         shared: Mask | None = None,
+        segments: Mapping[str, Segments] | None = None,
     ) -> None:
         super().__init__(plans)
-        self.layers = tuple(self if layers is None else layers)
+        self.segments = dict(segments or {})
+        self.layers = tuple([*self, *self.segments] if layers is None else layers)
         self.shared = shared
-        if unknown := set(self.layers) - set(self) - {NONE}:
+        if unknown := set(self.layers) - set(self) - set(self.segments) - {NONE}:
             raise ValueError(f"layers of kind {', '.join(sorted(unknown))} have no plan")
         for kind, plan in self.items():
             for name, own in (("layout", plan.layout), ("key layout", plan.key_layout)):
                 if own is not self.layout and own != self.layout:
                     raise ValueError(f"the {name} of {kind} is not that of the first plan")
+        for kind, own in self.segments.items():
+            if own.layout is not self.layout and own.layout != self.layout:
+                raise ValueError(f"the segments of {kind} have another layout than the first plan")
 
     @classmethod
     def alike(cls, plan: Plan, layers: int) -> LayerPlans:
@@ -48,21 +54,31 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def layout(self) -> Layout:
-        return self.first.layout
+        return (self.first if self else next(iter(self.segments.values()))).layout
 
     @property
     def world(self) -> int:
-        return self.first.world
+        return self.layout.world
 
     @property
-    def heaviest(self) -> Plan:
-        """Of the kind whose layers have most pairs in all."""
-        return max(self.values(), key=lambda plan: plan.mask.area)
+    def heaviest(self) -> Plan | None:
+        """Of the kind whose layers have most pairs in all; None where none attends."""
+        return max(self.values(), key=lambda plan: plan.mask.area, default=None)
+
+    @property
+    def degree(self) -> int:
+        """Ranks that the heads of the heaviest are split over."""
+        return self.heaviest.ulysses if self else 1
 
     @property
     def counts(self) -> Counter[str]:
-        """Layers of each kind; those without attention do not count."""
-        return Counter(kind for kind in self.layers if kind != NONE)
+        """Layers of each kind that attends."""
+        return Counter(kind for kind in self.layers if kind in self)
+
+    @property
+    def states(self) -> Counter[str]:
+        """Layers of each kind that carries a state."""
+        return Counter(kind for kind in self.layers if kind in self.segments)
 
     @property
     def pairs(self) -> int:
@@ -103,6 +119,8 @@ class LayerPlans(dict[str, Plan]):
 
 def _said(each: Mapping[str, str]) -> str:
     one = set(each.values())
+    if not one:
+        return "none"
     if len(one) == 1:
         return one.pop()
     return ", ".join(f"{kind} {value}" for kind, value in each.items())

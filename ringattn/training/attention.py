@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 from pydantic import Field, model_validator
 
+from ringattn.models.mixer_config import Mixer
 from ringattn.planning import mask_text, masks
 from ringattn.planning.layer_plans import NONE, ONE
 from ringattn.planning.masks import Mask
-from ringattn.typed import Count, Text, Whole, Words, settings
+from ringattn.typed import Count, Text, Whole, Words, keys, settings
 
 # In place of a window of "auto", where the kinds of layer have their own masks.
 _KINDS = Annotated[
-    dict[Text, Text] | None, Words("null or a mapping of names to masks, as {local:causal}")
+    dict[Text, Text | Mixer] | None,
+    Words(
+        "null or a mapping of names to masks or mixers, as {local:causal,memory:{mixer:"
+        "gated_delta}} (a mixer's keys: "
+        + ", ".join(key.name for key in keys(Mixer))
+        + "; its names: "
+        + ", ".join(get_args(get_type_hints(Mixer)["mixer"]))
+        + ")"
+    ),
 ]
 
 
@@ -35,7 +44,8 @@ class Attention:
     and documents are those in it; masks: docs/attention.md."""
     kinds: _KINDS = None
     """Of a text, by kind of layer: {local:"sliding_window(1024)",global:causal}; in place of mask,
-    window and sinks. none: layers without attention, of an unchanged module."""
+    window and sinks. none: layers without attention, of an unchanged module. A mapping with
+    mixer: layers that carry a state: memory:{mixer:gated_delta,heads:4}."""
     pattern: Annotated[list[Text] | None, Field(min_length=1)] = None
     """With kinds: that of each layer, from the first on, again and again:
     [local,local,local,global]."""
@@ -66,15 +76,21 @@ class Attention:
                 )
         if unused := [name for name in self.kinds if name not in self.pattern]:
             raise ValueError(f"attention.pattern has no layer of kind {', '.join(unused)}")
-        if set(self.kinds.values()) == {"none"}:
+        if all(text == "none" for text in self.kinds.values()):
             raise ValueError("attention.kinds: some layer has to attend")
         return self
+
+    @property
+    def mixers(self) -> dict[str, Mixer]:
+        """The kinds of layer that carry a state."""
+        kinds = (self.kinds or {}).items()
+        return {kind: value for kind, value in kinds if isinstance(value, Mixer)}
 
     @property
     def texts(self) -> dict[str, str]:
         """The mask of one text by kind of layer, as :mod:`ringattn.planning.mask_text` reads it."""
         if self.kinds is not None:
-            return dict(self.kinds)
+            return {k: text for k, text in self.kinds.items() if isinstance(text, str)}
         if self.mask is not None:
             return {ONE: self.mask}
         if self.window in (None, "auto"):
@@ -92,13 +108,17 @@ class Attention:
                 f"attention.pattern is of {len(pattern)} layers and model.layers={count}: none "
                 f"would be of kind {', '.join(sorted(missing))}"
             )
-        return tuple(NONE if self.texts[kind] == "none" else kind for kind in layers)
+        return tuple(NONE if self.texts.get(kind) == "none" else kind for kind in layers)
 
     def lengths(self, documents: Sequence[int], seq_len: int) -> list[int]:
         """Of the texts in sequences of ``seq_len`` that hold ``documents``."""
         if self.name == "documents":
             return list(documents)
         return [seq_len] * (sum(documents) // seq_len)
+
+    def states(self, documents: Sequence[int], seq_len: int) -> dict[str, list[int]]:
+        """Of the kinds of layer that carry a state, the lengths after which it begins anew."""
+        return dict.fromkeys(self.mixers, self.lengths(documents, seq_len))
 
     def masks(self, documents: Sequence[int], seq_len: int) -> dict[str, Mask]:
         """The mask of each kind of layer that attends: see :meth:`build`."""

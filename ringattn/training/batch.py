@@ -41,7 +41,8 @@ def load_batch(
     documents = [span.length for span in spans]
     lengths = attention.lengths(documents, stream.seq_len)
     masks = attention.masks(documents, stream.seq_len)
-    plans = split.plans(masks, attention.layers(layers))
+    states = attention.states(documents, stream.seq_len)
+    plans = split.plans(masks, attention.layers(layers), states)
     local = stream.local(spans, plans.layout, context.cp_rank)
     tokens, labels, positions = (
         x.to(context.device)

@@ -147,8 +147,10 @@ def _put(tree: dict[str, Any], override: str) -> None:
 def quoted(override: str) -> str:
     """A mask as hydra's grammar takes it: between quotes, where it has none."""
     key, equals, value = override.partition("=")
-    one = key == "attention.mask" or key.startswith("attention.kinds.")
-    if not one or not equals or value[:1] in ("'", '"') or value == "null":
+    kind = key.startswith("attention.kinds.") and key.count(".") == 2
+    if not (key == "attention.mask" or kind) or not equals or value[:1] in ("'", '"', "{"):
+        return override
+    if value == "null":
         return override
     return f"{key}='{value}'"
 

@@ -35,7 +35,7 @@ class Forecast:
     def setup(self) -> Setup:
         """The parts of the run that cost depends on, with what was chosen for the plans."""
         plans = self.plans
-        chosen = (plans.world, plans.heaviest.ulysses, plans.schedule, plans.layout.name)
+        chosen = (plans.world, plans.degree, plans.schedule, plans.layout.name)
         return setup_of(self.run, self.world, *chosen, self.device)
 
     @property
@@ -46,7 +46,7 @@ class Forecast:
     @cached_property
     def ranks(self) -> list[int]:
         """Those that are followed."""
-        few = self.plans.world <= _FEW
+        few = self.plans.world <= _FEW or not self.plans
         return list(range(self.plans.world)) if few else cost.sample(self.plans.heaviest)
 
     @property
@@ -63,15 +63,24 @@ class Forecast:
     def flops(self) -> float:
         """Of an optimizer step, as MFU counts them."""
         area = self.plans.area * self.dp * self.run.train.grad_accum
-        return step_flops(self.run.model, self.tokens, area)
+        return step_flops(self.run.sizes, self.tokens, area)
 
     def received(self, plan: Plan) -> Bytes:
         """Bytes that a rank receives for one attention layer of this plan, at most."""
-        model = self.run.model
+        model = self.run.sizes
         shape = AttentionShape(
             model.heads, model.kv_heads, model.head_dim, itemsize=self.setup.wide
         )
         each = [cost.received(plan, rank, shape) for rank in self.ranks]
+        return Bytes(max(x.forward for x in each), max(x.backward for x in each))
+
+    def received_states(self, kind: str) -> Bytes:
+        """The same for one layer of a kind that carries a state: its summaries and its halo."""
+        mixer = self.run.sizes.mixer_of(kind)
+        each = [
+            cost.received_states(self.plans.segments[kind], rank, mixer, self.setup.wide)
+            for rank in self.ranks
+        ]
         return Bytes(max(x.forward for x in each), max(x.backward for x in each))
 
     @cached_property
@@ -79,15 +88,16 @@ class Forecast:
         """Bytes of a rank, the framework's own aside."""
         plans = [self.plans[kind] for kind in self.plans.counts]
         rows = [cost.buffers(plan.rank(rank)) for plan in plans for rank in self.ranks]
-        most = max(r.kv for r in rows), max(r.grads for r in rows)
-        return footprint(self.run.model, self.setup, self.local_tokens, *most)
+        most = (max((rows_of(r) for r in rows), default=0)
+                for rows_of in (lambda r: r.kv, lambda r: r.grads))  # fmt: skip
+        return footprint(self.run.sizes, self.setup, self.local_tokens, *most)
 
     @cached_property
     def step(self) -> Prediction | None:
         """The optimizer step in time; None where the hardware is not known."""
         if self.hardware is None:
             return None
-        return predict(self.run.model, self.setup, self.plans, self.hardware, self.ranks)
+        return predict(self.run.sizes, self.setup, self.plans, self.hardware, self.ranks)
 
 
 def setup_of(
@@ -120,9 +130,10 @@ def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> 
     document, the most that a step can cost. ``hardware``: in place of the run's own. Raises
     ValueError."""
     hardware = hardware or hardware_of(run)
-    masks = run.attention.masks([run.seq_len] * run.batch_size, run.seq_len)
+    texts = [run.seq_len] * run.batch_size, run.seq_len
+    masks, states = run.attention.masks(*texts), run.attention.states(*texts)
     layers = run.attention.layers(run.model.layers)
-    plans = run.parallel.strategy(run.model, hardware).plans(masks, layers)
+    plans = run.parallel.strategy(run.model, hardware).plans(masks, layers, states)
     cpu = hardware is not None and hardware.cores is not None
     return Forecast(run, world, plans, hardware, "cpu" if cpu else "cuda")
 

@@ -41,7 +41,7 @@ def prepare(
     """Everything that can be wrong before a model exists is found here. Raises ValueError."""
     run.engine.check()
     run.logger.check()
-    model, path = run.model if run.model.unchanged else run.model.sizes, run.model.path
+    model, path = run.sizes, run.model.path
     held_out = (run.eval.holdout, run.eval.root)
     data = open_data(run.data, run.seq_len, run.seed, progress, *held_out)
     if data.tokenizer.vocab_size > model.vocab_size:

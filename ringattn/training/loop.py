@@ -224,8 +224,9 @@ def _self_check(
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
     engine.train(False)
-    kinds = {*job.run.attention.layers(job.model.layers)} - {NONE}
-    check_engaged(context, split, engine.forward, job.model.vocab_size, sorted(kinds))
+    states = sorted(job.run.attention.mixers)
+    kinds = sorted({*job.run.attention.layers(job.model.layers)} - {NONE, *states})
+    check_engaged(context, split, engine.forward, job.model.vocab_size, kinds, states)
     engine.train(True)
     sequences = numbers(job.run.batch_size, context, start.sequences_seen, 0)
     check_same_data(context, sequences, stream.digest(sequences))

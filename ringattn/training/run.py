@@ -15,7 +15,7 @@ from ringattn.data.settings import Data
 from ringattn.kernels import NAMES as KERNELS
 from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
-from ringattn.models.sizes import ModelConfig
+from ringattn.models.sizes import MixedConfig, ModelConfig
 from ringattn.planning.layer_plans import NONE
 from ringattn.planning.layouts import NAMES as LAYOUTS
 from ringattn.planning.schedules import BUILDERS as SCHEDULES
@@ -189,7 +189,19 @@ class TrainingRun:
     @model_validator(mode="after")
     def _mask_fits(self) -> TrainingRun:
         self.attention.check(self.seq_len)
-        kinds = set(self.attention.layers(self.model.layers)) - {NONE}
+        mixers = self.attention.mixers
+        kinds = set(self.attention.layers(self.model.layers)) - {NONE} - set(mixers)
+        if mixers and self.model.path is not None:
+            raise ValueError(
+                f"attention.kinds.{next(iter(mixers))}: the model in model.path="
+                f"{self.model.path} has no weights for a mixer; a hybrid of transformers is "
+                "model=transformers"
+            )
+        if mixers and self.parallel.layout == "striped":
+            raise ValueError(
+                f"parallel.layout=striped: with attention.kinds.{next(iter(mixers))} a state would "
+                "travel with every token; take contiguous, zigzag or balanced"
+            )
         if "none" in self.attention.texts.values() and not self.model.unchanged:
             raise ValueError(
                 "attention.kinds: none is for unchanged modules (model=transformers), whose layers "
@@ -201,6 +213,18 @@ class TrainingRun:
                 f"{', '.join(sorted(kinds))} (attention.kinds)"
             )
         return self
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Of the model that is trained, with the mixers of its layers."""
+        if not self.attention.mixers:
+            return self.model if self.model.unchanged else self.model.sizes
+        base = self.model.sizes
+        return MixedConfig(
+            **{f.name: getattr(base, f.name) for f in fields(ModelConfig)},
+            kinds=self.attention.layers(base.layers),
+            mixers={kind: mixer.of(base) for kind, mixer in self.attention.mixers.items()},
+        )
 
 
 def with_keys(run: TrainingRun, **changed: dict[str, Any]) -> TrainingRun:

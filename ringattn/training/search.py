@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+import numpy as np
+
 from ringattn.cost.hardware import Hardware
 from ringattn.cost.layer import BACKWARD, AttentionShape
 from ringattn.cost.model import Setup, footprint
 from ringattn.cost.step import Layer, Prediction, gib, layer_of, predict
-from ringattn.make import make_plan
+from ringattn.make import make_plan, make_segments
+from ringattn.models.sizes import ModelConfig
 from ringattn.planning import layouts
+from ringattn.planning import masks as planning_masks
 from ringattn.planning.head_split import legal_degrees
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
@@ -137,6 +141,15 @@ class _Search:
         return run.attention.masks([run.seq_len] * run.batch_size, run.seq_len)
 
     @cached_property
+    def states(self) -> dict[str, list[int]]:
+        run = self.run
+        return run.attention.states([run.seq_len] * run.batch_size, run.seq_len)
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return self.run.sizes
+
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         return self.run.attention.layers(self.run.model.layers)
 
@@ -146,7 +159,11 @@ class _Search:
             kind: make_plan(mask, layout, schedule, ulysses, node_size=node)
             for kind, mask in self.masks.items()
         }
-        return LayerPlans(plans, self.layers)
+        segments = {
+            kind: make_segments(planning_masks.documents(lengths), layout)
+            for kind, lengths in self.states.items()
+        }
+        return LayerPlans(plans, self.layers, segments=segments)
 
     @cached_property
     def _layouts(self) -> dict[tuple[str, int], Layout]:
@@ -154,7 +171,9 @@ class _Search:
 
     def _layout(self, name: str, cp: int) -> Layout:
         if (name, cp) not in self._layouts:
-            each = [self.masks[kind] for kind in self.layers]
+            each = [self.masks[kind] for kind in self.layers if kind in self.masks]
+            tokens = self.run.seq_len * self.run.batch_size
+            each = each or [planning_masks.sliding_window(tokens, 1)]
             self._layouts[name, cp] = layouts.build(name, each, cp)
         return self._layouts[name, cp]
 
@@ -163,6 +182,8 @@ class _Search:
     ) -> Iterator[tuple[int, int, Layout, list[str]]]:
         """(cp, ulysses, layout, schedules): the usual layout of all first."""
         names = self._allowed("parallel.layout", _LAYOUTS)
+        if self.states:  # which a striped layout cannot carry
+            names = [name for name in names if name != "striped"]
         for name in names:
             for cp, runs in fits.items():
                 for ulysses in runs:
@@ -262,7 +283,7 @@ class _Search:
         tokens = -(-seq_len * run.batch_size // cp)
         block = 0 if cp == 1 else tokens * ulysses
         setup = self._setup(run)
-        memory = footprint(run.model, setup, tokens, 2 * block, 3 * block)
+        memory = footprint(self.model, setup, tokens, 2 * block, 3 * block)
         shared = self.world if hardware.cores is not None else 1
         device = memory.device * hardware.resident + hardware.framework
         device *= shared / hardware.memory
@@ -279,14 +300,14 @@ class _Search:
     def _bound(self, cp: int, ulysses: int, layout: Layout, runs: list[TrainingRun]) -> float:
         """Tokens/s that no schedule of this layout can pass: nothing is exposed, and the rank with
         most pairs computes them as fast as its best blocks."""
-        model, hardware = self.run.model, self.hardware
+        model, hardware = self.model, self.hardware
         plans = self._plans(layout, "ring", ulysses, cp)
         wide = self._setup(runs[0]).wide
         shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=wide)
         work = sum(
             count * plans[kind].partition.pairs_per_rank for kind, count in plans.counts.items()
         )
-        pairs = float(work.max()) / ulysses / len(plans.layers)
+        pairs = float(np.max(work)) / ulysses / len(plans.layers)
         flops = pairs * shape.pair_flops()
         peak = hardware.flops(self.run.precision)
         forward, backward = (
@@ -303,7 +324,7 @@ class _Search:
         self, cp: int, ulysses: int, layout: Layout, schedule: str, runs: list[TrainingRun]
     ) -> Split | None:
         """The fastest of ``runs`` that fits with this layout and schedule."""
-        model, hardware = self.run.model, self.hardware
+        model, hardware = self.model, self.hardware
         plans = self._plans(layout, schedule, ulysses, cp)
         first = self._forecast(runs[0], plans)
         layer = layer_of(model, first.setup, plans, hardware, first.ranks)

@@ -38,7 +38,9 @@ def generate(
         # put behind it does not change it.
         padded = tokens + [tokenizer.end] * (context.cp - n)
         length = len(padded)
-        plans = split.plans(attention.masks([length], length), attention.layers(layers))
+        texts = [length], length
+        kinds = attention.layers(layers)
+        plans = split.plans(attention.masks(*texts), kinds, attention.states(*texts))
         own = torch.from_numpy(plans.layout.positions(context.cp_rank)).to(context.device)
         text = torch.tensor(padded, device=context.device)
         with torch.no_grad():

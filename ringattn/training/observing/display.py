@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ringattn.models.mixer_config import Mixer
 from ringattn.planning.layer_plans import NONE, LayerPlans
 from ringattn.training.forecast import Forecast
 
@@ -21,17 +22,20 @@ def plan_table(
     """The resolved plan of a batch. ``peak`` is the FLOP/s of a rank that MFU divides by, None if
     it is not known; ``measure``: where it comes from."""
     run, plans, memory, step = ahead.run, ahead.plans, ahead.memory, ahead.step
-    model, texts = run.model, run.attention.texts
+    model, texts = run.sizes, run.attention.texts
+    lora = model.trained < model.parameters
     table = Table(title="resolved plan", show_header=False, title_justify="left")
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"
-                  + (f", of which {model.trained:,} are trained" if model.adapters else "")),
+                  + (f", of which {model.trained:,} are trained" if lora else "")),
         ("mesh", f"data {ahead.dp} x context {plans.world}, {ahead.device}"),
         *((f"mask{_of(plans, kind)}",
            f"of each {_TEXTS[run.attention.name]}: {text}")
           for kind, text in texts.items() if text != "none"),
         *([("without attention", f"{bare} of {len(plans.layers)} layers")]
           if (bare := plans.layers.count(NONE)) else []),
+        *((f"mixer, {plans.states[kind]} {kind}", _mixer(model.mixer_of(kind)))
+          for kind in plans.segments),
         ("attention", f"schedule {plans.schedule}, ulysses {plans.ulysses}, "
                       f"layout {plans.layout.name}, kernel {kernel}"),
         *([("chosen", plans.reason)] if plans.reason else []),
@@ -47,12 +51,17 @@ def plan_table(
         *((f"received per layer{_of(plans, kind)}", f"forward {_bytes(received.forward)}, "
                                f"backward {_bytes(received.backward)} per rank")
           for kind, received in ((kind, ahead.received(plan)) for kind, plan in plans.items())),
+        *((f"received per layer, {plans.states[kind]} {kind}",
+           f"forward {_bytes(received.forward)}, backward {_bytes(received.backward)} per rank "
+           f"(summaries of {len(plans.segments[kind].all)} segments, halos)")
+          for kind, received in ((kind, ahead.received_states(kind)) for kind in plans.segments)),
         ("predicted memory", f"{_bytes(memory.device)} per rank: states {_bytes(memory.states)}, "
                              f"kept {_bytes(memory.kept)}, working {_bytes(memory.working)}"
                              + (f"; {_bytes(memory.host)} in host memory" if memory.host else "")),
         ("FLOPs per step", f"{ahead.flops:.3g}: 6 x matmul parameters "
-                           + ("(4 x frozen ones) " if model.adapters else "")
-                           + "x tokens + 12 x pairs x heads x head_dim per layer"),
+                           + ("(4 x frozen ones) " if lora else "")
+                           + "x tokens + 12 x pairs x heads x head_dim per layer"
+                           + (" + 3 x those of states" if plans.segments else "")),
         *([("mfu", f"over {peak / 1e9:,.1f} GFLOP/s per rank"
                    f" ({measure})")]
           if peak else []),
@@ -66,7 +75,17 @@ def plan_table(
 
 def _of(plans: LayerPlans, kind: str) -> str:
     """Which layers, where there are several kinds."""
-    return f", {plans.counts[kind]} {kind}" if len(plans) > 1 else ""
+    several = len(plans) + len(plans.segments) > 1
+    return f", {plans.counts[kind]} {kind}" if several else ""
+
+
+def _mixer(mixer: Mixer) -> str:
+    if mixer.mixer == "conv":
+        return f"gated convolution over {mixer.conv} tokens, {mixer.channels} channels"
+    return (
+        f"{mixer.mixer}, {mixer.heads} states of {mixer.key_dim} x {mixer.value_dim}, "
+        f"convolution over {mixer.conv} tokens"
+    )
 
 
 def _bytes(count: float) -> str:

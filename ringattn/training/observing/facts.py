@@ -27,16 +27,16 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
     facts = {
         "format": FORMAT,
         "setup": asdict(ahead.setup),
-        "parameters": ahead.run.model.parameters,
-        "trained": ahead.run.model.trained,
+        "parameters": ahead.run.sizes.parameters,
+        "trained": ahead.run.sizes.trained,
         "plan": {
             "schedule": plans.schedule,
-            "ulysses": plans.heaviest.ulysses,
+            "ulysses": plans.degree,
             "layout": plans.layout.name,
-            "node_size": plans.first.node_size,
+            "node_size": plans.first.node_size if plans else ahead.run.parallel.node_size,
             "area": plans.area,
             "imbalance": plans.imbalance,
-            "steps": len(plans.heaviest.steps(0)),
+            "steps": len(plans.heaviest.steps(0)) if plans else 0,
             "reason": plans.reason,
             "kinds": {
                 kind: {
@@ -49,6 +49,15 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
                     "steps": len(plan.steps(0)),
                 }
                 for kind, plan in plans.items()
+            },
+            "states": {
+                kind: {
+                    "layers": plans.states[kind],
+                    **asdict(ahead.run.sizes.mixer_of(kind)),
+                    "segments": len(segments.all),
+                    "received_bytes": asdict(ahead.received_states(kind)),
+                }
+                for kind, segments in plans.segments.items()
             },
         },
         "device": ahead.device,

@@ -1,0 +1,259 @@
+"""Layers with a state in our decoder and train.py: keys, sizes, splits, runs, forecast."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import ringattn as ra
+from ringattn import mixers
+from ringattn.cli import main as cli
+from ringattn.context import Strategy, check_engaged
+from ringattn.execution.carriers import Counted, VirtualWorld
+from ringattn.execution.attention import ring_attention
+from ringattn.mixers.recurrent import CHUNK, CHUNK_OF_VECTORS
+from ringattn.models.decoder import Decoder, shapes
+from ringattn.models.mixer import make_mixer
+from ringattn.models.mixer_config import Mixer
+from ringattn.models.sizes import MixedConfig, ModelConfig
+from ringattn.training import config
+from ringattn.training.forecast import on_paper
+from ringattn.typed import SettingsError
+
+from .processes import TINY, train
+from .test_processes import _assert_equal, _train_all
+
+NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv")
+SIZES = {"dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 48, "vocab_size": 40}
+HYBRID = ["model=hybrid-tiny", "model.dim=32", "model.heads=2", "model.head_dim=16",
+          "model.ffn_dim=48", "attention.kinds.memory={mixer:gated_delta,key_dim:8}"]  # fmt: skip
+TINY_HYBRID = [key for key in TINY if not key.startswith("model.layers")]
+
+
+def load_keys(*keys):
+    return config.load(["data.root=null", *keys])
+
+
+def sizes_of(mixer, layers=("memory", "global"), **more):
+    base = ModelConfig(layers=len(layers), **SIZES)
+    kind = Mixer(mixer=mixer, **more).of(base)
+    fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    return MixedConfig(**fields, kinds=layers, mixers={"memory": kind})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("conv", [1, 3])
+def test_parameters_are_counted_without_making_them(name, conv):
+    sizes = sizes_of(name, conv=conv, heads=3, key_dim=6, value_dim=10)
+    made = shapes(sizes)
+    assert sizes.parameters == sum(map(math.prod, made.values()))
+    matrices = {n: s for n, s in made.items() if len(s) > 1 and "conv_weight" not in n}
+    assert sizes.matmul_parameters == sum(map(math.prod, matrices.values()))  # the head is tied
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_keeps_is_what_autograd_saves(name, dtype):
+    assert (CHUNK, CHUNK_OF_VECTORS) == (64, 16)  # as Mixer counts
+    n, model = 512, ModelConfig(layers=1, **SIZES | {"dim": 64})
+    for heads, keys, values in ((2, 32, 64), (4, 64, 32)):
+        kind = Mixer(mixer=name, heads=heads, key_dim=keys, value_dim=values)
+        module = make_mixer(model, kind)
+        for p in module.parameters():
+            torch.nn.init.uniform_(p, -0.1, 0.1)
+        module.to(dtype)
+        x = torch.randn(1, n, 64, dtype=dtype, requires_grad=True)
+        own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
+        saved = {}
+
+        def keep(t, own=own, saved=saved):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = (storage.nbytes(), t)
+            return t
+
+        segments = ra.make_segments(ra.masks.causal(n), ra.layouts.contiguous(n, 1))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            module(x, {"segments": segments, "group": None})
+        measured = sum(size for size, _ in saved.values()) / n
+        assert kind.kept(dtype.itemsize) == pytest.approx(measured, rel=0.03)
+
+
+def _on_ranks(model, layout, cp, lengths, tokens):
+    """(loss, gradients, plans, bytes by rank) of the decoder on virtual ranks."""
+    n = sum(lengths)
+    masks = {"global": ra.masks.documents(lengths)}
+    states = {"memory": lengths}
+    layers = model.config.kinds
+    attending = {k: m for k, m in masks.items() if k in layers}
+    plans = Strategy(cp, layout).plans(attending, layers, states)
+
+    def run(rank):
+        own = Decoder(model.config, None)
+        own.load_state_dict(model.state_dict())
+        own.train()
+        counted = Counted(rank)
+        attend = {
+            kind: lambda q, k, v, plan=plan, **more: ring_attention(q, k, v, plan, group=rank)
+            for kind, plan in plans.items()
+        }
+        attend |= {
+            kind: {"segments": each, "group": counted} for kind, each in plans.segments.items()
+        }
+        at = torch.from_numpy(plans.layout.positions(rank.rank))
+        loss, *_ = own(tokens[:, at], at, attend, tokens.roll(-1, 1)[:, at])
+        loss.backward()
+        return loss.detach(), {k: p.grad for k, p in own.named_parameters()}, counted.received
+
+    losses, grads, received = zip(*VirtualWorld(cp, 60).run(run), strict=True)
+    assert n == plans.layout.n
+    return sum(losses), {k: sum(g[k] for g in grads) for k in grads[0]}, plans, received
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_split_decoder_is_that_of_one_rank_and_moves_what_is_forecast(name):
+    """Packed documents, zigzag and balanced, 3 and 4 ranks: loss, gradients, bytes."""
+    lengths = [50, 3, 40, 27]
+    tokens = torch.randint(40, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    sizes = sizes_of(name, ("memory", "global", "memory"), key_dim=6)
+    model = Decoder(sizes, 3)
+    want, want_grads, *_ = _on_ranks(model, "zigzag", 1, lengths, tokens)
+    for layout, cp in (("zigzag", 3), ("balanced", 4)):
+        loss, grads, plans, received = _on_ranks(model, layout, cp, lengths, tokens)
+        assert loss == pytest.approx(float(want), rel=1e-5)
+        for key, grad in want_grads.items():
+            assert (grads[key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, key
+        mixer = sizes.mixer_of("memory")
+        for rank in range(cp):
+            each = ra.cost.received_states(plans.segments["memory"], rank, mixer, 4)
+            assert received[rank] == 2 * (each.forward + each.backward)
+
+
+def test_runs_of_a_hybrid_are_equal_for_every_split_and_resume_across(tmp_path, text):
+    """3 gated delta : 1 global, packed documents: 1 to 4 ranks, both engines."""
+
+    def case(name, *more):
+        keys = [*TINY_HYBRID, text, *HYBRID, "model.layers=4", f"run_dir={tmp_path / name}"]
+        return [*keys, "train.steps=3", *more]
+
+    pure = ["attention.kinds={memory:{mixer:ssd,heads:3}}", "attention.pattern=[memory]"]
+    runs = _train_all(
+        tmp_path,
+        {
+            1: {"one": case("one"), "pure": case("pure", *pure)},
+            2: {
+                "two": case("two", "parallel.layout=balanced"),
+                "first": case("first", "checkpoint.every=2", "engine=fsdp"),
+                "pure2": case("pure2", *pure, "memory.checkpoint=true"),
+            },
+            3: {"three": case("three", "engine.zero_stage=3", "memory.checkpoint=true")},
+            4: {
+                "four": case("four", "engine=fsdp", "parallel.schedule=auto"),
+                "mesh": case("mesh", "parallel.cp=2", "parallel.ulysses=2", "engine=fsdp"),
+            },
+        },
+    )
+    for name in ("two", "three", "four", "first"):
+        _assert_equal(runs["one"], runs[name], name)
+    _assert_equal(runs["pure"], runs["pure2"], "no layer attends")
+    again = f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}"
+    resumed = _train_all(tmp_path, {3: {"second": case("second", again, "engine.zero_stage=3")}})
+    _assert_equal(runs["one"][2:], resumed["second"], "resumed on 3 ranks")
+    facts = json.loads((tmp_path / "two/facts.json").read_text())["plan"]
+    assert facts["states"]["memory"]["layers"] == 3 and facts["kinds"]["global"]["layers"] == 1
+    assert facts["states"]["memory"]["received_bytes"]["forward"] > 0
+    status, output = train(1, *case("first", "attention.kinds.memory.heads=1"))
+    assert status == 2 and "holds another model: attention.kinds" in output
+    export = [f"checkpoint={tmp_path / 'first'}", f"out={tmp_path / 'out'}"]
+    assert cli(["export", *export]) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        (["attention.kinds.memory={mixer:gated}"], "attention.kinds must be null"),
+        (["attention.kinds.memory={mixer:ssd,head:2}"], "its names: linear, lightning, ssd"),
+        (["attention.kinds.memory={heads:2}"], "attention.kinds must be null"),
+        (["parallel.layout=striped"], "a state would travel with every token"),
+        (["model.rope_kinds={memory:{theta:2.0}}"], "no layer is of kind memory"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(keys, shown):
+    with pytest.raises(SettingsError) as error:
+        load_keys("model=hybrid-tiny", *keys)
+    assert shown in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pretrained_weights_have_no_mixers():
+    run = load_keys("model=hybrid-tiny")
+    with pytest.raises(ValueError, match="has no weights for a mixer"):
+        config.with_keys(run, model={"path": "somewhere"})
+
+
+class _Alone:
+    """The mesh of one virtual rank."""
+
+    def __init__(self, rank, together):
+        self.device, self.cp, self.cp_rank = torch.device("cpu"), rank.world, rank.rank
+        self.rank, self.together = rank, together
+
+    def attend(self, plans):
+        own = {
+            kind: lambda q, k, v, plan=plan: ring_attention(q, k, v, plan, group=self.rank)
+            for kind, plan in plans.items()
+        }
+        along = {k: {"segments": s, "group": self.rank} for k, s in plans.segments.items()}
+        return own | along
+
+    def total(self, value):
+        return [self.together(value)]
+
+
+@pytest.mark.parametrize("ignores", [None, "state", "documents"])
+def test_the_self_check_finds_a_state_that_stays_on_its_rank(monkeypatch, ignores):
+    sizes = sizes_of("gated_delta", conv=1)
+    model = Decoder(sizes, 0)
+    real = mixers.delta
+
+    def wrong(*args, segments, group):
+        n = segments.layout.count(group.rank)
+        lengths = [n] if ignores == "documents" else [1] * n
+        whole = ra.make_segments(ra.masks.documents(lengths), ra.layouts.contiguous(n, 1))
+        return real(*args, segments=whole, group=VirtualWorld(1).run(lambda rank: rank)[0])
+
+    if ignores:
+        monkeypatch.setattr(mixers, "delta", wrong)
+
+    def run(rank):
+        context = _Alone(rank, lambda value: value)
+        try:
+            check_engaged(context, Strategy(rank.world, "zigzag"),
+                          lambda t, p, attend: model(t, p, attend), 40, ["global"],
+                          ["memory"])  # fmt: skip
+        except RuntimeError as error:
+            return str(error)
+
+    said = VirtualWorld(2, 60).run(run)
+    assert all((text is None) == (ignores is None) for text in said), said
+
+
+def test_a_forecast_of_a_hybrid_knows_its_states():
+    keys = ["model=hybrid-1b", "hardware=h100", "precision=bf16", "seq_len=65536",
+            "parallel.cp=8", "parallel.node_size=8"]  # fmt: skip
+    hybrid, plain = (
+        on_paper(load_keys(*keys, *more), 8)
+        for more in ([], ["attention.kinds=null", "attention.pattern=null"])
+    )
+    mixer = hybrid.run.sizes.mixer_of("memory")
+    matrices = 6 * hybrid.run.sizes.matmul_parameters * hybrid.tokens
+    states = 3 * 12 * mixer.flops * hybrid.tokens
+    pairs = 12 * hybrid.plans.pairs * 32 * 64
+    assert hybrid.flops == pytest.approx(matrices + states + pairs)
+    parts = hybrid.step.parts, plain.step.parts
+    assert parts[0]["attention kernel"] == pytest.approx(parts[1]["attention kernel"] / 4)
+    assert hybrid.step.received["states"] > 0 and "states" in hybrid.memory.moments
+    again = on_paper(load_keys(*keys, "memory.checkpoint=true"), 8)
+    assert again.memory.kept < hybrid.memory.kept / 4
+    long = on_paper(load_keys(*keys, "seq_len=131072"), 8)
+    assert long.step.received["states"] == hybrid.step.received["states"]
