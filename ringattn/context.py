@@ -94,8 +94,8 @@ class Context:
 
     def attend(self, plans: Plan | LayerPlans, carrier: Any = None) -> Attends:
         """Attention over the split sequence as a function of local q, k, v: what layers call; of
-        LayerPlans, by kind of layer, for those with a state what it goes by. ``carrier``: in place of the group, a carrier of
-        :mod:`ringattn.comm` over it."""
+        LayerPlans, by kind of layer, for those with a state what it goes by. ``carrier``: in place
+        of the group, a carrier of :mod:`ringattn.comm` over it."""
         group = self.cp_group if carrier is None else carrier
         attend = partial(ring_attention, group=group, kernel=self.kernel)
         if isinstance(plans, Plan):

@@ -10,8 +10,8 @@ import ringattn as ra
 from ringattn import mixers
 from ringattn.cli import main as cli
 from ringattn.context import Strategy, check_engaged
-from ringattn.execution.carriers import Counted, VirtualWorld
 from ringattn.execution.attention import ring_attention
+from ringattn.execution.carriers import Counted, VirtualWorld
 from ringattn.mixers.recurrent import CHUNK, CHUNK_OF_VECTORS
 from ringattn.models.decoder import Decoder, shapes
 from ringattn.models.mixer import make_mixer
@@ -257,3 +257,22 @@ def test_a_forecast_of_a_hybrid_knows_its_states():
     assert again.memory.kept < hybrid.memory.kept / 4
     long = on_paper(load_keys(*keys, "seq_len=131072"), 8)
     assert long.step.received["states"] == hybrid.step.received["states"]
+
+
+def test_the_plan_of_a_hybrid_as_a_table_json_and_a_picture(tmp_path, capsys):
+    kinds = ["kinds=memory: gated_delta; global: documents([100,156])", "world=4", "heads=2"]
+    keys = ["plan", *kinds, "pattern=memory,memory,memory,global", "head_dim=16"]
+    assert cli([*keys, "--check", "--plot", str(tmp_path / "plan.png")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 layers of kind memory: gated_delta; 7 segments of zigzag, 2 documents" in shown
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert cli([*keys, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["kinds"]["memory"]
+    segments = ra.make_segments(ra.masks.documents([100, 156]), ra.layouts.zigzag(256, 4))
+    mixer = Mixer(mixer="gated_delta", heads=2, key_dim=16, value_dim=16)
+    for rank in facts["ranks"]:
+        want = ra.cost.received_states(segments, rank["rank"], mixer, 2)
+        assert rank["forward_bytes"] == want.forward
+    assert cli(["plan", "kinds=memory: ssd", "n=64", "world=2"]) == 0
+    assert cli([*keys, "layout=striped"]) == 2
+    assert "a state would travel with every token" in capsys.readouterr().err

@@ -15,8 +15,10 @@ from ringattn.cost import AttentionShape, Hardware
 from ringattn.cost.presets import usual
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 _GRID = 512  # pixels of a mask on each axis at most
+_SEGMENTS = 24  # of a picture of summaries at most
 _LANES = 32  # ranks of a timeline at most
 
 
@@ -27,23 +29,39 @@ def colours(count: int) -> list:
     return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def draw_plans(plans: LayerPlans, shape: AttentionShape, file: str) -> None:
+def draw_plans(
+    plans: LayerPlans,
+    shape: AttentionShape,
+    file: str,
+    received: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """For each kind of layer the mask coloured by rank, the work per rank and the timeline of the
-    forward."""
-    figure = Figure(figsize=(15, 4.6 * len(plans)), layout="constrained")
-    rows = figure.subplots(len(plans), 3, width_ratios=(4, 3, 6), squeeze=False)
-    for (left, middle, right), (kind, plan) in zip(rows, plans.items(), strict=True):
+    forward; of one with a state its segments, and the bytes that each rank receives
+    (``received``)."""
+    count = len(plans) + len(plans.segments)
+    figure = Figure(figsize=(15, 4.6 * count), layout="constrained")
+    rows = figure.subplots(count, 3, width_ratios=(4, 3, 6), squeeze=False)
+    for (left, middle, right), (kind, segments) in zip(
+        rows[len(plans) :], plans.segments.items(), strict=True
+    ):
+        draw_segments(left, segments)
+        draw_received(middle, received[kind])
+        draw_summaries(right, segments)
+        left.set_title(f"{plans.states[kind]} layers of kind {kind}", fontsize=10)
+    for (left, middle, right), (kind, plan) in zip(rows, plans.items(), strict=False):
         draw_mask(left, plan)
         draw_work(middle, plan)
         draw_timeline(right, plan, shape, usual())
-        if len(plans) > 1:
+        if count > 1:
             left.set_title(f"{plans.counts[kind]} layers of kind {kind}", fontsize=10)
-    plan = plans.first
-    title = (
-        f"{plans.schedule}, {plan.layout.name}, ulysses {plans.ulysses}, {plan.world} ranks, "
-        f"{plan.mask.n_q:,} x {plan.mask.n_k:,} tokens"
-    )
-    if len(plans) > 1:
+    title = f"{plans.layout.name}, {plans.world} ranks, {plans.layout.n:,} tokens"
+    if plans:
+        mask = plans.first.mask
+        title = (
+            f"{plans.schedule}, {plans.layout.name}, ulysses {plans.ulysses}, {plans.world} ranks, "
+            f"{mask.n_q:,} x {mask.n_k:,} tokens"
+        )
+    if len(plans) > 1 or (plans and plans.segments):
         title += f"; all layers: largest work / mean {plans.imbalance:.3f}"
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=90)
@@ -75,6 +93,49 @@ def draw_mask(axis: Axes, plan: Plan) -> None:
     axis.set_yticks([])
     axis.set_xlabel("keys")
     axis.set_ylabel("queries, coloured by rank")
+
+
+def draw_segments(axis: Axes, segments: Segments) -> None:
+    """The sequence from left to right, each segment in the row and colour of its rank; a black line
+    where a document begins."""
+    palette = colours(segments.world)
+    for segment in segments.all:
+        run = segment.run
+        axis.barh(segment.rank, len(run), 0.8, run.start, color=palette[segment.rank],
+                  edgecolor="white", linewidth=0.4)  # fmt: skip
+        for start in segment.starts:
+            axis.plot([start, start], [segment.rank - 0.45, segment.rank + 0.45], "k", lw=1)
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens (black: a document begins)")
+    axis.set_ylabel("rank")
+
+
+def draw_received(axis: Axes, received: Sequence[int]) -> None:
+    """Bytes that each rank receives in the forward of a layer with a state."""
+    kib = np.array(received) / 1024
+    axis.bar(range(len(kib)), kib, color=colours(len(kib)))
+    axis.set_xlabel("rank")
+    axis.set_title("KiB received in the forward: summaries and halos", fontsize=10)
+
+
+def draw_summaries(axis: Axes, segments: Segments) -> None:
+    """Whose summary makes whose first state: an arrow from each source to the segment, grey where
+    both are of one rank."""
+    palette, shown = colours(segments.world), segments.all[:_SEGMENTS]
+    for segment in shown:
+        axis.plot(segment.number, segment.rank, "o", color=palette[segment.rank], zorder=3)
+        for source in segments.sources(segment):
+            own = source.rank == segment.rank
+            axis.annotate(
+                "", (segment.number, segment.rank), (source.number, source.rank),
+                arrowprops={"arrowstyle": "->", "alpha": 0.5,
+                            "color": "#bbbbbb" if own else palette[source.rank]},
+            )  # fmt: skip
+    axis.invert_yaxis()
+    more = f" (the first {_SEGMENTS})" if len(segments.all) > _SEGMENTS else ""
+    axis.set_xlabel(f"segment, in the order of the sequence{more}")
+    axis.set_ylabel("rank")
+    axis.set_title("summaries that make first states, in one exchange", fontsize=10)
 
 
 def draw_work(axis: Axes, plan: Plan) -> None:

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringattn import cost
 from ringattn.cli.request import (
@@ -23,13 +23,24 @@ from ringattn.cli.request import (
     planned,
 )
 from ringattn.cost import AttentionShape
+from ringattn.make import make_segments
+from ringattn.planning import masks as planning_masks
 from ringattn.planning.layer_plans import ONE, LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
+from ringattn.planning.segments import Segments
+
+if TYPE_CHECKING:
+    from ringattn.models.mixer_config import Mixer
 
 KEYS = PLAN_KEYS | {
     "world": Key(count, 8, "ranks"),
-    "kinds": Key(str, None, 'in place of mask: "local: sliding_window(1024); global: causal"'),
+    "kinds": Key(
+        str,
+        None,
+        'in place of mask: "local: sliding_window(1024); global: causal"; or a mixer, as '
+        '"memory: gated_delta" (docs/mixers.md)',
+    ),
     "pattern": Key(str, None, "with kinds: that of each layer, as local,local,local,global"),
 }
 _TOKENS = 2**16  # where neither n nor the mask says how many
@@ -49,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     values, options = parse("plan", KEYS, arguments, _flags)
     if options.plot:
         drawable(options.plot)
-    plans = _planned(values)
+    plans, mixers = _planned(values)
     shape = AttentionShape(
         values["heads"],
         values["kv_heads"] or values["heads"],
@@ -59,6 +70,9 @@ def run(arguments: Sequence[str]) -> int:
         values["batch"],
     )
     each, ok = {}, True
+    mixers = {kind: _mixer(mixer, shape) for kind, mixer in mixers.items()}
+    for kind, segments in plans.segments.items():
+        each[kind] = _segment_facts(segments, mixers[kind], shape)
     for kind, plan in plans.items():
         each[kind] = _facts(plan, shape)
         if options.check:
@@ -68,7 +82,10 @@ def run(arguments: Sequence[str]) -> int:
     if options.plot:
         from ringattn.cli.pictures import draw_plans  # matplotlib only where it is asked for
 
-        draw_plans(plans, shape, options.plot)
+        received = {
+            kind: [rank["forward_bytes"] for rank in each[kind]["ranks"]] for kind in mixers
+        }
+        draw_plans(plans, shape, options.plot, received)
     one = values["kinds"] is None
     if options.json:
         whole = {"kinds": each, "layers": plans.layers, "imbalance": plans.imbalance}
@@ -76,34 +93,92 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if ok else 1
     for kind, plan in plans.items():
         _print(plan, each[kind], "" if one else f"{plans.counts[kind]} layers of kind {kind}: ")
-    if not one:
+    for kind, segments in plans.segments.items():
+        _print_segments(segments, each[kind], f"{plans.states[kind]} layers of kind {kind}: ")
+    if not one and plans:
         print(f"all {len(plans.layers)} layers: largest work / mean {plans.imbalance:.4f}")
     return 0 if ok else 1
 
 
-def _planned(values: dict[str, Any]) -> LayerPlans:
-    """The plan, or those of the kinds. Raises RequestError."""
+def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
+    """The plan, or those of the kinds, and the mixers by kind. Raises RequestError."""
     if values["kinds"] is None:
         if values["pattern"] is not None:
             raise RequestError("pattern needs kinds: the mask of each kind of layer")
-        return LayerPlans.alike(planned(values, values["world"], _TOKENS), 1)
-    masks = {}
+        return LayerPlans.alike(planned(values, values["world"], _TOKENS), 1), {}
+    from ringattn.models.mixer_config import NAMES  # here: masks alone need no pydantic
+
+    masks, mixers = {}, {}
     for part in values["kinds"].split(";"):
         name, colon, text = part.partition(":")
         if not colon:
             raise RequestError(f"kinds: {part.strip()!r} is not NAME: MASK")
-        masks[name.strip()] = mask_of(text.strip(), values["n"], _TOKENS)
-    layers = [name.strip() for name in (values["pattern"] or ",".join(masks)).split(",")]
-    if unknown := sorted(set(layers) ^ set(masks)):
+        if text.strip() in NAMES:
+            mixers[name.strip()] = text.strip()
+        else:
+            masks[name.strip()] = mask_of(text.strip(), values["n"], _TOKENS)
+    usual = ",".join([*masks, *mixers])
+    layers = [name.strip() for name in (values["pattern"] or usual).split(",")]
+    if unknown := sorted(set(layers) ^ {*masks, *mixers}):
         raise RequestError(f"pattern and kinds do not have the same names: {', '.join(unknown)}")
     try:
-        layout = layout_of(
-            values["layout"], [masks[x] for x in layers], values["world"], values["chunk"]
-        )
+        one = mask_of("causal", values["n"], _TOKENS)
+        attending = [masks[x] for x in layers if x in masks] or [one]
+        layout = layout_of(values["layout"], attending, values["world"], values["chunk"])
+        documents = planning_masks.documents(attending[0].pieces)
+        segments = {kind: make_segments(documents, layout) for kind in mixers}
     except (ValueError, OverflowError, MemoryError) as error:
         raise RequestError(str(error)) from None
     plans = {kind: plan_of(values, mask, layout, None) for kind, mask in masks.items()}
-    return LayerPlans(plans, layers)
+    return LayerPlans(plans, layers, segments=segments), mixers
+
+
+def _mixer(name: str, shape: AttentionShape) -> Mixer:
+    """With the sizes of the attention beside it."""
+    from ringattn.models.mixer_config import Mixer
+
+    return Mixer(mixer=name, heads=shape.heads, key_dim=shape.head_dim, value_dim=shape.values)
+
+
+def _segment_facts(segments: Segments, mixer: Mixer, shape: AttentionShape) -> dict:
+    ranks = []
+    for rank in range(segments.world):
+        received = cost.received_states(segments, rank, mixer, shape.itemsize, shape.batch)
+        ranks.append(
+            {
+                "rank": rank,
+                "tokens": segments.layout.count(rank),
+                "segments": len(segments.of(rank)),
+                "summaries": sum(map(len, segments.moves(rank)[1].values())),
+                "halo_tokens": sum(segments.halo(rank, mixer.conv - 1).recvs.values()),
+                "forward_bytes": received.forward,
+                "backward_bytes": received.backward,
+            }
+        )
+    tokens = shape.batch * shape.itemsize * mixer.channels * segments.layout.n
+    return {
+        "mixer": asdict(mixer),
+        "layout": segments.layout.name,
+        "documents": len(segments.lengths),
+        "segments": len(segments.all),
+        "tokens_bytes": tokens * (segments.world - 1) // segments.world**2,
+        "ranks": ranks,
+    }
+
+
+def _print_segments(segments: Segments, facts: dict, title: str) -> None:
+    from rich.console import Console
+
+    console, ranks = Console(highlight=False), facts["ranks"]
+    console.print(f"{title}{facts['mixer']['mixer']}; {segments}", soft_wrap=True)
+    most = {key: max(rank[key] for rank in ranks) for key in list(ranks[0])[3:]}
+    console.print(
+        f"a rank receives at most {_short(most['forward_bytes'])} B forward "
+        f"({most['summaries']} summaries, {most['halo_tokens']} halo tokens) and "
+        f"{_short(most['backward_bytes'])} B backward, whatever the length; its tokens' q, k and v "
+        f"in another layout would be {_short(facts['tokens_bytes'])} B each way",
+        soft_wrap=True,
+    )
 
 
 def _facts(plan: Plan, shape: AttentionShape) -> dict:

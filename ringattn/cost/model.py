@@ -283,8 +283,11 @@ def footprint(
     logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
     gathered += wide * setup.engine.bucket(model)
     moments = {
-        **({"states": max(states) * tokens * (2 if memory.checkpoint else 1) + gathered}
-           if states else {}),
+        **(
+            {"states": max(states) * tokens * (2 if memory.checkpoint else 1) + gathered}
+            if states
+            else {}
+        ),
         "attention": (attention if model.attending else 0) + gathered,
         "feed-forward": feed_forward + gathered,
         "loss": logits + gathered,

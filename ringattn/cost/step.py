@@ -120,8 +120,11 @@ class Prediction:
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
-            **({"states": float(sum(x.forward + x.backward for x in states) * accum)}
-               if states else {}),
+            **(
+                {"states": float(sum(x.forward + x.backward for x in states) * accum)}
+                if states
+                else {}
+            ),
             "weights gathered": traffic.gathered * accum,
             "gradients reduced": traffic.reduced * accum,
             "at the step's end": traffic.at_step,

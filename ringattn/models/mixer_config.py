@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ringattn.typed import Count, settings
+from ringattn.typed import Count, OneOf, settings
 
 if TYPE_CHECKING:
     from ringattn.models.sizes import ModelConfig
 
 LOW_RANK = 16  # of the projections that make a decay for each of key_dim
+NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv")
 DELTA = ("delta", "gated_delta", "kda")
 _STATE_BYTES = 4  # states, decays and summaries are float32
 # What autograd keeps of a layer: tensors of the model's dtype as large as the convolution's and the
-# gate's channels; in float32 as large as all keys, as all values, as all pairs of tokens in a chunk.
+# gate's channels; in float32 as large as all keys, all values, all pairs of tokens in a chunk.
 _KEPT = {
     "linear": (2, 6, 6, 4, 2.1),
     "lightning": (2, 4, 4, 4, 2.1),
@@ -28,11 +29,9 @@ _KEPT = {
 
 @settings
 class Mixer:
-    """A kind of layer that carries a state along the sequence, or convolves, and attends nothing."""
+    """A kind of layer that carries a state along the sequence, or convolves."""
 
-    mixer: Literal[
-        "linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv"
-    ]  # fmt: skip
+    mixer: Annotated[Any, OneOf(*NAMES)]
     """linear: no decay, normalised; lightning: a constant decay of each head; ssd: Mamba-2's; gla:
     a decay for each of key_dim; delta, gated_delta, kda: the delta rule without decay, with one of
     each head, with one for each of key_dim; conv: LFM2's gated convolution."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ringattn.models.mixer_config import NAMES as MIXERS
 from ringattn.models.mixer_config import Mixer
 from ringattn.planning import mask_text, masks
 from ringattn.planning.layer_plans import NONE, ONE
@@ -22,7 +23,7 @@ _KINDS = Annotated[
         "gated_delta}} (a mixer's keys: "
         + ", ".join(key.name for key in keys(Mixer))
         + "; its names: "
-        + ", ".join(get_args(get_type_hints(Mixer)["mixer"]))
+        + ", ".join(MIXERS)
         + ")"
     ),
 ]
