@@ -162,7 +162,8 @@ def check_engaged(
     logit must move, and where each attends itself only, none may. Two keys a row keep the effect
     far above rounding, however many ranks there are. Of ``states``, kinds that carry one, documents
     are of two tokens that lie across segments: where all first ones are changed, the second ones
-    must move, however fast the state decays. Raises RuntimeError on all ranks when the model
+    must move, however fast the state decays (through a state or a halo, which it does not tell
+    apart). Raises RuntimeError on all ranks when the model
     ignores the plan.
     """
     n = 4 * context.cp

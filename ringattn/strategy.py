@@ -13,6 +13,7 @@ from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,13 @@ class Strategy:
 
         Raises ValueError for states and a striped layout."""
         states = states or {}
-        each = [masks[kind] for kind in layers if kind in masks]
-        if not each:  # every token is as much work
-            each = [planning_masks.sliding_window(sum(next(iter(states.values()))), 1)]
-        layout = layouts.build(self.layout, each, self.cp)
+        layout = layout_of(self.layout, masks, layers, states, self.cp)
         usual = (self.schedule, self.ulysses)
         plans = {
             kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))
             for kind, mask in masks.items()
         }
-        segments = {
-            kind: make_segments(planning_masks.documents(lengths), layout)
-            for kind, lengths in states.items()
-        }
-        return LayerPlans(plans, layers, segments=segments)
+        return LayerPlans(plans, layers, segments=segments_of(states, layout))
 
     def like(self, plans: LayerPlans) -> Strategy:
         """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
@@ -84,3 +78,25 @@ class Strategy:
             return self
         one = plans.heaviest
         return replace(self, schedule=one.schedule, by_kind=by_kind, ulysses=one.ulysses)
+
+
+def layout_of(
+    name: str,
+    masks: Mapping[str, Mask],
+    layers: Sequence[str],
+    states: Mapping[str, Sequence[int]],
+    cp: int,
+) -> Layout:
+    """Of the attention of all layers together; where none attends, every token is as much work."""
+    each = [masks[kind] for kind in layers if kind in masks]
+    if not each:
+        each = [planning_masks.sliding_window(sum(next(iter(states.values()))), 1)]
+    return layouts.build(name, each, cp)
+
+
+def segments_of(states: Mapping[str, Sequence[int]], layout: Layout) -> dict[str, Segments]:
+    """Of kinds of layer that carry a state, over documents of these lengths."""
+    return {
+        kind: make_segments(planning_masks.documents(lengths), layout)
+        for kind, lengths in states.items()
+    }

@@ -22,7 +22,7 @@ from ringattn.training.forecast import on_paper
 from ringattn.typed import SettingsError
 
 from .processes import TINY, train
-from .test_processes import _assert_equal, _train_all
+from .test_processes import _assert_equal, check_every_split
 
 NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv")
 SIZES = {"dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 48, "vocab_size": 40}
@@ -138,28 +138,13 @@ def test_runs_of_a_hybrid_are_equal_for_every_split_and_resume_across(tmp_path, 
         return [*keys, "train.steps=3", *more]
 
     pure = ["attention.kinds={memory:{mixer:ssd,heads:3}}", "attention.pattern=[memory]"]
-    runs = _train_all(
+    runs = check_every_split(
         tmp_path,
-        {
-            1: {"one": case("one"), "pure": case("pure", *pure)},
-            2: {
-                "two": case("two", "parallel.layout=balanced"),
-                "first": case("first", "checkpoint.every=2", "engine=fsdp"),
-                "pure2": case("pure2", *pure, "memory.checkpoint=true"),
-            },
-            3: {"three": case("three", "engine.zero_stage=3", "memory.checkpoint=true")},
-            4: {
-                "four": case("four", "engine=fsdp", "parallel.schedule=auto"),
-                "mesh": case("mesh", "parallel.cp=2", "parallel.ulysses=2", "engine=fsdp"),
-            },
-        },
+        case,
+        world_1={"pure": case("pure", *pure)},
+        world_2={"pure2": case("pure2", *pure, "memory.checkpoint=true")},
     )
-    for name in ("two", "three", "four", "first"):
-        _assert_equal(runs["one"], runs[name], name)
     _assert_equal(runs["pure"], runs["pure2"], "no layer attends")
-    again = f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}"
-    resumed = _train_all(tmp_path, {3: {"second": case("second", again, "engine.zero_stage=3")}})
-    _assert_equal(runs["one"][2:], resumed["second"], "resumed on 3 ranks")
     facts = json.loads((tmp_path / "two/facts.json").read_text())["plan"]
     assert facts["states"]["memory"]["layers"] == 3 and facts["kinds"]["global"]["layers"] == 1
     assert facts["states"]["memory"]["received_bytes"]["forward"] > 0
@@ -183,6 +168,23 @@ def test_what_does_not_fit_is_one_line(keys, shown):
     with pytest.raises(SettingsError) as error:
         load_keys("model=hybrid-tiny", *keys)
     assert shown in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_state_begins_with_each_text():
+    documents, seq_len = [5, 3, 8], 8
+    for name, lengths in (("documents", [5, 3, 8]), ("causal", [8, 8])):
+        run = load_keys("model=hybrid-tiny", f"attention={name}")
+        assert run.attention.states(documents, seq_len) == {"memory": lengths}
+        assert list(run.attention.masks(documents, seq_len)) == ["global"]
+
+
+def test_first_weights_are_those_of_their_sources():
+    model = Decoder(sizes_of("kda", key_dim=64), 0).layers[0].mixer
+    assert ((model.A_log.exp() >= 1) & (model.A_log.exp() <= 16)).all()
+    step = torch.nn.functional.softplus(model.dt_bias)
+    assert step.min() >= 0.00099 and step.max() <= 0.101 and step.max() > 20 * step.min()
+    assert (model.out_norm.weight == 1).all() and 0.3 < model.conv_weight.abs().max() <= 0.5
+    assert (Decoder(sizes_of("ssd"), 0).layers[0].mixer.D == 1).all()
 
 
 def test_pretrained_weights_have_no_mixers():
@@ -259,6 +261,32 @@ def test_a_forecast_of_a_hybrid_knows_its_states():
     assert long.step.received["states"] == hybrid.step.received["states"]
 
 
+def test_a_forecast_counts_summaries_as_time_and_memory(tmp_path):
+    """A delta rule's on many ranks weigh more than the tokens; a convolution has a halo alone."""
+    keys = ["model=hybrid-1b", "hardware=h100", "precision=bf16", "seq_len=65536",
+            "parallel.node_size=8"]  # fmt: skip
+    few, many = (on_paper(load_keys(*keys, f"parallel.cp={cp}"), cp) for cp in (8, 64))
+    states = [ahead.step.received["states"] for ahead in (few, many)]
+    assert states[1] > 6 * states[0]
+    summaries = many.received_states("memory").forward
+    assert many.memory.moments["states"] > summaries > 2**26
+    conv = ["attention.kinds={memory:{mixer:conv},global:causal}"]
+    short, slow = (
+        on_paper(load_keys(*keys, *more, "parallel.cp=64"), 64).step.parts["exposed exchange"]
+        for more in (conv, [])
+    )
+    assert slow > 2 * short > 0
+    alone = [*keys[:4], *conv, "parallel.cp=1", "parallel.node_size=1"]
+    one = on_paper(load_keys(*alone), 1).step.parts["exposed exchange"]
+    assert one == 0
+
+    pure = ["attention.kinds={memory:{mixer:ssd}}", "attention.pattern=[memory]", "ranks=64"]
+    trace = tmp_path / "trace.json"
+    assert cli(["estimate", "data.root=null", *keys[:4], *pure, "--trace", str(trace)]) == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert cli(["estimate", "data.root=null", *keys[:4], *pure, "--search"]) == 0
+
+
 def test_the_plan_of_a_hybrid_as_a_table_json_and_a_picture(tmp_path, capsys):
     kinds = ["kinds=memory: gated_delta; global: documents([100,156])", "world=4", "heads=2"]
     keys = ["plan", *kinds, "pattern=memory,memory,memory,global", "head_dim=16"]
@@ -274,5 +302,9 @@ def test_the_plan_of_a_hybrid_as_a_table_json_and_a_picture(tmp_path, capsys):
         want = ra.cost.received_states(segments, rank["rank"], mixer, 2)
         assert rank["forward_bytes"] == want.forward
     assert cli(["plan", "kinds=memory: ssd", "n=64", "world=2"]) == 0
+    blocks = "kinds=memory: ssd; near: block_local(64); far: causal"  # blocks are no documents
+    assert cli(["plan", blocks, "n=256", "world=2", "--json"]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(shown)["kinds"]["memory"]["documents"] == 1
     assert cli([*keys, "layout=striped"]) == 2
     assert "a state would travel with every token" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from ringattn.typed import SettingsError, defaults
 
 from .processes import TINY, train
 from .test_hf import MODELS, assert_exported, from_hf, make
-from .test_processes import _assert_equal, _train_all
+from .test_processes import check_every_split
 
 KINDS = 'attention.kinds={local:"sliding_window(16)",global:causal}'
 PATTERN = "attention.pattern=[local,local,local,global]"
@@ -129,26 +129,7 @@ def test_runs_with_a_pattern_are_equal_for_every_split_and_resume_across(tmp_pat
     def case(name, *more):
         return [*TINY, text, *KEYS, f"run_dir={tmp_path / name}", "train.steps=3", *more]
 
-    runs = _train_all(
-        tmp_path,
-        {
-            1: {"one": case("one")},
-            2: {
-                "two": case("two", "parallel.schedule=direct", "parallel.layout=balanced"),
-                "first": case("first", "checkpoint.every=2", "engine=fsdp"),
-            },
-            3: {"three": case("three", "engine.zero_stage=3", "memory.checkpoint=true")},
-            4: {
-                "four": case("four", "engine=fsdp", "parallel.schedule=auto"),
-                "mesh": case("mesh", "parallel.cp=2", "parallel.ulysses=2", "engine=fsdp"),
-            },
-        },
-    )
-    for name in ("two", "three", "four", "first"):
-        _assert_equal(runs["one"], runs[name], name)
-    again = f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}"
-    resumed = _train_all(tmp_path, {3: {"second": case("second", again, "engine.zero_stage=3")}})
-    _assert_equal(runs["one"][2:], resumed["second"], "resumed on 3 ranks")
+    check_every_split(tmp_path, case)
     facts = json.loads((tmp_path / "two/facts.json").read_text())["plan"]
     assert facts["kinds"]["local"]["layers"] == 3 and facts["kinds"]["global"]["layers"] == 1
     assert facts["area"] < facts["kinds"]["global"]["area"]

@@ -78,6 +78,34 @@ def _assert_equal(want, got, name, tolerance=1e-4):
             assert b[key] == a[key], (name, key)
 
 
+def check_every_split(tmp_path, case, **more):
+    """A model's losses on 1 to 4 ranks, both engines, are those of one rank; resumed on 3 ranks
+    too. ``case(name, *keys)``: the arguments of a run of three steps in tmp_path / name; ``more``:
+    {world: {name: case}} beside, as world_1. Returns {name: metrics}."""
+    worlds = {
+        1: {"one": case("one"), "one_of_two": case("one_of_two", "train.grad_accum=2")},
+        2: {
+            "two": case("two", "parallel.schedule=direct", "parallel.layout=balanced"),
+            "first": case("first", "checkpoint.every=2", "engine=fsdp"),
+        },
+        3: {"three": case("three", "engine.zero_stage=3", "memory.checkpoint=true")},
+        4: {
+            "four": case("four", "engine=fsdp", "parallel.schedule=auto"),
+            "mesh": case("mesh", "parallel.cp=2", "parallel.ulysses=2", "engine=fsdp"),
+        },
+    }
+    for world, cases in more.items():
+        worlds[int(world.removeprefix("world_"))] |= cases
+    runs = _train_all(tmp_path, worlds)
+    for name in ("two", "three", "four", "first"):
+        _assert_equal(runs["one"], runs[name], name)
+    _assert_equal(runs["one_of_two"], runs["mesh"], "2 x 2 ranks, two sequences a step")
+    again = f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}"
+    resumed = _train_all(tmp_path, {3: {"second": case("second", again, "engine.zero_stage=3")}})
+    _assert_equal(runs["one"][2:], resumed["second"], "resumed on 3 ranks")
+    return runs
+
+
 def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     """Six sequences a step throughout; unequal documents leave ranks unequally supervised."""
 

@@ -72,7 +72,8 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
         raise ValueError(f"lora=adapters: {path} has none")
     if not unchanged:
         attention = Attention(**manifest.attention)
-        for kind, mixer in attention.mixers.items():
+        if attention.mixers:
+            kind, mixer = next(iter(attention.mixers.items()))
             raise ValueError(
                 f"attention.kinds.{kind}: a {mixer.mixer} of this decoder has no place in a "
                 "Hugging Face config"

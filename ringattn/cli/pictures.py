@@ -62,7 +62,8 @@ def draw_plans(
             f"{mask.n_q:,} x {mask.n_k:,} tokens"
         )
     if len(plans) > 1 or (plans and plans.segments):
-        title += f"; all layers: largest work / mean {plans.imbalance:.3f}"
+        of = "attention of all" if plans.segments else "all"
+        title += f"; {of} layers: largest work / mean {plans.imbalance:.3f}"
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=90)
 

@@ -6,6 +6,8 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from ringattn import cost
@@ -23,12 +25,12 @@ from ringattn.cli.request import (
     planned,
 )
 from ringattn.cost import AttentionShape
-from ringattn.make import make_segments
 from ringattn.planning import masks as planning_masks
 from ringattn.planning.layer_plans import ONE, LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
 from ringattn.planning.segments import Segments
+from ringattn.strategy import segments_of
 
 if TYPE_CHECKING:
     from ringattn.models.mixer_config import Mixer
@@ -96,7 +98,8 @@ def run(arguments: Sequence[str]) -> int:
     for kind, segments in plans.segments.items():
         _print_segments(segments, each[kind], f"{plans.states[kind]} layers of kind {kind}: ")
     if not one and plans:
-        print(f"all {len(plans.layers)} layers: largest work / mean {plans.imbalance:.4f}")
+        of = "attention of all" if plans.segments else "all"
+        print(f"{of} {len(plans.layers)} layers: largest work / mean {plans.imbalance:.4f}")
     return 0 if ok else 1
 
 
@@ -122,11 +125,14 @@ def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
     if unknown := sorted(set(layers) ^ {*masks, *mixers}):
         raise RequestError(f"pattern and kinds do not have the same names: {', '.join(unknown)}")
     try:
-        one = mask_of("causal", values["n"], _TOKENS)
-        attending = [masks[x] for x in layers if x in masks] or [one]
+        attending = [masks[x] for x in layers if x in masks]
+        if not attending:  # every token is as much work
+            n = mask_of("causal", values["n"], _TOKENS).n_q
+            attending = [planning_masks.sliding_window(n, 1)]
         layout = layout_of(values["layout"], attending, values["world"], values["chunk"])
-        documents = planning_masks.documents(attending[0].pieces)
-        segments = {kind: make_segments(documents, layout) for kind in mixers}
+        # Documents: what no layer attends across.
+        lengths = reduce(or_, masks.values()).pieces if masks else [layout.n]
+        segments = segments_of(dict.fromkeys(mixers, lengths), layout)
     except (ValueError, OverflowError, MemoryError) as error:
         raise RequestError(str(error)) from None
     plans = {kind: plan_of(values, mask, layout, None) for kind, mask in masks.items()}

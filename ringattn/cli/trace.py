@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ringattn import cost
-from ringattn.cost.step import Prediction, timeline_of
+from ringattn.cost.step import Prediction, ranks_of, timeline_of
 
 _RANKS = 16  # that a trace shows at most
 _TRACKS = {"compute": 1, "exchange": 2, "gradients": 3, "wait": 4}
@@ -14,10 +14,16 @@ _TRACKS = {"compute": 1, "exchange": 2, "gradients": 3, "wait": 4}
 
 def write(best: Prediction, path: Path) -> None:
     """One process per rank: the parts of its step, and the steps of one layer's plan (of the kind
-    with most pairs), forward and backward, on tracks of their own. Times are microseconds."""
+    with most pairs, if any layer attends), forward and backward, on tracks of their own. Times are
+    microseconds."""
     setup, hardware, plan = best.setup, best.hardware, best.plans.heaviest
-    ranks = list(range(setup.cp)) if setup.cp <= _RANKS else cost.sample(plan)
-    line = timeline_of(best.model, setup, plan, hardware, ranks, spans=True)
+    ranks = list(range(setup.cp))
+    if setup.cp > _RANKS:
+        ranks = cost.sample(plan) if plan else ranks_of(best.plans)
+    spans, forward = (), 0.0
+    if plan:
+        line = timeline_of(best.model, setup, plan, hardware, ranks, spans=True)
+        spans, forward = line.spans, line.forward
     events = []
     for rank in ranks:
         events.append(_name("process_name", rank, 0, f"rank {rank}"))
@@ -29,12 +35,16 @@ def write(best: Prediction, path: Path) -> None:
             if seconds > 0:
                 events.append(_event(rank, 0, part, at, seconds))
                 at += seconds
-    for span in line.spans:
-        offset = line.forward if span.of == "backward" else 0.0
+    for span in spans:
+        offset = forward if span.of == "backward" else 0.0
         name = f"{span.of}, {span.label}"
         begin = span.begin + offset
         events.append(_event(span.rank, _TRACKS[span.kind], name, begin, span.end - span.begin))
-    about = {"split": str(plan), "hardware": hardware.name, "step_s": best.seconds}
+    about = {
+        "split": str(plan or best.plans.layout),
+        "hardware": hardware.name,
+        "step_s": best.seconds,
+    }
     path.write_text(json.dumps({"traceEvents": events, "otherData": about}))
 
 

@@ -6,7 +6,14 @@ memory of a whole training step. ``step``: its seconds. ``search``: the best spl
 """
 
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import AttentionShape, Bytes, lower_bound, received, received_states
+from ringattn.cost.layer import (
+    AttentionShape,
+    Bytes,
+    lower_bound,
+    received,
+    received_states,
+    state_exchanges,
+)
 from ringattn.cost.timeline import Timeline, sample, simulate
 from ringattn.planning.buffers import Buffers, buffers
 
@@ -22,4 +29,5 @@ __all__ = [
     "received_states",
     "sample",
     "simulate",
+    "state_exchanges",
 ]

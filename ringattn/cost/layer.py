@@ -78,20 +78,37 @@ class MixerShape(Protocol):
     summary: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """What one rank receives in one exchange: bytes, and from how many peers."""
+
+    size: int
+    peers: int
+
+
+def state_exchanges(
+    segments: Segments, rank: int, mixer: MixerShape, itemsize: int, batch: int = 1
+) -> tuple[list[Incoming], list[Incoming]]:
+    """(forward, backward) of one layer with a state: the tokens before segments that its
+    convolution needs, ``itemsize`` bytes an element, and the summaries of segments."""
+    halo = segments.halo(rank, mixer.conv - 1)
+    row = batch * mixer.channels * itemsize
+    sent = sum(len(run) for rows in halo.sends.values() for run in rows)
+    forward = [Incoming(sum(halo.recvs.values()) * row, len(halo.recvs))]
+    backward = [Incoming(sent * row, len(halo.sends))]
+    if any(mixer.summary):
+        sizes = segments.received(rank, *(batch * size for size in mixer.summary))
+        for exchanges, size, back in zip((forward, backward), sizes, (False, True), strict=True):
+            exchanges.append(Incoming(size, len(segments.moves(rank, back)[1])))
+    return forward, backward
+
+
 def received_states(
     segments: Segments, rank: int, mixer: MixerShape, itemsize: int, batch: int = 1
 ) -> Bytes:
-    """Bytes that ``rank`` receives for one layer with a state: the summaries of segments, and the
-    tokens before them that its convolution needs, ``itemsize`` bytes an element."""
-    halo = segments.halo(rank, mixer.conv - 1)
-    row = batch * mixer.channels * itemsize
-    forward, backward = (0, 0)
-    if any(mixer.summary):
-        forward, backward = segments.received(rank, *(batch * size for size in mixer.summary))
-    return Bytes(
-        forward + sum(halo.recvs.values()) * row,
-        backward + sum(len(run) for rows in halo.sends.values() for run in rows) * row,
-    )
+    """Bytes that ``rank`` receives for one layer with a state: see :func:`state_exchanges`."""
+    both = state_exchanges(segments, rank, mixer, itemsize, batch)
+    return Bytes(*(sum(each.size for each in exchanges) for exchanges in both))
 
 
 def state_bytes(shape: AttentionShape) -> int:

@@ -234,11 +234,17 @@ class Footprint:
 
 
 def footprint(
-    model: Sizes, setup: Setup, tokens: int, kv_rows: int = 0, grad_rows: int = 0
+    model: Sizes,
+    setup: Setup,
+    tokens: int,
+    kv_rows: int = 0,
+    grad_rows: int = 0,
+    summaries: int = 0,
 ) -> Footprint:
     """For ``tokens`` of this rank in a micro-step; ``kv_rows`` and ``grad_rows`` are those of
-    :func:`ringattn.cost.buffers`. Without the framework's own share, and the copy that a checkpoint
-    is written from (12 bytes a parameter of this rank, in host memory)."""
+    :func:`ringattn.cost.buffers`, ``summaries`` bytes of other ranks' states. Without the
+    framework's own share, and the copy that a checkpoint is written from (12 bytes a parameter of
+    this rank, in host memory)."""
     wide, memory = setup.wide, setup.memory
     weights = setup.engine.states(model, wide, setup.world, setup.cp)
     tiled = memory.tiled(tokens)
@@ -283,15 +289,13 @@ def footprint(
     logits = min(chunk, tokens) * model.vocab_size * (4 + 2 * wide)
     gathered += wide * setup.engine.bucket(model)
     moments = {
-        **(
-            {"states": max(states) * tokens * (2 if memory.checkpoint else 1) + gathered}
-            if states
-            else {}
-        ),
         "attention": (attention if model.attending else 0) + gathered,
         "feed-forward": feed_forward + gathered,
         "loss": logits + gathered,
     }
+    if states:
+        passes = 2 if memory.checkpoint else 1
+        moments["states"] = max(states) * tokens * passes + summaries + gathered
     return Footprint(
         int(sum(weights.device.values())),
         int((kept + tail) * tokens),

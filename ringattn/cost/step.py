@@ -13,7 +13,7 @@ from typing import Any
 
 from ringattn import cost
 from ringattn.cost.hardware import Hardware
-from ringattn.cost.layer import BACKWARD, AttentionShape
+from ringattn.cost.layer import BACKWARD, AttentionShape, Bytes
 from ringattn.cost.model import (
     Footprint,
     Setup,
@@ -111,20 +111,14 @@ class Prediction:
             layer = cost.received(plan, cost.sample(plan)[-1], self._shape)
             forward += count * layer.forward
             backward += count * layer.backward
-        states = [
-            cost.received_states(segments, self.plans.world - 1, mixer, self.setup.wide)
-            for kind, segments in self.plans.segments.items()
-            if (mixer := self.model.mixer_of(kind))
-            for _ in range(self.plans.states[kind])
-        ]
+        states = 0
+        for kind, count in self.plans.states.items():
+            layer = received_states_of(self.model, self.setup, self.plans, kind)
+            states += count * (layer.forward + layer.backward)
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
-            **(
-                {"states": float(sum(x.forward + x.backward for x in states) * accum)}
-                if states
-                else {}
-            ),
+            **({"states": float(states * accum)} if self.plans.segments else {}),
             "weights gathered": traffic.gathered * accum,
             "gradients reduced": traffic.reduced * accum,
             "at the step's end": traffic.at_step,
@@ -174,6 +168,7 @@ class Layer:
     kv_rows: int
     grad_rows: int
     states: float = 0.0  # seconds of the exchanges of all layers with a state, which nothing hides
+    summaries: int = 0  # bytes that one of them holds of others
 
 
 def layer_of(
@@ -189,27 +184,50 @@ def layer_of(
         held += [cost.buffers(plans[kind].rank(rank)) for rank in ranks]
     tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
     rows = max((r.kv for r in held), default=0), max((r.grads for r in held), default=0)
-    return Layer(compute, exposed, tokens, *rows, exchange_of(model, setup, plans, hardware))
+    return Layer(
+        compute,
+        exposed,
+        tokens,
+        *rows,
+        states=exchange_of(model, setup, plans, hardware),
+        summaries=summaries_of(model, setup, plans),
+    )
+
+
+def summaries_of(model: Sizes, setup: Setup, plans: LayerPlans) -> int:
+    """The most bytes that a rank holds of others' for a layer with a state."""
+    each = [received_states_of(model, setup, plans, kind) for kind in plans.segments]
+    return max((max(x.forward, x.backward) for x in each), default=0)
+
+
+def ranks_of(plans: LayerPlans) -> list[int]:
+    """Those that are followed for layers with a state: both ends of the sequence and some between
+    them."""
+    return sorted({i * (plans.world - 1) // 4 for i in range(5)})
+
+
+def received_states_of(model: Sizes, setup: Setup, plans: LayerPlans, kind: str) -> Bytes:
+    """The most that a rank receives for one layer of a kind with a state."""
+    segments, mixer = plans.segments[kind], model.mixer_of(kind)
+    each = [cost.received_states(segments, r, mixer, setup.wide) for r in ranks_of(plans)]
+    return Bytes(max(x.forward for x in each), max(x.backward for x in each))
 
 
 def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardware) -> float:
     """Seconds that the layers with a state exchange in a micro-step: their halos and summaries,
-    forward and backward, again where they are computed again; of the first and the last rank."""
-    if not plans.segments or plans.world == 1:
-        return 0.0
+    forward and backward, again where they are computed again."""
     link = hardware.inter_node if plans.world > hardware.node_size else hardware.intra_node
+    again = 2 if setup.memory.checkpoint else 1
     total = 0.0
     for kind, count in plans.states.items():
         segments, mixer = plans.segments[kind], model.mixer_of(kind)
         each = []
-        for rank in (0, plans.world - 1):
-            size = cost.received_states(segments, rank, mixer, setup.wide)
-            peers = len(segments.moves(rank)[1]), len(segments.moves(rank, True)[1])
+        for rank in ranks_of(plans):
+            both = cost.state_exchanges(segments, rank, mixer, setup.wide)
             forward, backward = (
-                float(link.seconds(s, 2 * n))
-                for s, n in zip((size.forward, size.backward), peers, strict=True)
+                sum(float(link.seconds(x.size, x.peers)) for x in exchanges) for exchanges in both
             )
-            each.append(forward * (2 if setup.memory.checkpoint else 1) + backward)
+            each.append(again * forward + backward)
         total += count * max(each)
     return total
 
@@ -243,7 +261,8 @@ def predict(
         if ranks is None:
             ranks = cost.sample(plans.heaviest) if plans else []
         layer = layer_of(model, setup, plans, hardware, ranks)
-    memory = footprint(model, setup, layer.tokens, layer.kv_rows, layer.grad_rows)
+    held = layer.kv_rows, layer.grad_rows, layer.summaries
+    memory = footprint(model, setup, layer.tokens, *held)
     return Prediction(
         model=model,
         setup=setup,

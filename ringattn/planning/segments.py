@@ -190,11 +190,12 @@ class Segments:
         sends: dict[int, list[Segment]] = defaultdict(list)
         recvs: dict[int, list[Segment]] = defaultdict(list)
         for segment in self.all:
-            for reader in wanted[segment.number] - {segment.rank}:
-                if segment.rank == rank:
+            readers = wanted[segment.number]
+            if segment.rank == rank:
+                for reader in readers - {rank}:
                     sends[reader].append(segment)
-                if reader == rank:
-                    recvs[segment.rank].append(segment)
+            elif rank in readers:
+                recvs[segment.rank].append(segment)
         return dict(sorted(sends.items())), dict(sorted(recvs.items()))
 
     def with_transition(self, segment: Segment, backward: bool = False) -> bool:

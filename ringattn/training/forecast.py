@@ -11,7 +11,7 @@ from functools import cached_property
 from ringattn import cost
 from ringattn.cost import AttentionShape, Bytes, Hardware
 from ringattn.cost.model import Footprint, Setup, footprint, step_flops
-from ringattn.cost.step import Prediction, predict
+from ringattn.cost.step import Prediction, predict, received_states_of, summaries_of
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.training.config import hardware_of
@@ -76,21 +76,20 @@ class Forecast:
 
     def received_states(self, kind: str) -> Bytes:
         """The same for one layer of a kind that carries a state: its summaries and its halo."""
-        mixer = self.run.sizes.mixer_of(kind)
-        each = [
-            cost.received_states(self.plans.segments[kind], rank, mixer, self.setup.wide)
-            for rank in self.ranks
-        ]
-        return Bytes(max(x.forward for x in each), max(x.backward for x in each))
+        return received_states_of(self.run.sizes, self.setup, self.plans, kind)
 
     @cached_property
     def memory(self) -> Footprint:
         """Bytes of a rank, the framework's own aside."""
         plans = [self.plans[kind] for kind in self.plans.counts]
         rows = [cost.buffers(plan.rank(rank)) for plan in plans for rank in self.ranks]
-        most = (max((rows_of(r) for r in rows), default=0)
-                for rows_of in (lambda r: r.kv, lambda r: r.grads))  # fmt: skip
-        return footprint(self.run.sizes, self.setup, self.local_tokens, *most)
+        sizes = self.run.sizes
+        most = (
+            max((r.kv for r in rows), default=0),
+            max((r.grads for r in rows), default=0),
+            summaries_of(sizes, self.setup, self.plans),
+        )
+        return footprint(sizes, self.setup, self.local_tokens, *most)
 
     @cached_property
     def step(self) -> Prediction | None:

@@ -19,15 +19,14 @@ from ringattn.cost.hardware import Hardware
 from ringattn.cost.layer import BACKWARD, AttentionShape
 from ringattn.cost.model import Setup, footprint
 from ringattn.cost.step import Layer, Prediction, gib, layer_of, predict
-from ringattn.make import make_plan, make_segments
+from ringattn.make import make_plan
 from ringattn.models.sizes import ModelConfig
-from ringattn.planning import layouts
-from ringattn.planning import masks as planning_masks
 from ringattn.planning.head_split import legal_degrees
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.schedules import BUILDERS
+from ringattn.strategy import layout_of, segments_of
 from ringattn.training.engines import ENGINES, EngineSettings
 from ringattn.training.forecast import Forecast, node_of, setup_of
 from ringattn.training.run import TrainingRun, with_keys
@@ -159,11 +158,7 @@ class _Search:
             kind: make_plan(mask, layout, schedule, ulysses, node_size=node)
             for kind, mask in self.masks.items()
         }
-        segments = {
-            kind: make_segments(planning_masks.documents(lengths), layout)
-            for kind, lengths in self.states.items()
-        }
-        return LayerPlans(plans, self.layers, segments=segments)
+        return LayerPlans(plans, self.layers, segments=segments_of(self.states, layout))
 
     @cached_property
     def _layouts(self) -> dict[tuple[str, int], Layout]:
@@ -171,10 +166,7 @@ class _Search:
 
     def _layout(self, name: str, cp: int) -> Layout:
         if (name, cp) not in self._layouts:
-            each = [self.masks[kind] for kind in self.layers if kind in self.masks]
-            tokens = self.run.seq_len * self.run.batch_size
-            each = each or [planning_masks.sliding_window(tokens, 1)]
-            self._layouts[name, cp] = layouts.build(name, each, cp)
+            self._layouts[name, cp] = layout_of(name, self.masks, self.layers, self.states, cp)
         return self._layouts[name, cp]
 
     def _places(
@@ -192,7 +184,7 @@ class _Search:
                     yield cp, ulysses, self._layout(name, cp), self._schedules(cp, ulysses)
 
     def _schedules(self, cp: int, ulysses: int) -> list[str]:
-        if cp == ulysses:
+        if cp == ulysses or not self.masks:  # nothing to be scheduled
             return self._allowed("parallel.schedule", ("ring",))
         node = node_of(self.hardware, cp)
         names = [name for name in _SCHEDULES if name != "double_ring" or ulysses < node < cp]
@@ -207,6 +199,8 @@ class _Search:
         degrees = [
             u for u in legal_degrees(cp, self.run.model.heads) if node % u == 0 or u % node == 0
         ]
+        if not self.masks:
+            degrees = [1]
         own = self.run.parallel.ulysses
         return [u for u in degrees if u == own] if "parallel.ulysses" in self.fixed else degrees
 
