@@ -24,6 +24,21 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"whole context": [], "window of 32": ["attention.window=32"]}
 
 
+def start(run_dir, world, *keys):
+    """train.py on so many ranks of one thread each, without a logger."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={world}", str(ROOT / "train.py"), "logger=none",
+         f"run_dir={run_dir}", *keys],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def finish(job):
+    if job.wait():
+        raise SystemExit(f"exit status {job.returncode}: {' '.join(job.args)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, default=2)
@@ -35,13 +50,9 @@ def main():
     for (name, more), place in zip(RUNS.items(), axes, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             begin = time.monotonic()
-            subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 f"--nproc-per-node={options.world}", str(ROOT / "train.py"),
-                 "experiment=passkey", f"run_dir={folder}/run", "logger=none",
-                 *options.keys, *more],
-                check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            finish(
+                start(f"{folder}/run", options.world, "experiment=passkey", *options.keys, *more)
+            )
             seconds = time.monotonic() - begin
             last = json.loads(Path(folder, "run/eval.jsonl").read_text().splitlines()[-1])
         cells = last["probes"]

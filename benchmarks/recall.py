@@ -11,14 +11,12 @@ depths, by step.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from passkey import finish, start
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "memory:{mixer:gated_delta,heads:1,key_dim:4,value_dim:64}"
@@ -30,7 +28,7 @@ RUNS = {
     ],
 }
 KEYS = [
-    "experiment=passkey", "model=hybrid-tiny", "data=recall", "logger=none", "engine=fsdp",
+    "experiment=passkey", "model=hybrid-tiny", "data=recall", "engine=fsdp",
     "model.layers=4", "model.kv_heads=4", "seq_len=128", "batch_size=16", "eval.probes=[recall]",
     "eval.lengths=[128]",
 ]  # fmt: skip
@@ -43,20 +41,16 @@ def main():
     parser.add_argument("keys", nargs="*")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        begin, jobs = time.monotonic(), {}
-        for number, (name, own) in enumerate(RUNS.items()):
-            jobs[name] = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node=1", str(ROOT / "train.py"), *KEYS,
-                 f"train.steps={options.steps}", f"eval.every={options.steps // 12}",
-                 f"run_dir={folder}/{number}", *own, *options.keys],
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+        begin = time.monotonic()
+        often = [f"train.steps={options.steps}", f"eval.every={options.steps // 12}"]
+        jobs = {
+            name: start(f"{folder}/{number}", 1, *KEYS, *often, *own, *options.keys)
+            for number, (name, own) in enumerate(RUNS.items())
+        }
         figure = Figure(figsize=(6.5, 3.6), layout="constrained")
         axis = figure.subplots()
         for number, (name, job) in enumerate(jobs.items()):
-            if job.wait():
-                raise SystemExit(f"{name}: exit status {job.returncode}")
+            finish(job)
             lines = Path(folder, str(number), "eval.jsonl").read_text().splitlines()
             curve = {
                 values["step"]: sum(cell["accuracy"] for cell in values["probes"])

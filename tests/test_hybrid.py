@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import ringattn as ra
 from ringattn import mixers
@@ -78,6 +79,64 @@ def test_what_a_layer_keeps_is_what_autograd_saves(name, dtype):
             module(x, {"segments": segments, "group": None})
         measured = sum(size for size, _ in saved.values()) / n
         assert kind.kept(dtype.itemsize) == pytest.approx(measured, rel=0.03)
+
+
+def _by_definition(m, x):
+    """A layer token by token in float64, of its weights: what the docs and papers write."""
+    w = {name: p.double() for name, p in m.named_parameters()}
+    kind, x = m.kind, x.double()
+    qkv = torch.cat([x @ w[f"{name}_proj.weight"].T for name in "qkv"], -1)
+    qkv = F.silu(mixers.naive.convolution(qkv, w["conv_weight"]))
+    keys = kind.heads * kind.key_dim
+    q, k, v = (
+        y.unflatten(-1, (kind.heads, -1))
+        for y in qkv.split([keys, keys, kind.heads * kind.value_dim], -1)
+    )
+    decay = beta = None
+    out_scale = kind.key_dim**-0.5
+    if kind.mixer == "linear":
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        weight = mixers.naive.recurrence(q, k, torch.ones_like(v[..., :1]))
+        out_scale = 1 / weight
+    if kind.mixer == "lightning":  # 1 - 2^-5 for the first head, 1 - 2^-9 for the last
+        decay = torch.tensor([1 - 2**-5, 1 - 2**-9]).double().log().expand(*v.shape[:3])
+    if kind.mixer in ("ssd", "gated_delta"):
+        dt = F.softplus(x @ w["dt_proj.weight"].T + w["dt_bias"])
+        decay = -dt * w["A_log"].exp()
+    if kind.decays_vectors:
+        raw = x @ w["decay_in.weight"].T @ w["decay_out.weight"].T + w["dt_bias"]
+        raw = raw.unflatten(-1, (kind.heads, -1))
+        gla = F.logsigmoid(raw) / 16
+        decay = gla if kind.mixer == "gla" else -w["A_log"].exp()[:, None] * F.softplus(raw)
+    if "delta" in kind.mixer or kind.mixer == "kda":
+        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        beta = (x @ w["beta_proj.weight"].T).sigmoid()
+    values = v * dt[..., None] if kind.mixer == "ssd" else v
+    out = mixers.naive.recurrence(q, k, values, decay, beta) * out_scale
+    if kind.mixer == "ssd":
+        out = out + w["D"][:, None] * v
+    out = out / (out.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["out_norm.weight"]
+    gate = F.silu(x @ w["gate_proj.weight"].T).unflatten(-1, (kind.heads, -1))
+    return (out * gate).flatten(-2) @ w["o_proj.weight"].T
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_is_what_its_source_writes(name):
+    model = Decoder(sizes_of(name, heads=2, key_dim=6, value_dim=10), 0)
+    module, x = model.layers[0].mixer, torch.randn(1, 70, 32)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.2 * torch.randn(p.shape))
+    segments = ra.make_segments(ra.masks.causal(70), ra.layouts.contiguous(70, 1))
+    got = module(x, {"segments": segments, "group": None})
+    if name == "conv":
+        w = {key: p.double() for key, p in module.named_parameters()}
+        before, after, inner = (x.double() @ w["in_proj.weight"].T).chunk(3, -1)
+        mixed = mixers.naive.convolution(before * inner, w["conv_weight"])
+        want = (after * mixed) @ w["o_proj.weight"].T
+    else:
+        want = _by_definition(module, x)
+    assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 def _on_ranks(model, layout, cp, lengths, tokens):
