@@ -53,6 +53,12 @@ def test_ranks_that_start_at_other_times_find_each_other():
     assert status == 0, output
 
 
+def test_ranks_may_leave_training_at_other_times():
+    """A rank whose neighbour is done is still heard; a store that left with its rank fails none."""
+    status, output = launch(3, ROOT / "tests/workers/leaving.py")
+    assert status == 0, output
+
+
 def test_a_stopped_rank_is_named_with_its_step(tmp_path, text):
     run_dir = tmp_path / "run"
     keys = ("train.steps=100000", "parallel.timeout_s=8")

@@ -11,11 +11,13 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 PERIOD_S = 1.0
+DONE = "done"
 
 
 class Heartbeat:
@@ -51,25 +53,28 @@ class Heartbeat:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread.is_alive():
-            self._store.set(self._key(self.rank), "done")
             self._thread.join()
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
 
     def _run(self) -> None:
+        """Beats and watches until the end; a store that has gone (with torchrun, or with the rank
+        that held it and was ready first) is nobody's failure."""
+        with suppress(RuntimeError):
+            self._beat_and_watch()
+            self._store.set(self._key(self.rank), DONE)
+
+    def _beat_and_watch(self) -> None:
         peer = (self.rank + 1) % self.world
         count, heard, since = 0, "", time.monotonic()
         while count == 0 or not self._stop.wait(PERIOD_S):
             count += 1
-            try:
-                self._store.set(self._key(self.rank), f"{count}|{self.where}")
-                present = self._store.check([self._key(peer)])
-                beat = self._store.get(self._key(peer)).decode() if present else ""
-            except RuntimeError:  # the store is gone: torchrun is ending
-                return
-            if beat == "done":
-                return
+            self._store.set(self._key(self.rank), f"{count}|{self.where}")
+            if heard == DONE:
+                continue  # one is still watched by the rank before
+            present = self._store.check([self._key(peer)])
+            beat = self._store.get(self._key(peer)).decode() if present else ""
             now = time.monotonic()
             if beat != heard:
                 heard, since = beat, now
