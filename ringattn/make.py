@@ -197,13 +197,14 @@ def _check_layouts(mask: Mask, layout: Layout, key_layout: Layout) -> None:
 
 
 @lru_cache(maxsize=64)
-def make_segments(mask: Mask, layout: Layout) -> Segments:
+def make_segments(mask: Mask, layout: Layout, way: str | None = None) -> Segments:
     """What mixers with a state along the sequence go by, for packed documents or one text:
-    ``mask`` is ``masks.causal(n)`` or ``masks.documents(lengths)``. The same arguments give the
-    same object.
+    ``mask`` is ``masks.causal(n)`` or ``masks.documents(lengths)``. ``way``: how states are
+    exchanged, "direct", "doubling", "contiguous direct" or "contiguous doubling"; None: for each
+    layer what weighs least. The same arguments give the same object.
 
-    Raises ValueError for another mask, since a state sees all tokens of a document before it; and
-    for a layout whose runs are not contiguous.
+    Raises ValueError for another mask, since a state sees all tokens of a document before it; for
+    a layout whose runs are not contiguous; and for an unknown way.
     """
     lengths = mask.pieces
     documents = masks.documents(lengths)
@@ -212,4 +213,4 @@ def make_segments(mask: Mask, layout: Layout) -> Segments:
             f"make_segments: the mask must be causal(n) or documents(lengths) of the layout's "
             f"{layout.n} tokens: a state sees all tokens of its document before it"
         )
-    return Segments(layout, lengths)
+    return Segments(layout, lengths, way)

@@ -14,11 +14,13 @@ from ringattn.context import Strategy, check_engaged
 from ringattn.cost.model import footprint
 from ringattn.execution.attention import ring_attention
 from ringattn.execution.carriers import Counted, VirtualWorld
+from ringattn.mixers import recurrent
 from ringattn.mixers.recurrent import CHUNK, CHUNK_OF_VECTORS
 from ringattn.models.decoder import Decoder, shapes
 from ringattn.models.mixer import make_mixer
 from ringattn.models.mixer_config import Mixer
 from ringattn.models.sizes import MixedConfig, ModelConfig
+from ringattn.planning.state_exchange import exchange_of
 from ringattn.training import config
 from ringattn.training.forecast import on_paper
 from ringattn.typed import SettingsError
@@ -56,7 +58,7 @@ def test_parameters_are_counted_without_making_them(name, conv):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_layer_keeps_is_what_autograd_saves(name, dtype):
+def test_what_a_layer_keeps_and_moves_is_what_it_says(name, dtype, monkeypatch):
     assert (CHUNK, CHUNK_OF_VECTORS) == (64, 16)  # as Mixer counts
     n, model = 512, ModelConfig(layers=1, **SIZES | {"dim": 64})
     for heads, keys, values in ((2, 32, 64), (4, 64, 32)):
@@ -76,8 +78,16 @@ def test_what_a_layer_keeps_is_what_autograd_saves(name, dtype):
             return t
 
         segments = ra.make_segments(ra.masks.causal(n), ra.layouts.contiguous(n, 1))
+        said = []
+
+        def heard(segments, sizes, said=said):
+            said.append(sizes)
+            return exchange_of(segments, sizes)
+
+        monkeypatch.setattr(recurrent, "exchange_of", heard)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             module(x, {"segments": segments, "group": None})
+        assert said == [kind.state_bytes(x.element_size())] * (name != "conv")
         measured = sum(size for size, _ in saved.values()) / n
         assert kind.kept(dtype.itemsize) == pytest.approx(measured, rel=0.03)
 
@@ -327,16 +337,17 @@ def test_a_forecast_counts_summaries_as_time_and_memory(tmp_path):
             "parallel.node_size=8"]  # fmt: skip
     few, many = (on_paper(load_keys(*keys, f"parallel.cp={cp}"), cp) for cp in (8, 64))
     states = [ahead.step.received["states"] for ahead in (few, many)]
-    assert states[1] > 6 * states[0]
+    assert 2 * states[0] > states[1] > 1.5 * states[0]  # by the logarithm of the ranks
+    assert (few.way("memory"), many.way("memory")) == ("doubling",) * 2
     summaries = many.received_states("memory").forward
     without = footprint(many.run.sizes, many.setup, many.local_tokens).moments["states"]
-    assert many.memory.moments["states"] - without >= summaries > 2**26
+    assert many.memory.moments["states"] - without >= summaries > 2**24
     conv = ["attention.kinds={memory:{mixer:conv},global:causal}"]
     short, slow = (
         on_paper(load_keys(*keys, *more, "parallel.cp=64"), 64).step.parts["exposed exchange"]
         for more in (conv, [])
     )
-    assert slow > 2 * short > 0
+    assert slow > 1.2 * short > 0
     alone = [*keys[:4], *conv, "parallel.cp=1", "parallel.node_size=1"]
     one = on_paper(load_keys(*alone), 1).step.parts["exposed exchange"]
     assert one == 0

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import threading
+import types
 from itertools import pairwise
 
 import pytest
@@ -12,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 import ringattn as ra
 from ringattn.execution.carriers import Counted, VirtualWorld
-from ringattn.mixers import chunks, conv, delta, features, linear, naive, recurrent, scan
+from ringattn.mixers import chunks, conv, delta, features, linear, naive, recurrent, scan, states
 from ringattn.planning.layouts import Layout
+from ringattn.planning.prefixes import Prefixes
 from ringattn.planning.runs import Run
-from ringattn.planning.segments import Segments
+from ringattn.planning.segments import WAYS, Segments
+from ringattn.planning.state_exchange import Relayout, StateBytes, exchange_of
 
 from .processes import ROOT, launch
 
@@ -140,10 +144,11 @@ def both(
     change=lambda inputs: None,
     wrap=lambda f: f,
     carrier=lambda r: r,
+    way=None,
 ):
     """Relative errors of the output and of every gradient, by name; and the outputs by rank."""
     draw = torch.Generator().manual_seed(seed)
-    n, segments = layout.n, Segments(layout, lengths)
+    n, segments = layout.n, Segments(layout, lengths, way)
     inputs = mixer.make(draw, n)
     change(inputs)
     reference = {name: x.clone().requires_grad_() for name, x in inputs.items()}
@@ -195,22 +200,29 @@ def layouts_of_segments(draw):
 
 @pytest.mark.parametrize("name", MIXERS)
 @settings(max_examples=25)
-@given(case=layouts_of_segments(), seed=st.integers(0, 2**31))
-def test_any_segments_and_documents_are_the_recurrence(name, case, seed):
-    errors, _ = both(MIXERS[name], *case, seed)
+@given(
+    case=layouts_of_segments(),
+    seed=st.integers(0, 2**31),
+    way=st.sampled_from([None, *WAYS]),
+)
+def test_any_segments_and_documents_are_the_recurrence(name, case, seed, way):
+    errors, _ = both(MIXERS[name], *case, seed, way=way)
     assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "balanced"])
-def test_errors_do_not_grow_with_ranks(name, kind):
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("contiguous", "direct"), ("zigzag", "direct"), ("zigzag", "doubling"), ("balanced", None)],
+)
+def test_errors_do_not_grow_with_ranks(name, kind, way):
     lengths = [70, 3, 1, 260, 41]
     n, mask = sum(lengths), ra.masks.documents(lengths)
     worst = {}
     for world in (1, 4, 64):
         make = getattr(ra.layouts, kind)
         layout = make(mask, world) if kind == "balanced" else make(n, world)
-        errors, _ = both(MIXERS[name], layout, lengths)
+        errors, _ = both(MIXERS[name], layout, lengths, way=way)
         worst[world] = max(errors.values())
     assert worst[4] < 1e-5 and worst[64] < 2 * worst[1] + 2e-7, worst
 
@@ -233,46 +245,120 @@ def test_extreme_decays_are_finite_and_right(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_runs_repeat_bitwise_and_under_checkpointing(name):
+@pytest.mark.parametrize("way", ["direct", "contiguous doubling"])
+def test_runs_repeat_bitwise_and_under_checkpointing(name, way):
     layout, lengths = ra.layouts.zigzag(61, 3), [20, 30, 11]
-    first, outs = both(MIXERS[name], layout, lengths)
+    first, outs = both(MIXERS[name], layout, lengths, way=way)
     again, others = both(
-        MIXERS[name], layout, lengths, wrap=lambda f: lambda: checkpoint(f, use_reentrant=False)
-    )
+        MIXERS[name], layout, lengths, way=way,
+        wrap=lambda f: lambda: checkpoint(f, use_reentrant=False),
+    )  # fmt: skip
     assert first == again and all(map(torch.equal, outs, others))
 
 
 @pytest.mark.parametrize("name", ["linear", "ssd", "gla", "gated delta"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
-def test_bytes_are_the_plans_and_do_not_grow_with_the_length(name, kind):
-    state = 4 * 2 * HEADS * DK * DV
-    through = 4 * 2 * HEADS * {"linear": 1, "ssd": 1, "gla": DK, "gated delta": DK * DK}[name]
-    moved = []
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_are_the_plans_and_do_not_grow_with_the_length(name, kind, way):
+    given = (
+        HEADS * (2 * DK + DV) + HEADS * {"linear": 0, "ssd": 1, "gla": DK, "gated delta": 2}[name]
+    )
+    through = {"linear": 1, "ssd": 1, "gla": DK, "gated delta": DK * DK}[name]
+    sizes = StateBytes(4 * HEADS * DK * DV, 4 * HEADS * through, 4 * given, 4 * HEADS * DV)
+    received = []
     for n in (64, 640):
-        layout, carriers = getattr(ra.layouts, kind)(n, 4), {}
+        layout, carriers = getattr(ra.layouts, kind)(n, 5), {}
 
         def counted(rank, carriers=carriers):
             return carriers.setdefault(rank.rank, Counted(rank))
 
-        both(MIXERS[name], layout, [n], carrier=counted)
-        segments = Segments(layout, [n])
-        got = [carriers[rank].received for rank in range(4)]
-        assert got == [sum(segments.received(rank, state, through)) for rank in range(4)]
-        assert all(carriers[rank].exchanges == 2 for rank in range(4))
-        moved.append(got)
-    assert moved[0] == moved[1] and sum(moved[0]) > 0
+        both(MIXERS[name], layout, [n], carrier=counted, way=way)
+        exchange = exchange_of(Segments(layout, [n], way), sizes.times(2))
+        got = [carriers[rank].received for rank in range(5)]
+        assert got == [sum(exchange.received(rank, sizes.times(2))) for rank in range(5)]
+        received.append(got)
+    grows = way.startswith("contiguous") and kind == "zigzag"
+    assert (received[0] != received[1]) == grows and sum(received[0]) > 0
+
+
+class _Logged:
+    """Another carrier; when its exchanges begin and end, and what comes between."""
+
+    def __init__(self, carrier):
+        self.carrier, self.rank, self.world, self.log = carrier, carrier.rank, carrier.world, []
+
+    def start(self, *exchange):
+        self.log.append("begins")
+        pending = self.carrier.start(*exchange)
+        return types.SimpleNamespace(wait=lambda: (pending.wait(), self.log.append("ends")))
+
+
+def test_products_within_chunks_are_computed_while_summaries_travel(monkeypatch):
+    """In the forward, and their backward while gradients of states travel."""
+    loggers, pairs = {}, recurrent._pairs
+
+    def logged(q, k, total):
+        found, log = pairs(q, k, total), loggers[threading.get_ident()].log
+        log.append("products")
+        if found.requires_grad:
+            found.register_hook(lambda grad: log.append("their backward"))
+        return found
+
+    monkeypatch.setattr(recurrent, "_pairs", logged)
+
+    def known(rank):
+        return loggers.setdefault(threading.get_ident(), _Logged(rank))
+
+    both(MIXERS["ssd"], ra.layouts.contiguous(40, 2), [40], carrier=known, way="direct")
+    once = ["begins", "products", "ends", "begins", "their backward", "ends"]
+    assert [logger.log for logger in loggers.values()] == [once, once]
+
+
+def test_what_is_received_grows_with_the_logarithm_of_the_ranks():
+    """Doubling: a summary for the neighbour and one more for each doubling of distance."""
+    summaries = StateBytes(1, 0, 10**6, 10**6)
+    most = {}
+    for world in (2, 8, 64, 512):
+        segments = Segments(ra.layouts.contiguous(2 * world, world), [2 * world], "doubling")
+        exchange = exchange_of(segments, summaries)
+        most[world] = max(exchange.received(rank, summaries)[0] for rank in range(world))
+        assert len(exchange.incoming(0, summaries)[0]) == most[world]
+    assert most == {2: 1, 8: 4, 64: 7, 512: 10}
+
+
+def test_the_way_is_chosen_by_bytes():
+    """Small states go at once; large ones in steps; where they outweigh the tokens these move."""
+
+    def way(n, world, state, token):
+        segments = Segments(ra.layouts.zigzag(n, world), [n])
+        return exchange_of(segments, StateBytes(state, state, token, token)).way
+
+    assert way(2**20, 8, 2**10, 2**12) == "direct"
+    assert way(2**20, 64, 2**20, 2**14) == "doubling"
+    assert way(2**12, 64, 2**20, 2**10) == "contiguous doubling"
+    assert way(2**12, 1, 2**20, 2**10) == "direct"
+    alone = Segments(ra.layouts.zigzag(40, 2), [10, 10, 10, 10])  # no document is split
+    assert exchange_of(alone, StateBytes(10**9, 10**9, 1, 1)).way == "direct"
 
 
 def test_no_summary_travels_where_documents_end_with_segments():
     layout = ra.layouts.contiguous(40, 4)
     segments = Segments(layout, [10, 10, 20])
-    assert [segments.received(rank, 1, 0) for rank in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
+    exchange, sizes = exchange_of(segments, StateBytes(1, 0, 9, 9)), StateBytes(1, 0, 9, 9)
+    received = [exchange.received(rank, sizes) for rank in range(4)]
+    assert received == [(0, 0), (0, 0), (0, 1), (1, 0)]
     assert segments.halo(3, 2).recvs == {2: 2} and not segments.halo(2, 2).recvs
 
 
 def _wrong_order(monkeypatch):
-    sources = Segments.sources
-    monkeypatch.setattr(Segments, "sources", lambda self, s: sources(self, s)[::-1])
+    reads = Prefixes.reads
+    monkeypatch.setattr(Prefixes, "reads", lambda *of: reads(*of)[::-1])
+
+
+def _too_far(monkeypatch):
+    monkeypatch.setattr(Prefixes, "goes_on", lambda self, step, number: False)
+    applied = states.applied
+    monkeypatch.setattr(states, "applied", lambda t, s: s if t is None else applied(t, s))
 
 
 def _state_leaks(monkeypatch):
@@ -306,30 +392,46 @@ def _transposed(monkeypatch):
     monkeypatch.setattr(chunks, "applied_back", chunks.applied)
 
 
+def _moved_back_wrong(monkeypatch):
+    moves = Relayout.moves
+
+    def swapped(self, rank):
+        sends, recvs = moves(self, rank)
+        return sends, {peer: rows[::-1] for peer, rows in recvs.items()}
+
+    monkeypatch.setattr(Relayout, "moves", swapped)
+
+
 @pytest.mark.parametrize(
-    ("fault", "name"),
+    ("fault", "name", "way"),
     [
-        (_wrong_order, "ssd"),
-        (_wrong_order, "delta"),
-        (_state_leaks, "ssd"),
-        (_halo_off, "conv"),
-        (_decay_twice, "ssd"),
-        (_decay_twice, "kimi delta"),
-        (_transposed, "gated delta"),
+        (_wrong_order, "ssd", "direct"),
+        (_wrong_order, "delta", "direct"),
+        (_too_far, "delta", "doubling"),
+        (_state_leaks, "ssd", "direct"),
+        (_state_leaks, "ssd", "doubling"),
+        (_halo_off, "conv", None),
+        (_decay_twice, "ssd", "direct"),
+        (_decay_twice, "kimi delta", "doubling"),
+        (_transposed, "gated delta", None),
+        (_moved_back_wrong, "delta", "contiguous direct"),
     ],
 )
-def test_faults_show(fault, name, monkeypatch):
+def test_faults_show(fault, name, way, monkeypatch):
     # The document that is cut is in the middle: a state goes through several segments.
     layout, lengths = ra.layouts.contiguous(60, 5), [12, 40, 8]
+    if way == "contiguous direct":
+        edges = [Run(a, a + 10) for a in range(0, 60, 10)]
+        layout = Layout(60, (edges[::2], edges[1::2]))
 
     def slower(inputs):
         if "decay" in inputs:  # or little is left of a state after a segment
             inputs["decay"] *= 0.05
 
-    assert max(both(MIXERS[name], layout, lengths, change=slower)[0].values()) < 1e-5
+    assert max(both(MIXERS[name], layout, lengths, change=slower, way=way)[0].values()) < 1e-5
     fault(monkeypatch)
     try:
-        errors, _ = both(MIXERS[name], layout, lengths, change=slower)
+        errors, _ = both(MIXERS[name], layout, lengths, change=slower, way=way)
     except (TypeError, KeyError, AttributeError):
         return  # what was composed had no transition
     assert max(errors.values()) > 1e-3, errors

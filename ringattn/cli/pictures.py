@@ -16,6 +16,7 @@ from ringattn.cost.presets import usual
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.segments import Segments
+from ringattn.planning.state_exchange import StateExchange
 
 _GRID = 512  # pixels of a mask on each axis at most
 _SEGMENTS = 24  # of a picture of summaries at most
@@ -34,10 +35,11 @@ def draw_plans(
     shape: AttentionShape,
     file: str,
     received: Mapping[str, Sequence[int]] | None = None,
+    exchanges: Mapping[str, StateExchange] | None = None,
 ) -> None:
     """For each kind of layer the mask coloured by rank, the work per rank and the timeline of the
     forward; of one with a state its segments, and the bytes that each rank receives
-    (``received``)."""
+    (``received``) and how their states are exchanged (``exchanges``)."""
     count = len(plans) + len(plans.segments)
     figure = Figure(figsize=(15, 4.6 * count), layout="constrained")
     rows = figure.subplots(count, 3, width_ratios=(4, 3, 6), squeeze=False)
@@ -46,7 +48,7 @@ def draw_plans(
     ):
         draw_segments(left, segments)
         draw_received(middle, received[kind])
-        draw_summaries(right, segments)
+        draw_summaries(right, exchanges[kind])
         left.set_title(f"{plans.states[kind]} layers of kind {kind}", fontsize=10)
     for (left, middle, right), (kind, plan) in zip(rows, plans.items(), strict=False):
         draw_mask(left, plan)
@@ -116,27 +118,31 @@ def draw_received(axis: Axes, received: Sequence[int]) -> None:
     kib = np.array(received) / 1024
     axis.bar(range(len(kib)), kib, color=colours(len(kib)))
     axis.set_xlabel("rank")
-    axis.set_title("KiB received in the forward: summaries and halos", fontsize=10)
+    axis.set_title("KiB received in the forward: states and halos", fontsize=10)
 
 
-def draw_summaries(axis: Axes, segments: Segments) -> None:
-    """Whose summary makes whose first state: an arrow from each source to the segment, grey where
-    both are of one rank."""
+def draw_summaries(axis: Axes, exchange: StateExchange) -> None:
+    """What each segment reads in the forward, in all steps: an arrow from whose summary to whose
+    first state it makes, grey where both are of one rank."""
+    segments, prefixes = exchange.segments, exchange.forward
     palette, shown = colours(segments.world), segments.all[:_SEGMENTS]
     for segment in shown:
         axis.plot(segment.number, segment.rank, "o", color=palette[segment.rank], zorder=3)
-        for source in segments.sources(segment):
-            own = source.rank == segment.rank
-            axis.annotate(
-                "", (segment.number, segment.rank), (source.number, source.rank),
-                arrowprops={"arrowstyle": "->", "alpha": 0.5,
-                            "color": "#bbbbbb" if own else palette[source.rank]},
-            )  # fmt: skip
+        for step in range(prefixes.steps):
+            for number in prefixes.reads(step, segment.number):
+                source = segments.all[number]
+                own = source.rank == segment.rank
+                axis.annotate(
+                    "", (segment.number, segment.rank), (source.number, source.rank),
+                    arrowprops={"arrowstyle": "->", "alpha": 0.5,
+                                "color": "#bbbbbb" if own else palette[source.rank]},
+                )  # fmt: skip
     axis.invert_yaxis()
     more = f" (the first {_SEGMENTS})" if len(segments.all) > _SEGMENTS else ""
     axis.set_xlabel(f"segment, in the order of the sequence{more}")
     axis.set_ylabel("rank")
-    axis.set_title("summaries that make first states, in one exchange", fontsize=10)
+    steps = "1 step" if prefixes.steps == 1 else f"{prefixes.steps} steps"
+    axis.set_title(f"summaries that make first states: {exchange.way}, {steps}", fontsize=10)
 
 
 def draw_work(axis: Axes, plan: Plan) -> None:

@@ -29,7 +29,8 @@ from ringattn.planning import masks as planning_masks
 from ringattn.planning.layer_plans import ONE, LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
-from ringattn.planning.segments import Segments
+from ringattn.planning.segments import WAYS, Segments
+from ringattn.planning.state_exchange import StateExchange, exchange_of
 from ringattn.strategy import segments_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def run(arguments: Sequence[str]) -> int:
         received = {
             kind: [rank["forward_bytes"] for rank in each[kind]["ranks"]] for kind in mixers
         }
-        draw_plans(plans, shape, options.plot, received)
+        exchanges = {}
+        for kind, segments in plans.segments.items():
+            way = each[kind]["way"] or "direct"
+            exchanges[kind] = StateExchange(segments, way)
+        draw_plans(plans, shape, options.plot, received, exchanges)
     one = values["kinds"] is None
     if options.json:
         whole = {"kinds": each, "layers": plans.layers, "imbalance": plans.imbalance}
@@ -155,19 +160,27 @@ def _segment_facts(segments: Segments, mixer: Mixer, shape: AttentionShape) -> d
                 "rank": rank,
                 "tokens": segments.layout.count(rank),
                 "segments": len(segments.of(rank)),
-                "summaries": sum(map(len, segments.moves(rank)[1].values())),
                 "halo_tokens": sum(segments.halo(rank, mixer.conv - 1).recvs.values()),
                 "forward_bytes": received.forward,
                 "backward_bytes": received.backward,
             }
         )
-    tokens = shape.batch * shape.itemsize * mixer.channels * segments.layout.n
+    ways, chosen, steps = {}, None, 0
+    if sizes := mixer.state_bytes(shape.itemsize):
+        sizes = sizes.times(shape.batch)
+        exchange = exchange_of(segments, sizes)
+        chosen, steps = exchange.way, exchange.forward.steps
+        for way in WAYS:
+            most, exchanges = StateExchange(segments, way).most(sizes)
+            ways[way] = {"bytes": most, "exchanges": exchanges}
     return {
         "mixer": asdict(mixer),
         "layout": segments.layout.name,
         "documents": len(segments.lengths),
         "segments": len(segments.all),
-        "tokens_bytes": tokens * (segments.world - 1) // segments.world**2,
+        "way": chosen,
+        "steps": steps,
+        "ways": ways,
         "ranks": ranks,
     }
 
@@ -180,11 +193,18 @@ def _print_segments(segments: Segments, facts: dict, title: str) -> None:
     most = {key: max(rank[key] for rank in ranks) for key in list(ranks[0])[3:]}
     console.print(
         f"a rank receives at most {_short(most['forward_bytes'])} B forward "
-        f"({most['summaries']} summaries, {most['halo_tokens']} halo tokens) and "
-        f"{_short(most['backward_bytes'])} B backward, whatever the length; its tokens' q, k and v "
-        f"in another layout would be {_short(facts['tokens_bytes'])} B each way",
+        f"({most['halo_tokens']} halo tokens among them) and "
+        f"{_short(most['backward_bytes'])} B backward",
         soft_wrap=True,
     )
+    if facts["ways"]:
+        each = (
+            f"{way} {_short(cost['bytes'])} B in {cost['exchanges']} exchanges"
+            for way, cost in facts["ways"].items()
+        )
+        console.print(
+            f"states {facts['way']}; ways, forward and backward: {'; '.join(each)}", soft_wrap=True
+        )
 
 
 def _facts(plan: Plan, shape: AttentionShape) -> dict:

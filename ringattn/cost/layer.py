@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ringattn.planning.head_split import HeadSplit
+from ringattn.planning.state_exchange import Incoming, StateBytes, exchange_of
 
 if TYPE_CHECKING:
     from ringattn.planning.plan import Plan
@@ -75,31 +76,25 @@ class MixerShape(Protocol):
 
     conv: int
     channels: int
-    summary: tuple[int, int]
 
-
-@dataclass(frozen=True)
-class Incoming:
-    """What one rank receives in one exchange: bytes, and from how many peers."""
-
-    size: int
-    peers: int
+    def state_bytes(self, wide: int) -> StateBytes | None: ...
 
 
 def state_exchanges(
     segments: Segments, rank: int, mixer: MixerShape, itemsize: int, batch: int = 1
 ) -> tuple[list[Incoming], list[Incoming]]:
     """(forward, backward) of one layer with a state: the tokens before segments that its
-    convolution needs, ``itemsize`` bytes an element, and the summaries of segments."""
+    convolution needs, ``itemsize`` bytes an element; summaries of segments, and tokens that move
+    where these weigh more."""
     halo = segments.halo(rank, mixer.conv - 1)
     row = batch * mixer.channels * itemsize
     sent = sum(len(run) for rows in halo.sends.values() for run in rows)
     forward = [Incoming(sum(halo.recvs.values()) * row, len(halo.recvs))]
     backward = [Incoming(sent * row, len(halo.sends))]
-    if any(mixer.summary):
-        sizes = segments.received(rank, *(batch * size for size in mixer.summary))
-        for exchanges, size, back in zip((forward, backward), sizes, (False, True), strict=True):
-            exchanges.append(Incoming(size, len(segments.moves(rank, back)[1])))
+    if sizes := mixer.state_bytes(itemsize):
+        sizes = sizes.times(batch)
+        there, back = exchange_of(segments, sizes).incoming(rank, sizes)
+        forward, backward = forward + there, backward + back
     return forward, backward
 
 

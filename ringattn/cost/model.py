@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ringattn.planning.state_exchange import StateBytes
+
 
 class Mixing(Protocol):
     """What a layer has in place of attention: :class:`ringattn.models.mixer_config.Mixer`."""
@@ -18,7 +20,8 @@ class Mixing(Protocol):
     conv: int
     channels: int
     flops: float
-    summary: tuple[int, int]
+
+    def state_bytes(self, wide: int) -> StateBytes | None: ...
 
     def matmul_parameters(self, dim: int) -> int: ...
 

@@ -13,8 +13,10 @@ import torch
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.mixers.chunks import Chunks, chunks_of, follow, in_float32, nothing
-from ringattn.mixers.states import first_states
+from ringattn.mixers.moving import moved
+from ringattn.mixers.states import FirstStates
 from ringattn.planning.segments import Segments
+from ringattn.planning.state_exchange import StateBytes, StateExchange, exchange_of
 
 CHUNK, CHUNK_OF_VECTORS = 64, 16  # tokens; with a decay for each of dk all pairs of them exist
 
@@ -94,19 +96,43 @@ def _mix(
     chunk: int | None,
 ) -> torch.Tensor:
     comm = connect(group)
-    decay = checked(q, k, v, decay, segments, comm)
+    check(q, k, v, decay, segments, comm)
+    exchange = exchange_of(segments, state_bytes(q, k, v, decay, beta))
+    if exchange.move is None:
+        return _in_chunks(q, k, v, decay, beta, exchange, comm, scale, initial, chunk)
+    constant = decay is not None and decay.dim() == 1
+    there = moved([q, k, v, beta, None if constant else decay], exchange.move, comm)
+    q, k, v, beta, decay = (*there[:4], decay if constant else there[4])
+    out = _in_chunks(q, k, v, decay, beta, exchange, comm, scale, initial, chunk)
+    return moved([out], exchange.move.back, comm)[0]
+
+
+def _in_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    exchange: StateExchange,
+    comm: Comm,
+    scale: float | None,
+    initial: torch.Tensor | None,
+    chunk: int | None,
+) -> torch.Tensor:
+    """In the layout of the exchange."""
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(k.shape[:3])
     if not q.shape[1]:
         return nothing(v, q, k, decay, beta, initial)
     vectors = decay is not None and decay.dim() == 4
     size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)
-    chunks = chunks_of(segments, comm.rank, size, q.device)
+    chunks = chunks_of(exchange.segments, comm.rank, size, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v32 = chunks.cut(q) * scale, chunks.cut(k), chunks.cut(v)  # [chunks, batch, heads, C, d]
     log = _decays(chunks, decay, k)
     # The sum of decays up to each token; in float64, since differences of it count.
     total = log.double().cumsum(-2)
     grown = total.float().exp()
-    scores = _pairs(q, k, total).tril()
     ahead = (total[..., -1:, :] - total).float().exp() * k  # from each token to the chunk's end
     values, reads = v32, None
     if beta is not None:
@@ -120,23 +146,25 @@ def _mix(
     if reads is not None:
         diagonal = transition[..., 0].expand(*k.shape[:3], k.shape[-1])
         transition = torch.diag_embed(diagonal) - ahead.mT @ reads
-    first = first_of_pieces(transition, addend, total[..., -1, :], chunks, segments, comm, initial)
-    states, _ = follow(transition, addend, first, chunks.lines)
+    firsts = FirstOfPieces(transition, addend, total[..., -1, :], chunks, exchange, comm, initial)
+    # While summaries travel: within chunks, and what the state before a chunk will be read by.
+    scores, reach = _pairs(q, k, total).tril(), q * grown
+    inside = scores @ values
     if reads is not None:
-        values = values - reads @ states
-    out = scores @ values + (q * grown) @ states
-    return chunks.joined(out).to(v.dtype)
+        reach = reach - scores @ reads
+    states, _ = follow(transition, addend, firsts.wait(), chunks.lines)
+    return chunks.joined(inside + reach @ states).to(v.dtype)
 
 
-def checked(
+def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     decay: torch.Tensor | None,
     segments: Segments,
     comm: Comm,
-) -> torch.Tensor | None:
-    """The decay with axes of batch and tokens. Raises ValueError for what does not fit."""
+) -> None:
+    """Raises ValueError for what does not fit."""
     if segments.world != comm.world:
         raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")
     tokens = segments.layout.count(comm.rank)
@@ -147,16 +175,30 @@ def checked(
         )
     if k.shape[1] != tokens:
         raise ValueError(f"{k.shape[1]} tokens, and rank {comm.rank} owns {tokens}")
-    if decay is None:
-        return None
-    if decay.shape == k.shape[2:3]:
-        return decay.expand(k.shape[:3])
-    if decay.shape not in (k.shape[:3], k.shape):
+    if decay is not None and decay.shape not in (k.shape[2:3], k.shape[:3], k.shape):
         raise ValueError(
             f"decay must be [heads], [batch, tokens, heads] or [batch, tokens, heads, dk], got "
             f"{list(decay.shape)}"
         )
-    return decay
+
+
+def state_bytes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> StateBytes:
+    """Of this call, on every rank alike: no number of its own tokens counts."""
+    batch, _, heads, dk = k.shape
+    rows = dk if decay is not None and decay.dim() == 4 else 1
+    given = [x for x in (q, k, v, beta, decay) if x is not None and x.dim() > 1]
+    return StateBytes(
+        state=4 * batch * heads * dk * v.shape[3],
+        transition=4 * batch * heads * (rows if beta is None else dk * dk),
+        given=sum(batch * x.shape[2:].numel() * x.element_size() for x in given),
+        returned=batch * v.shape[2:].numel() * v.element_size(),
+    )
 
 
 def _decays(chunks: Chunks, decay: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
@@ -180,55 +222,65 @@ def _pairs(q: torch.Tensor, k: torch.Tensor, total: torch.Tensor) -> torch.Tenso
     return torch.einsum("...td,...sd,...tsd->...ts", q, k, factors)
 
 
-def first_of_pieces(
-    transition: torch.Tensor,
-    addend: torch.Tensor,
-    log: torch.Tensor,
-    chunks: Chunks,
-    segments: Segments,
-    comm: Comm,
-    initial: torch.Tensor | None,
-) -> torch.Tensor:
-    """The state that each piece begins with ``[pieces, batch, heads, dk, dv]``: of the segments
-    before it, or that of a document. ``log``: of the transitions that are diagonal."""
-    zero = torch.zeros_like(addend[0])
-    begin = zero if initial is None else zero + initial.float()
-    if not any(segment.carries for segment in segments.all):
-        return torch.stack([begin] * len(chunks.pieces))
-    own = segments.of(comm.rank)
-    through = {segment.number: torch.zeros_like(transition[0]) for segment in own}
-    added = {segment.number: zero for segment in own}
-    ends = [
-        (piece, line)
-        for piece, line in zip(chunks.pieces, chunks.lines, strict=True)
-        if piece.last and segments.read(piece.segment)
-    ]
-    if ends:
-        starts = torch.stack([zero if piece.carries else begin for piece, _ in ends])
-        summaries = _summaries(transition, addend, log, starts, [line for _, line in ends])
-        for (piece, _), way, state in zip(ends, *summaries, strict=True):
-            added[piece.segment.number] = state
-            if piece.segment.passes:
-                through[piece.segment.number] = way
-    first = first_states(
-        torch.stack([through[segment.number] for segment in own]),
-        torch.stack([added[segment.number] for segment in own]),
-        addend if initial is None else addend + 0.0 * begin,
-        segments,
-        comm,
-    )
-    # 0 where a document begins with the segment; used all the same, so that every rank takes part
-    # in the exchange of the backward.
-    given = {segment.number: state for segment, state in zip(own, first, strict=True)}
-    begins = {segment.offset for segment in own}
-    return torch.stack(
-        [
-            given[piece.segment.number] + (0.0 if piece.carries else 1.0) * begin
-            if piece.start in begins
-            else begin
-            for piece in chunks.pieces
+class FirstOfPieces:
+    """The state that each piece begins with: of the segments before it, or that of a document. The
+    exchange begins here and ends in :meth:`wait`. ``log``: of the transitions that are diagonal."""
+
+    def __init__(
+        self,
+        transition: torch.Tensor,
+        addend: torch.Tensor,
+        log: torch.Tensor,
+        chunks: Chunks,
+        exchange: StateExchange,
+        comm: Comm,
+        initial: torch.Tensor | None,
+    ) -> None:
+        zero = torch.zeros_like(addend[0])
+        self._pieces, segments = chunks.pieces, exchange.segments
+        self._begin = begin = zero if initial is None else zero + initial.float()
+        self._firsts, self._own = None, segments.of(comm.rank)
+        if not exchange.forward.steps:
+            return
+        through = {segment.number: torch.zeros_like(transition[0]) for segment in self._own}
+        added = {segment.number: zero for segment in self._own}
+        ends = [
+            (piece, line)
+            for piece, line in zip(chunks.pieces, chunks.lines, strict=True)
+            if piece.last and segments.read(piece.segment)
         ]
-    )
+        if ends:
+            starts = torch.stack([zero if piece.carries else begin for piece, _ in ends])
+            summaries = _summaries(transition, addend, log, starts, [line for _, line in ends])
+            for (piece, _), way, state in zip(ends, *summaries, strict=True):
+                added[piece.segment.number] = state
+                if piece.segment.passes:
+                    through[piece.segment.number] = way
+        self._firsts = FirstStates(
+            torch.stack([through[segment.number] for segment in self._own]),
+            torch.stack([added[segment.number] for segment in self._own]),
+            addend if initial is None else addend + 0.0 * begin,
+            exchange,
+            comm,
+        )
+
+    def wait(self) -> torch.Tensor:
+        """``[pieces, batch, heads, dk, dv]``."""
+        if self._firsts is None:
+            return torch.stack([self._begin] * len(self._pieces))
+        # 0 where a document begins with the segment; used all the same, so that every rank takes
+        # part in the exchange of the backward.
+        first = self._firsts.wait()
+        given = {segment.number: state for segment, state in zip(self._own, first, strict=True)}
+        begins = {segment.offset for segment in self._own}
+        return torch.stack(
+            [
+                given[piece.segment.number] + (0.0 if piece.carries else 1.0) * self._begin
+                if piece.start in begins
+                else self._begin
+                for piece in self._pieces
+            ]
+        )
 
 
 def _summaries(

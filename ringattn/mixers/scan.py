@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from ringattn.execution.carriers import connect
+from ringattn.execution.carriers import Comm, connect
 from ringattn.mixers.chunks import chunks_of, follow, in_float32, nothing
-from ringattn.mixers.recurrent import CHUNK, first_of_pieces
+from ringattn.mixers.moving import moved
+from ringattn.mixers.recurrent import CHUNK, FirstOfPieces
 from ringattn.planning.segments import Segments
+from ringattn.planning.state_exchange import StateBytes, StateExchange, exchange_of
 
 
 @in_float32
@@ -44,9 +46,36 @@ def scan(
             f"scan: x and dt must be [batch, {tokens}, channels], A [channels, state], B and C "
             f"[batch, {tokens}, state], got {[list(t.shape) for t in (x, dt, A, B, C)]}"
         )
-    if not tokens:
+    each = len(x) * x.shape[2]
+    sizes = StateBytes(
+        state=4 * each * A.shape[1],
+        transition=4 * each * A.shape[1],
+        given=each * (x.element_size() + dt.element_size())
+        + len(x) * A.shape[1] * (B.element_size() + C.element_size()),
+        returned=each * x.element_size(),
+    )
+    exchange = exchange_of(segments, sizes)
+    if exchange.move is None:
+        return _in_chunks(x, dt, A, B, C, exchange, comm, chunk)
+    x, dt, B, C = moved([x, dt, B, C], exchange.move, comm)
+    out = _in_chunks(x, dt, A, B, C, exchange, comm, chunk)
+    return moved([out], exchange.move.back, comm)[0]
+
+
+def _in_chunks(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    exchange: StateExchange,
+    comm: Comm,
+    chunk: int,
+) -> torch.Tensor:
+    """In the layout of the exchange."""
+    if not x.shape[1]:
         return nothing(x, dt, A, B, C)
-    chunks = chunks_of(segments, comm.rank, chunk, x.device)
+    chunks = chunks_of(exchange.segments, comm.rank, chunk, x.device)
     dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt.float() * x.float())[:, :, None])
     B, C = chunks.cut(B[:, :, None]), chunks.cut(C[:, :, None])
     # [chunks, batch, channels, size, state]
@@ -60,8 +89,9 @@ def scan(
         states.append(state)
     inside = torch.stack(states, -2)
     transition, addend = total[..., -1, :].float().exp()[..., None], state[..., None]
-    first = first_of_pieces(transition, addend, total[..., -1, :], chunks, segments, comm, None)
-    before, _ = follow(transition, addend, first, chunks.lines)
-    inside = inside + total.float().exp() * before.mT
+    firsts = FirstOfPieces(transition, addend, total[..., -1, :], chunks, exchange, comm, None)
+    grown = total.float().exp()  # this and what states within chunks give, while summaries travel
     out = torch.einsum("nbdcs,nbhcs->nbdc", inside, C)
+    before, _ = follow(transition, addend, firsts.wait(), chunks.lines)
+    out = out + torch.einsum("nbdcs,nbhcs->nbdc", grown * before.mT, C)
     return chunks.joined(out.unsqueeze(-1)).squeeze(-1).to(x.dtype)

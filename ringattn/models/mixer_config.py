@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ringattn.planning.state_exchange import StateBytes
 from ringattn.typed import Count, OneOf, settings
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ _KEPT = {
     "lightning": (2, 4, 4, 4, 2.1),
     "ssd": (3, 4, 6, 4, 3.1),
     "gla": (2, 4, 0.2, 4.3, 2.5),
-    "delta": (2, 6, 10, 4, 5.2),
-    "gated_delta": (2, 6, 11, 4, 7.3),
-    "kda": (2, 6, 0.3, 4.3, 4.8),
+    "delta": (2, 6, 10, 3, 5.2),
+    "gated_delta": (2, 6, 11, 3, 7.3),
+    "kda": (2, 6, 0.3, 3.3, 4.8),
 }
 
 
@@ -101,18 +102,25 @@ class Mixer:
         products = 3 if self.mixer in DELTA else 2
         return 2.0 * products * self.heads * self.key_dim * self.value_dim
 
-    @property
-    def summary(self) -> tuple[int, int]:
-        """Bytes of the state of a segment, and of its transition."""
+    def state_bytes(self, wide: int) -> StateBytes | None:
+        """What decides how states are exchanged, for a batch of 1, ``wide`` bytes an element of the
+        model; None without a state."""
         if self.mixer == "conv":
-            return 0, 0
-        columns = self.value_dim + (self.mixer == "linear")
-        through = {"gla": self.key_dim}.get(self.mixer, 1)
-        if self.mixer in DELTA:
-            through = self.key_dim**2
-        return (
-            _STATE_BYTES * self.heads * self.key_dim * columns,
-            _STATE_BYTES * self.heads * through,
+            return None
+        keys, columns = self.key_dim, self.value_dim
+        through = {"gla": keys}.get(self.mixer, keys**2 if self.mixer in DELTA else 1)
+        of_keys = of_values = wide
+        if self.mixer == "linear" or self.mixer in DELTA:
+            of_keys = 4  # features and norms of q and k are float32
+        if self.mixer == "linear":
+            columns, of_values = columns + 1, 4  # with the normaliser
+        scalars = {"ssd": 1, "gla": keys, "delta": 1, "gated_delta": 2, "kda": 1 + keys}
+        given = 2 * keys * of_keys + columns * of_values + 4 * scalars.get(self.mixer, 0)
+        return StateBytes(
+            state=_STATE_BYTES * self.heads * keys * columns,
+            transition=_STATE_BYTES * self.heads * through,
+            given=self.heads * given,
+            returned=self.heads * columns * of_values,
         )
 
     def chunk_flops(self) -> float:

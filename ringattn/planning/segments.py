@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from ringattn.planning import layouts
 from ringattn.planning.layouts import Layout
 from ringattn.planning.runs import Run
 
 _SHOWN = 16  # segments that are printed
+WAYS = ("direct", "doubling", "contiguous direct", "contiguous doubling")
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,17 @@ class Halo:
 
 
 class Segments:
-    """Of a ``layout`` whose sequence holds documents of these ``lengths``.
+    """Of a ``layout`` whose sequence holds documents of these ``lengths``. ``way``: how states are
+    exchanged, one of ``WAYS``; None: for each layer what weighs least (see ``state_exchange``).
 
     Raises ValueError for a layout whose runs are not contiguous (striped): there a state would
     travel with every token.
     """
 
-    def __init__(self, layout: Layout, lengths: Sequence[int]) -> None:
+    def __init__(self, layout: Layout, lengths: Sequence[int], way: str | None = None) -> None:
+        if way is not None and way not in WAYS:
+            raise ValueError(f"way must be one of {', '.join(WAYS)} or None, got {way!r}")
+        self.way = way
         if layout.step > 1:
             raise ValueError(
                 f"the layout {layout.name} has runs of step {layout.step}: a state would travel "
@@ -164,62 +170,15 @@ class Segments:
             first -= 1
         return list(self.all[first : segment.number])
 
-    @cached_property
-    def _readers(self) -> list[set[int]]:
-        """For each segment the ranks that need its summary; own ones too."""
-        readers: list[set[int]] = [set() for _ in self.all]
-        for segment in self.all:
-            for source in self.sources(segment):
-                readers[source.number].add(segment.rank)
-        return readers
-
-    @cached_property
-    def _authors(self) -> list[set[int]]:
-        """For each segment the ranks of those that made its first state."""
-        return [{source.rank for source in self.sources(segment)} for segment in self.all]
-
     def read(self, segment: Segment) -> bool:
         """Whether any segment needs this one's summary."""
-        return bool(self._readers[segment.number])
-
-    def moves(self, rank: int, backward: bool = False) -> tuple[dict, dict]:
-        """(what ``rank`` sends, what it receives) in the exchange of summaries: {peer: segments in
-        their order}. In the backward they are those of which the gradient of the first state is
-        sent to who made it."""
-        wanted = self._authors if backward else self._readers
-        sends: dict[int, list[Segment]] = defaultdict(list)
-        recvs: dict[int, list[Segment]] = defaultdict(list)
-        for segment in self.all:
-            readers = wanted[segment.number]
-            if segment.rank == rank:
-                for reader in readers - {rank}:
-                    sends[reader].append(segment)
-            elif rank in readers:
-                recvs[segment.rank].append(segment)
-        return dict(sorted(sends.items())), dict(sorted(recvs.items()))
-
-    def with_transition(self, segment: Segment, backward: bool = False) -> bool:
-        """Whether the transition of a segment travels too: where a state goes through it, and in
-        the backward on from it."""
-        if not segment.passes:
-            return False
         after = segment.number + 1
-        return not backward or (after < len(self.all) and self.all[after].carries)
+        return after < len(self.all) and self.all[after].carries
 
-    def received(self, rank: int, state: int, transition: int) -> tuple[int, int]:
-        """Bytes that a layer receives, (forward, backward), where a state and a transition have so
-        many. They do not depend on the length."""
-        totals = []
-        for backward in (False, True):
-            _, recvs = self.moves(rank, backward)
-            totals.append(
-                sum(
-                    state + transition * self.with_transition(segment, backward)
-                    for segments in recvs.values()
-                    for segment in segments
-                )
-            )
-        return totals[0], totals[1]
+    @cached_property
+    def contiguous(self) -> Segments:
+        """The same documents over the same ranks, one segment each."""
+        return Segments(layouts.contiguous(self.layout.n, self.world), self.lengths)
 
     def halo(self, rank: int, size: int) -> Halo:
         """For a convolution over ``size`` tokens before each one."""

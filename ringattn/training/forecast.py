@@ -14,6 +14,7 @@ from ringattn.cost.model import Footprint, Setup, footprint, step_flops
 from ringattn.cost.step import Prediction, predict, received_states_of, summaries_of
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
+from ringattn.planning.state_exchange import exchange_of
 from ringattn.training.config import hardware_of
 from ringattn.training.run import TrainingRun
 
@@ -77,6 +78,11 @@ class Forecast:
     def received_states(self, kind: str) -> Bytes:
         """The same for one layer of a kind that carries a state: its summaries and its halo."""
         return received_states_of(self.run.sizes, self.setup, self.plans, kind)
+
+    def way(self, kind: str) -> str:
+        """How its states are exchanged: see :mod:`ringattn.planning.state_exchange`."""
+        sizes = self.run.sizes.mixer_of(kind).state_bytes(self.setup.wide)
+        return exchange_of(self.plans.segments[kind], sizes).way if sizes else "none"
 
     @cached_property
     def memory(self) -> Footprint:

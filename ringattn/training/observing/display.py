@@ -53,7 +53,7 @@ def plan_table(
           for kind, received in ((kind, ahead.received(plan)) for kind, plan in plans.items())),
         *((f"received per layer, {plans.states[kind]} {kind}",
            f"forward {_bytes(received.forward)}, backward {_bytes(received.backward)} per rank "
-           f"(summaries of {len(plans.segments[kind].all)} segments, halos)")
+           f"(states of {len(plans.segments[kind].all)} segments: {ahead.way(kind)}; halos)")
           for kind, received in ((kind, ahead.received_states(kind)) for kind in plans.segments)),
         ("predicted memory", f"{_bytes(memory.device)} per rank: states {_bytes(memory.states)}, "
                              f"kept {_bytes(memory.kept)}, working {_bytes(memory.working)}"

@@ -55,6 +55,7 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
                     "layers": plans.states[kind],
                     **asdict(ahead.run.sizes.mixer_of(kind)),
                     "segments": len(segments.all),
+                    "way": ahead.way(kind),
                     "received_bytes": asdict(ahead.received_states(kind)),
                 }
                 for kind, segments in plans.segments.items()
