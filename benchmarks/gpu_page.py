@@ -94,10 +94,13 @@ def markdown(found: dict) -> str:
         text += "second time; and forward and backward of a layer on one rank.\n\n"
         rows = [
             [row["mixer"], f"{row['error']:.0e}", "yes" if row["same"] else "NO",
-             f"{row['tokens']:,}", f"{row['ms']:.1f}"]
+             f"{row['tokens']:,}", f"{row['ms']:.1f}",
+             *(format(row[x], how) if x in row else ""
+               for x, how in (("fla error", ".0e"), ("fla same", ""), ("fla ms", ".1f")))]
             for row in found["states"]
         ]  # fmt: skip
-        text += table(["mixer", "off by", "repeats", "tokens", "ms"], rows)
+        titles = ["mixer", "off by", "repeats", "tokens", "ms", "fla off by", "repeats", "ms"]
+        text += table(titles, rows)
     if found["not_run"]:
         text += "\nNot run: " + "; ".join(dict.fromkeys(found["not_run"])) + ".\n"
     return text

@@ -452,7 +452,8 @@ def main() -> int:
     print(f"written: {options.to / name}.json and .md")
     verdicts = [row["right"] for row in suite.found.get("correctness", [])]
     verdicts += [row["passed"] for row in suite.found.get("ranks", [])]
-    verdicts += [row[x] for row in suite.found.get("states", []) for x in ("right", "same")]
+    judged = ("right", "same", "fla right")
+    verdicts += [row[x] for row in suite.found.get("states", []) for x in judged if x in row]
     verdicts += [x[y] for x in suite.found.get("first", {}).values() for y in ("right", "same")]
     return int(not verdicts or not all(verdicts))
 

@@ -30,7 +30,7 @@ RUNS = {
 KEYS = [
     "experiment=passkey", "model=hybrid-tiny", "data=recall", "engine=fsdp",
     "model.layers=4", "model.kv_heads=4", "seq_len=128", "batch_size=16", "eval.probes=[recall]",
-    "eval.lengths=[128]",
+    "eval.lengths=[128]", "optim.lr=1e-3",
 ]  # fmt: skip
 
 

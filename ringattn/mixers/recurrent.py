@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.mixers import fla
 from ringattn.mixers.chunks import Chunks, chunks_of, follow, in_float32, nothing
 from ringattn.mixers.moving import moved
 from ringattn.mixers.states import FirstStates
@@ -124,10 +125,12 @@ def _in_chunks(
         decay = decay.expand(k.shape[:3])
     if not q.shape[1]:
         return nothing(v, q, k, decay, beta, initial)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chunk is None and fla.runs(v, k.shape[-1]):
+        return fla.mix(q, k, v, decay, beta, exchange, comm, scale, initial)
     vectors = decay is not None and decay.dim() == 4
     size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)
     chunks = chunks_of(exchange.segments, comm.rank, size, q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v32 = chunks.cut(q) * scale, chunks.cut(k), chunks.cut(v)  # [chunks, batch, heads, C, d]
     log = _decays(chunks, decay, k)
     # The sum of decays up to each token; in float64, since differences of it count.

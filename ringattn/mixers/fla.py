@@ -1,0 +1,192 @@
+"""flash-linear-attention's kernels (extra ``fla``) for what a rank computes of its own segments.
+
+They know nothing of segments: every piece (a document in a segment) is a sequence to them. What a
+first state adds to a piece that begins inside of a document is linear in it, and put in when it has
+come: for a decay its factor is known; for a delta rule the kernel computes it, as more columns of v
+that are 0, with the identity as first state, from which it makes the transition too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from ringattn.execution.carriers import Comm
+from ringattn.mixers.states import FirstStates
+from ringattn.planning.segments import Piece
+from ringattn.planning.state_exchange import StateExchange
+
+WIDEST = 256  # dk that all of them take
+
+
+def runs(v: torch.Tensor, dk: int) -> bool:
+    """Whether they are used: on a GPU, in half precision (float32 would pass through their TF32),
+    where they are installed."""
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    return v.is_cuda and half and dk <= WIDEST and installed()
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    return find_spec("fla") is not None
+
+
+def mix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    exchange: StateExchange,
+    comm: Comm,
+    scale: float,
+    initial: torch.Tensor | None,
+) -> torch.Tensor:
+    """What ``recurrent`` computes in chunks, of a rank with tokens; decay ``[batch, tokens,
+    heads]`` or ``[batch, tokens, heads, dk]``. Collective."""
+    segments, dk, dv = exchange.segments, k.shape[-1], v.shape[-1]
+    pieces = segments.pieces(comm.rank)
+    carried = [piece for piece in pieces if piece.carries]
+    others = [piece for piece in pieces if not piece.carries]
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    begin = v.new_zeros(k.shape[2], dk, dv, dtype=torch.float32)
+    begin = begin if initial is None else begin + initial.float()
+    parts: dict[int, _Part] = {}
+    if beta is None:
+        starts = [0.0 * begin if piece.carries else begin for piece in pieces]
+        parts = _kernel(q, k, v, decay, beta, pieces, starts, scale)
+        for piece in carried:
+            part = parts[piece.start]
+            part.reach, part.transition = _decayed(q, decay, piece, scale)
+    else:
+        if others:
+            parts |= _kernel(q, k, v, decay, beta, others, [begin] * len(others), scale)
+        if carried:
+            wider = torch.cat([v, torch.zeros_like(k)], -1)
+            eye = torch.eye(dk, device=v.device).expand(len(begin), dk, dk)
+            start = torch.cat([0.0 * begin, eye], -1)
+            both = _kernel(q, k, wider, decay, beta, carried, [start] * len(carried), scale)
+            for at, part in both.items():
+                out, reach = part.out.split([dv, dk], -1)
+                addend, transition = part.addend.split([dv, dk], -1)
+                parts[at] = _Part(out, addend, reach, transition)
+    if exchange.forward.steps:
+        first = _firsts(parts, pieces, exchange, comm)
+        for piece in carried:
+            part = parts[piece.start]
+            more = torch.einsum("bthk,bhkv->bthv", part.reach.float(), first[piece.segment.number])
+            part.out = part.out + more
+        # Used in any case, so that every rank takes part in the exchange of the backward.
+        part = parts[pieces[0].start]
+        part.out = part.out + 0.0 * sum(state.sum() for state in first.values())
+    return torch.cat([parts[piece.start].out.to(v.dtype) for piece in pieces], 1)
+
+
+@dataclass
+class _Part:
+    """Of one piece: what it returns ``[batch, tokens, heads, dv]`` and does to a state ``[batch,
+    heads, dk, ...]``; ``reach``: what its first state is read by ``[batch, tokens, heads, dk]``."""
+
+    out: torch.Tensor
+    addend: torch.Tensor
+    reach: torch.Tensor | None = None
+    transition: torch.Tensor | None = None
+
+
+def _decayed(
+    q: torch.Tensor, decay: torch.Tensor | None, piece: Piece, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(reach, transition) of a piece without a delta rule."""
+    q = q[:, piece.start : piece.stop].float() * scale
+    if decay is None:
+        return q, q.new_ones(q.shape[0], q.shape[2], 1, 1)
+    log = decay[:, piece.start : piece.stop]
+    total = (log if log.dim() == 4 else log[..., None]).double().cumsum(1)
+    return q * total.float().exp(), total[:, -1].float().exp()[..., None]
+
+
+def _firsts(
+    parts: dict[int, _Part], pieces: Sequence[Piece], exchange: StateExchange, comm: Comm
+) -> dict[int, torch.Tensor]:
+    """The first state of each of this rank's segments, by number."""
+    own = exchange.segments.of(comm.rank)
+    any_part = parts[pieces[0].start]
+    shape = next(
+        (part.transition.shape for part in parts.values() if part.transition is not None),
+        (*any_part.addend.shape[:2], 1, 1),
+    )
+    added = {segment.number: torch.zeros_like(any_part.addend) for segment in own}
+    through = {segment.number: any_part.addend.new_zeros(shape) for segment in own}
+    for piece in pieces:
+        segment = piece.segment
+        if piece.last and exchange.segments.read(segment):
+            added[segment.number] = parts[piece.start].addend
+            if segment.passes:
+                through[segment.number] = parts[piece.start].transition
+    firsts = FirstStates(
+        torch.stack([through[segment.number] for segment in own]),
+        torch.stack([added[segment.number] for segment in own]),
+        any_part.addend,
+        exchange,
+        comm,
+    )
+    return dict(zip((segment.number for segment in own), firsts.wait(), strict=True))
+
+
+def _kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    pieces: Sequence[Piece],
+    starts: Sequence[torch.Tensor],
+    scale: float,
+) -> dict[int, _Part]:
+    """Of pieces that begin with states ``[heads, dk, dv]``, by the tokens that they start at."""
+    batch, lengths = q.shape[0], [len(piece) for piece in pieces]
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        """All pieces of all of the batch as one line, ``[1, batch * tokens, ...]``."""
+        if sum(lengths) < x.shape[1]:
+            x = torch.cat([x[:, piece.start : piece.stop] for piece in pieces], 1)
+        return x.reshape(1, -1, *x.shape[2:])
+
+    ends = np.cumsum([0, *lengths * batch])
+    arguments = {"beta": flat(beta).to(v.dtype)} if beta is not None else {}
+    scalars = decay is None or decay.dim() == 3
+    if decay is not None:
+        arguments["g"] = flat(decay.float())
+    else:
+        arguments["g"] = q.new_zeros(1, int(ends[-1]), q.shape[2], dtype=torch.float32)
+    out, last = _function(beta is not None, scalars)(
+        flat(q), flat(k), flat(v), **arguments,
+        scale=scale,
+        initial_state=torch.stack(list(starts) * batch).contiguous(),
+        output_final_state=True,
+        cu_seqlens=torch.from_numpy(ends).to(q.device),
+    )  # fmt: skip
+    outs = out.view(batch, sum(lengths), *out.shape[2:]).split(lengths, 1)
+    lasts = last.view(batch, len(pieces), *last.shape[1:]).unbind(1)
+    return {
+        piece.start: _Part(*both)
+        for piece, both in zip(pieces, zip(outs, lasts, strict=True), strict=True)
+    }
+
+
+def _function(rule: bool, scalars: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """fla's, for a delta ``rule`` or not, with decays for heads (``scalars``) or each of dk."""
+    if rule and scalars:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as found
+    elif rule:
+        from fla.ops.kda import chunk_kda as found
+    elif scalars:
+        from fla.ops.simple_gla import chunk_simple_gla as found
+    else:
+        from fla.ops.gla import chunk_gla as found
+    return found
