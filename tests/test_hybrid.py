@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from ringattn.typed import SettingsError
 from .processes import TINY, train
 from .test_processes import _assert_equal, check_every_split
 
-NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv")
+NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "scan", "conv")
 SIZES = {"dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 48, "vocab_size": 40}
 HYBRID = ["model=hybrid-tiny", "model.dim=32", "model.heads=2", "model.head_dim=16",
           "model.ffn_dim=48", "attention.kinds.memory={mixer:gated_delta,key_dim:8}"]  # fmt: skip
@@ -52,7 +53,11 @@ def test_parameters_are_counted_without_making_them(name, conv):
     sizes = sizes_of(name, conv=conv, heads=3, key_dim=6, value_dim=10)
     made = shapes(sizes)
     assert sizes.parameters == sum(map(math.prod, made.values()))
-    matrices = {n: s for n, s in made.items() if len(s) > 1 and "conv_weight" not in n}
+    matrices = {
+        n: s
+        for n, s in made.items()
+        if len(s) > 1 and not {"conv_weight", "A_log"} & {n.rsplit(".")[-1]}
+    }
     assert sizes.matmul_parameters == sum(map(math.prod, matrices.values()))  # the head is tied
 
 
@@ -85,6 +90,7 @@ def test_what_a_layer_keeps_and_moves_is_what_it_says(name, dtype, monkeypatch):
             return exchange_of(segments, sizes)
 
         monkeypatch.setattr(recurrent, "exchange_of", heard)
+        monkeypatch.setattr(sys.modules["ringattn.mixers.scan"], "exchange_of", heard)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             module(x, {"segments": segments, "group": None})
         assert said == [kind.state_bytes(x.element_size())] * (name != "conv")
@@ -131,6 +137,21 @@ def _by_definition(m, x):
     return (out * gate).flatten(-2) @ w["o_proj.weight"].T
 
 
+def _selective(m, x):
+    """Mamba-1 token by token, as its paper's algorithm has it."""
+    w = {name: p.double() for name, p in m.named_parameters()}
+    v = F.silu(mixers.naive.convolution(x @ w["v_proj.weight"].T, w["conv_weight"]))
+    low, B, C = (v @ w["bc_proj.weight"].T).split([16, m.kind.key_dim, m.kind.key_dim], -1)
+    dt = F.softplus(low @ w["dt_proj.weight"].T + w["dt_bias"])
+    state, outs = torch.zeros(*v[:, 0].shape, m.kind.key_dim).double(), []
+    for t in range(v.shape[1]):
+        decay = (-dt[:, t, :, None] * w["A_log"].exp()).exp()
+        state = decay * state + (dt[:, t] * v[:, t])[..., None] * B[:, t, None]
+        outs.append((state * C[:, t, None]).sum(-1))
+    out = torch.stack(outs, 1) + w["D"] * v
+    return (out * F.silu(x @ w["gate_proj.weight"].T)) @ w["o_proj.weight"].T
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_is_what_its_source_writes(name):
     model = Decoder(sizes_of(name, heads=2, key_dim=6, value_dim=10), 0)
@@ -145,6 +166,8 @@ def test_a_layer_is_what_its_source_writes(name):
         before, after, inner = (x.double() @ w["in_proj.weight"].T).chunk(3, -1)
         mixed = mixers.naive.convolution(before * inner, w["conv_weight"])
         want = (after * mixed) @ w["o_proj.weight"].T
+    elif name == "scan":
+        want = _selective(module, x.double())
     else:
         want = _by_definition(module, x)
     assert (got - want).norm() <= 1e-5 * want.norm()

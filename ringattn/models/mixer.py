@@ -118,9 +118,36 @@ class GatedConv(nn.Module):
         return self.o_proj(after * mixers.conv(before * inner, self.conv_weight, **along))
 
 
+class Selective(nn.Module):
+    """Mamba-1's (arXiv:2312.00752): a state of ``key_dim`` for each channel by itself, whose decay
+    and inputs are made of the convolved channels. As :class:`Recurrent`."""
+
+    def __init__(self, config: ModelConfig, kind: Mixer) -> None:
+        super().__init__()
+        self.kind, dim, values = kind, config.dim, kind.heads * kind.value_dim
+        self.v_proj, self.gate_proj = (nn.Linear(dim, values, bias=False) for _ in range(2))
+        if kind.conv > 1:
+            self.conv_weight = nn.Parameter(torch.empty(values, kind.conv))
+        self.bc_proj = nn.Linear(values, LOW_RANK + 2 * kind.key_dim, bias=False)
+        self.dt_proj = nn.Linear(LOW_RANK, values, bias=False)
+        self.dt_bias, self.D = (nn.Parameter(torch.empty(values)) for _ in range(2))
+        self.A_log = nn.Parameter(torch.empty(values, kind.key_dim))
+        self.o_proj = nn.Linear(values, dim, bias=False)
+
+    def forward(self, x: torch.Tensor, along: Mapping[str, Any]) -> torch.Tensor:
+        v, keys = self.v_proj(x), self.kind.key_dim
+        if self.kind.conv > 1:
+            v = F.silu(mixers.conv(v, self.conv_weight, **along))
+        low, B, C = self.bc_proj(v).split([LOW_RANK, keys, keys], -1)
+        step = F.softplus(self.dt_proj(low).float() + self.dt_bias.float())
+        out = mixers.scan(v, step, -self.A_log.float().exp(), B, C, **along) + self.D * v
+        return self.o_proj(out * F.silu(self.gate_proj(x)))
+
+
 def make_mixer(config: ModelConfig, kind: Mixer) -> nn.Module:
     """The module of a kind whose sizes are all known."""
-    return (GatedConv if kind.mixer == "conv" else Recurrent)(config, kind)
+    of = {"conv": GatedConv, "scan": Selective}
+    return of.get(kind.mixer, Recurrent)(config, kind)
 
 
 def initial_mixer_weight(
@@ -128,9 +155,12 @@ def initial_mixer_weight(
 ) -> torch.Tensor | None:
     """As :func:`ringattn.models.decoder.initial_weight`, of what is neither a projection nor a
     norm; else None. As in Mamba-2: decays of 1 to 16 a step, steps of 0.001 to 0.1, both spread
-    evenly (steps in their logarithm); GLA's and Kimi's biases alike."""
+    evenly (steps in their logarithm); GLA's and Kimi's biases alike. In Mamba-1 the decays of a
+    channel's state are 1, 2, ..."""
     last = name.rsplit(".", 1)[-1]
     uniform = torch.rand(shape, generator=generator)
+    if last == "A_log" and len(shape) == 2:
+        return torch.arange(1.0, 1 + shape[1]).log().expand(shape).clone()
     if last == "A_log":
         return (1 + 15 * uniform).log()
     if last == "dt_bias":

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ringattn.models.sizes import ModelConfig
 
 LOW_RANK = 16  # of the projections that make a decay for each of key_dim
-NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "conv")
+NAMES = ("linear", "lightning", "ssd", "gla", "delta", "gated_delta", "kda", "scan", "conv")
 DELTA = ("delta", "gated_delta", "kda")
 _STATE_BYTES = 4  # states, decays and summaries are float32
 # What autograd keeps of a layer: tensors of the model's dtype as large as the convolution's and the
@@ -35,7 +35,8 @@ class Mixer:
     mixer: Annotated[Any, OneOf(*NAMES)]
     """linear: no decay, normalised; lightning: a constant decay of each head; ssd: Mamba-2's; gla:
     a decay for each of key_dim; delta, gated_delta, kda: the delta rule without decay, with one of
-    each head, with one for each of key_dim; conv: LFM2's gated convolution."""
+    each head, with one for each of key_dim; scan: Mamba-1's, a state of key_dim for each of heads x
+    value_dim channels; conv: LFM2's gated convolution."""
     heads: Count | None = None
     """States; null: model.heads."""
     key_dim: Count | None = None
@@ -59,7 +60,7 @@ class Mixer:
     @property
     def channels(self) -> int:
         """Of the convolution."""
-        if self.mixer == "conv":
+        if self.mixer in ("conv", "scan"):
             return self.heads * self.value_dim
         return self.heads * (2 * self.key_dim + self.value_dim)
 
@@ -78,6 +79,8 @@ class Mixer:
         values = self.heads * self.value_dim
         if self.mixer == "conv":
             return 4 * dim * values
+        if self.mixer == "scan":
+            return 3 * dim * values + values * (2 * LOW_RANK + 2 * self.key_dim)
         count = dim * (self.channels + 2 * values + self.heads * self.per_token)
         if self.decays_vectors:
             count += LOW_RANK * (dim + self.heads * self.key_dim)
@@ -88,6 +91,8 @@ class Mixer:
         count = self.matmul_parameters(dim)
         if self.mixer == "conv":
             return count + self.channels * self.conv
+        if self.mixer == "scan":
+            return count + self.channels * (2 + self.key_dim + self.conv * (self.conv > 1))
         count += self.channels * self.conv if self.conv > 1 else 0
         count += self.value_dim  # of the norm
         count += {"ssd": 3, "gated_delta": 2, "kda": 1}.get(self.mixer, 0) * self.heads
@@ -108,6 +113,10 @@ class Mixer:
         if self.mixer == "conv":
             return None
         keys, columns = self.key_dim, self.value_dim
+        if self.mixer == "scan":
+            state = _STATE_BYTES * self.channels * keys
+            given = self.channels * (wide + 4) + 2 * keys * wide  # steps are float32
+            return StateBytes(state, state, given, self.channels * wide)
         through = {"gla": keys}.get(self.mixer, keys**2 if self.mixer in DELTA else 1)
         of_keys = of_values = wide
         if self.mixer == "linear" or self.mixer in DELTA:
@@ -129,6 +138,8 @@ class Mixer:
             return 0.0
         size = self._chunk
         keys, values = self.key_dim, self.value_dim
+        if self.mixer == "scan":  # each token's state, and what it is read by, twice
+            return float(8 * self.channels * keys)
         each = 2 * size * (keys + values) + 4 * keys * values
         if self.mixer in DELTA:
             each += size * (2 * keys + keys + values) + 2 * keys * (values + keys)
@@ -141,6 +152,8 @@ class Mixer:
         values, keys = self.heads * self.value_dim, self.heads * self.key_dim
         if self.mixer == "conv":
             return wide * 6 * values
+        if self.mixer == "scan":
+            return int(wide * (5 * values + 48) + 4 * values * (5.05 * self.key_dim + 5.9))
         channels, gate, of_keys, of_values, pairs = _KEPT[self.mixer]
         size = self._chunk
         own = channels * self.channels * (self.conv > 1) + gate * values
