@@ -21,6 +21,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/install_torch.py constraints.txt $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+# Apart: where flash-linear-attention can be imported transformers calls it, on a CPU too.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/fla fla-core
 	touch $@
 
 train: setup

@@ -1,7 +1,7 @@
 """flash-linear-attention's kernels as ringattn.mixers calls them, compiled for a GPU on a machine
 without one.
 
-    python benchmarks/fla_ahead.py [--arch sm_90] [--dim 128] [--all]
+    PYTHONPATH=.venv/fla python benchmarks/fla_ahead.py [--arch sm_90] [--dim 128] [--all]
 
 Every mixer, forward and backward, with a piece that begins inside of a document; bfloat16. Each
 kernel with the first of the choices that its tuner has, with --all with all of them. Prints the

@@ -467,7 +467,8 @@ def ways_to_train(family: Family) -> str:
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.3)
         each = attention.masks([40], 40)
-        model.self_check(model, Strategy(1).plans(each, layers), None, "auto")
+        plans = Strategy(1).plans(each, layers, attention.states([40], 40))
+        model.self_check(model, plans, None, "auto")
         try:
             hf_config.read(Path(folder))
         except hf_config.UnknownModel:

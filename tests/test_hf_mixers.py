@@ -16,6 +16,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 import ringattn as ra
 from ringattn.execution.carriers import VirtualWorld
 from ringattn.hf import NotCovered, local_batch, make_plans, split_sequence
+from ringattn.hf.describe import masks
+from ringattn.mixers import recurrent
+from ringattn.models.mixer_config import Mixer
 
 from .test_hf_families import COVERED, LENGTHS, REFUSED, families, step, usual
 
@@ -57,6 +60,42 @@ def test_modules_have_their_own_methods_back():
         assert inside and all("forward" in m.__dict__ for m in inside)
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert "on_segments" not in repr(vars(sys.modules[type(inside[0]).__module__]).values())
+
+
+WITH_STATES = [
+    "qwen3-next", "qwen3.5", "olmo-hybrid", "kimi-linear", "bamba", "nemotron-h", "granite-hybrid",
+    "zamba2", "mamba2", "jamba", "mamba", "falcon-mamba", "minimax",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_sizes_of_states_are_read_off_modules_without_memory(name, monkeypatch):
+    """What a forecast counts is what travels: a summary's state and transition."""
+    texts, _ = masks(COVERED[name].config())
+    mixers = {kind: Mixer(**text) for kind, text in texts.items() if isinstance(text, dict)}
+    heard = []
+    for room in (recurrent, sys.modules["ringattn.mixers.scan"]):
+
+        def exchange(segments, sizes, original=room.exchange_of):
+            heard.append((sizes.state, sizes.transition))
+            return original(segments, sizes)
+
+        monkeypatch.setattr(room, "exchange_of", exchange)
+    model = families.make(COVERED[name], "ringattn")
+    plans = make_plans(model, ra.masks.causal(9), "contiguous", world=1)
+    heard.clear()
+    batch = local_batch(plans, 0, torch.arange(9)[None])
+    with split_sequence(model, plans, check=False), torch.no_grad():
+        model(**batch)
+    wanted = [mixer.state_bytes(4) for mixer in mixers.values()]
+    assert set(heard) == {(sizes.state, sizes.transition) for sizes in wanted}
+
+
+def test_sizes_of_a_convolution_are_read_off_its_module():
+    texts, _ = masks(COVERED["lfm2"].config())
+    mixer = Mixer(**texts["conv"])
+    assert (mixer.mixer, mixer.channels, mixer.conv) == ("conv", 32, 3)
+    assert mixer.state_bytes(4) is None
 
 
 @pytest.mark.parametrize("name", ["bamba", "mamba2"])

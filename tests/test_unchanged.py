@@ -41,10 +41,10 @@ def saved(family, folder, **changes):
     return model
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3", "qwen3-next"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3", "qwen3-next", "mamba"])
 def test_runs_are_equal_for_every_split_and_engine_and_resume_across(name, tmp_path, text):
     """A mixture of experts with its router loss; windows and a global layer, two RoPE bases; gated
-    delta rules and short convolutions."""
+    delta rules and short convolutions; a model in which no layer attends."""
     saved(COVERED[name], tmp_path / "model")
 
     def case(run, *more):
@@ -75,6 +75,10 @@ def test_runs_are_equal_for_every_split_and_engine_and_resume_across(name, tmp_p
         _assert_equal(runs["one"], runs[other], other)
         values = [json.loads((tmp_path / x / "eval.jsonl").read_text()) for x in ("one", other)]
         assert values[1]["loss"] == pytest.approx(values[0]["loss"], rel=1e-4)
+    if name in ("qwen3-next", "mamba"):
+        facts = json.loads((tmp_path / "four/facts.json").read_text())["plan"]["states"]
+        (state,) = facts.values()
+        assert state["layers"] in (2, 3) and state["received_bytes"]["backward"] > 0
     again = case("again", f"checkpoint.resume={tmp_path / 'first/checkpoints/step_2'}")
     resumed = _train_all(tmp_path, {3: {"again": [*again, "engine=fsdp"]}})["again"]
     _assert_equal(runs["one"][2:], resumed, "resumed on 3 ranks")

@@ -70,10 +70,12 @@ class Layer:
 
 @dataclass
 class Probe:
-    """While it runs every token attends itself only; layers are written down."""
+    """While it runs every token attends itself only; layers are written down. With ``calls`` what a
+    module hands to the functions of a mixer is written there, and its state is not computed."""
 
     names: dict[nn.Module, str]
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
+    calls: list[tuple[str, dict[str, Any]]] | None = None
 
 
 @dataclass(eq=False)
@@ -90,6 +92,7 @@ class Split:
     kinds: Sequence[str] = ()  # of the layers of such a run, by layer_idx
     checking: bool = False  # a proof runs: inputs are its own
     whole: bool = False  # of whole sequences, by transformers' attention
+    along: Segments | None = None  # those of such a run, where its layers carry states
     gather: bool = False  # modules that mix tokens by themselves are computed on whole documents
 
     @cached_property
@@ -108,7 +111,7 @@ class Split:
     @cached_property
     def segments(self) -> Segments:
         """What layers with a state along the sequence go by."""
-        return Segments(self.any.layout, self.lengths)
+        return self.along or Segments(self.any.layout, self.lengths)
 
     @property
     def any(self) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.initialization import no_init_weights
 from ringattn.hf.attention import NAME
 from ringattn.hf.coverage import NotCovered
 from ringattn.hf.kinds import CHUNK, FULL, WINDOW, covered_types, is_causal, own_band
+from ringattn.hf.mixer_sizes import mixer_of
 from ringattn.hf.mixers import calls_attention, has_mixers
 from ringattn.models.lora_config import Lora
 
@@ -68,6 +70,8 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
             routed = ".experts." in name and experts and chosen
             active += p.numel() * chosen // experts if routed else p.numel()
     heads = getattr(text, "num_attention_heads", None)
+    if has_mixers(model) and not any(map(calls_attention, layers_of(model).modules())):
+        heads = 1  # nothing is counted with it
     if not isinstance(heads, int):
         raise NotCovered(f"{type(model).__name__}: its config names no attention heads")
     return {
@@ -85,10 +89,11 @@ def sizes(config: PretrainedConfig, lora: Lora | None = None) -> dict[str, Any]:
     }
 
 
-def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
-    """The masks of the model's layers as text, by type, and the type of each layer; "none" for
-    layers without attention, in which a state goes along the sequence, or nothing does. Raises
-    NotCovered for layers that are not, and where none attends."""
+def masks(config: PretrainedConfig) -> tuple[dict[str, Any], list[str]]:
+    """The masks of the model's layers as text, by type, and the type of each layer; for layers
+    without attention the keys of :class:`ringattn.models.mixer_config.Mixer`, or "none" where
+    tokens do not meet. Layers that attend and carry a state count as the former. Raises NotCovered
+    for layers that are not."""
     model = empty_model(config)  # which sets the attention of its config
     name, text = type(model).__name__, model.config.get_text_config()
     types = list(covered_types(model, text))
@@ -96,7 +101,8 @@ def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
         raise NotCovered(f"{name} attends both ways: it is no causal model")
     if has_mixers(model):
         types = _by_layer(model, types)
-    texts = {}
+    texts: dict[str, Any] = {}
+    layers = dict(zip(reversed(types), reversed(layers_of(model)), strict=False))  # the first ones
     for kind in dict.fromkeys(types):
         if kind == CHUNK:
             texts[kind] = f"block_local({text.attention_chunk_size})"
@@ -104,14 +110,10 @@ def masks(config: PretrainedConfig) -> tuple[dict[str, str], list[str]]:
             lo, _ = own_band(text, kind, 2**20)
             texts[kind] = "causal" if lo is None else f"sliding_window({1 - lo})"
         elif has_mixers(model):
-            texts[kind] = "none"
+            mixer = mixer_of(layers[kind], text.hidden_size)
+            texts[kind] = "none" if mixer is None else asdict(mixer)
         else:
             raise NotCovered(f"{name}: layers of type {kind} are not for train.py")
-    if set(texts.values()) == {"none"}:
-        raise NotCovered(
-            f"{name}: no layer attends, which train.py does not cover; in a loop of your own it is "
-            "(docs/models.md)"
-        )
     return texts, types
 
 

@@ -140,6 +140,9 @@ def _lightning(
         given = (hidden_states, position_embeddings, attention_mask, cache)
         return type(module).forward(module, *given, **more)
     check_recomputed(module, split)
+    sizes = {"heads": module.num_attention_heads, "head_dim": module.head_dim}
+    if _recorded(split, "lightning", sizes):
+        raise _Heard
     if cache is not None:
         raise ValueError(f"{type(module).__name__}: cached decoding is not covered")
     shape = (*hidden_states.shape[:2], module.num_attention_heads, 3 * module.head_dim)
@@ -188,6 +191,18 @@ def _copied(module: nn.Module, function: FunctionType) -> FunctionType:
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
+
+
+class _Heard(Exception):
+    """A probe has heard what it wanted to."""
+
+
+def _recorded(split: Split, name: str, given: dict[str, Any]) -> bool:
+    """Whether a probe writes calls down, and has now."""
+    if split.probe is None or split.probe.calls is None:
+        return False
+    split.probe.calls.append((name, given))
+    return True
 
 
 def has_mixers(model: nn.Module) -> bool:
@@ -272,6 +287,10 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
             if given.get("output_final_state") or given.get("return_final_states"):
                 raise ValueError(f"{type(module).__name__}: cached decoding is not covered")
             bound = given
+            if _recorded(split, name, bound):
+                if handler is not _convolution:
+                    raise _Heard
+                return bound["hidden_states"]
         return handler(partial(_where, split), **bound)
 
     return on_segments
@@ -302,7 +321,7 @@ def follow_backward(
         splits.append(split)
         inside = known()
         if inside is not None and not hasattr(inside, HERE):
-            undo = [_closed(module) for module in {*_with_mixers(inside), *more()}]
+            undo = [_closed(module) for module in {*modules_with_mixers(inside), *more()}]
             finish(lambda: [action() for action in undo])
 
     for x in tree_leaves(opened(out)):
@@ -326,8 +345,9 @@ def _closed(module: nn.Module) -> Callable[[], None]:
     return lambda: module.__dict__.pop("forward", None)
 
 
-def _with_mixers(model: nn.Module) -> set[nn.Module]:
-    return {module for module, _, _ in _methods_of(model)}
+def modules_with_mixers(model: nn.Module) -> list[nn.Module]:
+    """Those that are computed on segments."""
+    return list(dict.fromkeys(module for module, _, _ in _methods_of(model)))
 
 
 def opened(tree: Any) -> Any:

@@ -21,11 +21,15 @@ from ringattn.hf.mixers import exchange, has_mixers
 from ringattn.hf.proof import compare
 from ringattn.hf.router import shared_loss, top_of
 from ringattn.hf.split import follow_length, follows_length
+from ringattn.make import make_plan
 from ringattn.models import recompute
 from ringattn.models.decoder import Head
 from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
+from ringattn.planning import masks
 from ringattn.planning.layer_plans import LayerPlans
+from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
 
 
 class SplitModel(nn.Module):
@@ -130,10 +134,16 @@ class SplitModel(nn.Module):
 
     def _install(self, attend: Mapping[str, Attend]) -> None:
         """Hands the layers the functions of this forward, and of its backward."""
-        plans = {kind: each.keywords["plan"] for kind, each in attend.items()}
-        group = next(iter(attend.values())).keywords["group"]
+        known = {
+            kind: each.keywords if isinstance(each, partial) else each
+            for kind, each in attend.items()
+        }
+        plans = {kind: each["plan"] for kind, each in known.items() if "plan" in each}
+        along = next((each["segments"] for each in known.values() if "segments" in each), None)
+        group = next(iter(known.values()))["group"]
+        plans = plans or _of_documents(along)
         lengths = lengths_of(plans) if self.by_document else []
-        split = Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds)
+        split = Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds, along=along)
         for module in self.inner.modules():  # where they find it in the backward, too
             object.__setattr__(module, HERE, split)
 
@@ -141,7 +151,8 @@ class SplitModel(nn.Module):
         """Proves that this model, called through ``root`` (an engine's module around it), is that
         of one process: see :func:`ringattn.hf.check`; and learns what its logits and its router
         loss are made of. Collective over all ranks. Raises NotCovered, ValueError."""
-        split = Split(plans, group, kernel, lengths_of(plans))
+        known = plans or _of_documents(next(iter(plans.segments.values())))
+        split = Split(known, group, kernel, lengths_of(known))
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.inner.device)
         inputs = {"input_ids": ids, "position_ids": ids}
         with installed(self.inner, split):
@@ -201,6 +212,11 @@ class SplitModel(nn.Module):
                     f"{name} has a router loss of its own form; set output_router_logits to false "
                     "in its config.json"
                 )
+
+
+def _of_documents(segments: Segments) -> dict[str | None, Plan]:
+    """Where no layer attends: one plan all the same, which says what all layers share."""
+    return {None: make_plan(masks.documents(segments.lengths), segments.layout)}
 
 
 def _again(memory: Memory, function: Any, *args: Any) -> Any:

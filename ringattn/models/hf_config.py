@@ -102,7 +102,7 @@ class Layers:
     """The masks of a model's layers, as text by kind of layer: none if all are causal, one for all,
     or two and the ``pattern`` that the kinds follow."""
 
-    masks: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, Any] = field(default_factory=dict)
     pattern: list[str] = field(default_factory=list)
 
     @property

@@ -214,9 +214,9 @@ def _fill_unchanged(model: dict[str, Any]) -> hf_config.Layers:
                 f"says, {own}"
             )
         model[key] = own
-    if set(masks.values()) == {"causal"}:
+    if all(mask == "causal" for mask in masks.values()):
         return hf_config.Layers()
-    if len(masks) == 1:
+    if len(masks) == 1 and isinstance(next(iter(masks.values())), str):
         return hf_config.Layers({ONE: next(iter(masks.values()))})
     return hf_config.Layers(masks, hf_config.shortest(types))
 

@@ -79,6 +79,11 @@ class Model(ModelConfig):
 
 
 @settings
+class MixedModel(MixedConfig, Model):
+    """An unchanged module of which some layers carry a state in place of attention."""
+
+
+@settings
 class Parallel:
     """How a sequence is split over ranks."""
 
@@ -191,7 +196,7 @@ class TrainingRun:
         self.attention.check(self.seq_len)
         mixers = self.attention.mixers
         kinds = set(self.attention.layers(self.model.layers)) - {NONE} - set(mixers)
-        if mixers and self.model.path is not None:
+        if mixers and self.model.path is not None and not self.model.unchanged:
             raise ValueError(
                 f"attention.kinds.{next(iter(mixers))}: the model in model.path="
                 f"{self.model.path} has no weights for a mixer; a hybrid of transformers is "
@@ -219,9 +224,9 @@ class TrainingRun:
         """Of the model that is trained, with the mixers of its layers."""
         if not self.attention.mixers:
             return self.model if self.model.unchanged else self.model.sizes
-        base = self.model.sizes
-        return MixedConfig(
-            **{f.name: getattr(base, f.name) for f in fields(ModelConfig)},
+        base = self.model if self.model.unchanged else self.model.sizes
+        return (MixedModel if self.model.unchanged else MixedConfig)(
+            **{f.name: getattr(base, f.name) for f in fields(base)},
             kinds=self.attention.layers(base.layers),
             mixers={kind: mixer.of(base) for kind, mixer in self.attention.mixers.items()},
         )

@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+sys.path.insert(0, str(Path(sys.prefix, "fla")))  # where make setup puts it
 import torch
 import torch.distributed as dist
 from triton.runtime.autotuner import Autotuner
