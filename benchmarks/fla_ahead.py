@@ -111,7 +111,7 @@ def main():
 
     compiled = Compiled(limit, options.all)
     compiled.install()
-    fla.runs = lambda v, dk: True
+    fla.runs, fla.prove = lambda v, dk: True, lambda *_: None
     # Two segments on one rank: the second begins inside of a document.
     segments = Segments(Layout(256, ((Run(0, 100), Run(100, 256)),)), [180, 76])
     begin, ok = time.monotonic(), True

@@ -5,9 +5,10 @@
     python benchmarks/gpu_suite.py --rehearse         # every line of it, tiny, on a CPU
 
 Needs torch 2.9 or newer, Triton, numpy and einops, and this checkout installed
-(`pip install --no-deps --no-build-isolation .`); no network. Each section writes its result at
-once; those that the time is not enough for are named. Writes DEVICE_DATE.json and .md under
-benchmarks/results.
+(`pip install --no-deps --no-build-isolation .`); no network; with .venv/fla on PYTHONPATH (see
+Makefile) mixers are measured with flash-linear-attention's kernels too. Each section writes its
+result at once; those that the time is not enough for are named. Writes DEVICE_DATE.json and .md
+under benchmarks/results.
 
 Conventions: FLOPs are 2 x pairs of the mask x heads x (head_dim + v's) x batch in the forward and
 2.5 times that in the backward, whatever a kernel really computes. The backward of ours contains all

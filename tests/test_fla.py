@@ -1,15 +1,17 @@
 """flash-linear-attention's kernels below our mixers, in Triton's interpreter."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 import ringattn as ra
-from ringattn.mixers import fla, linear
+from ringattn.mixers import delta, fla, linear
 
 from .processes import ROOT, Launch
+from .test_mixers import _recurrent, both
 
 
 def test_kernels_on_two_ranks_are_the_recurrence(monkeypatch):
@@ -20,6 +22,85 @@ def test_kernels_on_two_ranks_are_the_recurrence(monkeypatch):
     with Launch(2, ROOT / "tests/workers/fla_kernels.py") as running:
         status, output = running.finish()
     assert status == 0, output
+
+
+def one_by_one(rule, scalars):
+    """A kernel with fla's signature, token by token."""
+
+    def kernel(q, k, v, g, beta=None, *, scale, initial_state, output_final_state, cu_seqlens):
+        outs, lasts, ends = [], [], cu_seqlens.tolist()
+        for start, (begin, end) in zip(initial_state, pairwise(ends), strict=True):
+            state = start
+            for t in range(begin, end):
+                decay = g[0, t].exp()
+                state = (decay[:, None, None] if scalars else decay[:, :, None]) * state
+                new = v[0, t]
+                if rule:
+                    new = beta[0, t, :, None] * (new - torch.einsum("hkv,hk->hv", state, k[0, t]))
+                state = state + k[0, t, :, :, None] * new[:, None]
+                outs.append(scale * torch.einsum("hkv,hk->hv", state, q[0, t]))
+            lasts.append(state)
+        return torch.stack(outs)[None], torch.stack(lasts)
+
+    return kernel
+
+
+BY_KERNEL = {
+    f"{mixer.__name__} {decay}": _recurrent(mixer, decay, None)
+    for mixer in (linear, delta)
+    for decay in ("none", "heads", "scalar", "vector")
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(fla, "runs", lambda *_: True)
+    monkeypatch.setattr(fla, "prove", lambda *_: None)
+    monkeypatch.setattr(fla, "_function", one_by_one)
+
+
+@pytest.mark.parametrize("name", BY_KERNEL)
+@pytest.mark.parametrize(
+    ("kind", "world", "way"),
+    [
+        ("contiguous", 3, "direct"),
+        ("contiguous", 5, "doubling"),
+        ("zigzag", 3, "contiguous direct"),
+        ("balanced", 4, None),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[24], [3, 15, 6]])
+def test_what_is_built_of_kernels_is_the_recurrence(name, kind, world, way, lengths, kernels):
+    """A batch of two, first states, documents and segments that a state goes through."""
+    make, mask = getattr(ra.layouts, kind), ra.masks.documents(lengths)
+    layout = make(mask if kind == "balanced" else mask.n_q, world)
+    errors, _ = both(BY_KERNEL[name], layout, lengths, way=way)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_kernels_are_proved_before_they_are_used(monkeypatch):
+    monkeypatch.setattr(fla, "_function", one_by_one)
+    of = (2, 4, 3, torch.float32, torch.device("cpu"))
+    for rule in (True, False):
+        for scalars in (True, False):
+            fla.prove.__wrapped__(rule, scalars, *of)
+
+    def slower(rule, scalars):
+        kernel = one_by_one(rule, scalars)
+        return lambda *args, g, **more: kernel(*args, g=0.5 * g, **more)
+
+    monkeypatch.setattr(fla, "_function", slower)
+    with pytest.raises(RuntimeError, match="is off by"):
+        fla.prove.__wrapped__(True, True, *of)
+
+
+def test_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(fla, "find_spec", lambda name: object())
+    monkeypatch.setattr(fla, "version", lambda name: "0.7.1")
+    with pytest.warns(UserWarning, match=r"fla-core 0\.7\.1 is not used"):
+        assert not fla.installed.__wrapped__()
+    monkeypatch.setattr(fla, "version", lambda name: "0.6.3")
+    assert fla.installed.__wrapped__()
 
 
 def test_they_run_on_gpus_in_half_precision_alone(monkeypatch):

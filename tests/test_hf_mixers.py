@@ -18,7 +18,7 @@ from ringattn.execution.carriers import VirtualWorld
 from ringattn.hf import NotCovered, local_batch, make_plans, split_sequence
 from ringattn.hf.describe import masks
 from ringattn.mixers import recurrent
-from ringattn.models.mixer_config import Mixer
+from ringattn.models.mixer_config import Mixer, ModuleMixer
 
 from .test_hf_families import COVERED, LENGTHS, REFUSED, families, step, usual
 
@@ -69,26 +69,26 @@ WITH_STATES = [
 
 
 @pytest.mark.parametrize("name", WITH_STATES)
-def test_sizes_of_states_are_read_off_modules_without_memory(name, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_of_states_are_read_off_modules_without_memory(name, dtype, monkeypatch):
     """What a forecast counts is what travels: a summary's state and transition."""
     texts, _ = masks(COVERED[name].config())
-    mixers = {kind: Mixer(**text) for kind, text in texts.items() if isinstance(text, dict)}
+    mixers = [ModuleMixer(**text) for text in texts.values() if isinstance(text, dict)]
     heard = []
     for room in (recurrent, sys.modules["ringattn.mixers.scan"]):
 
         def exchange(segments, sizes, original=room.exchange_of):
-            heard.append((sizes.state, sizes.transition))
+            heard.append(sizes)
             return original(segments, sizes)
 
         monkeypatch.setattr(room, "exchange_of", exchange)
-    model = families.make(COVERED[name], "ringattn")
+    model = families.make(COVERED[name], "ringattn").to(dtype)
     plans = make_plans(model, ra.masks.causal(9), "contiguous", world=1)
     heard.clear()
     batch = local_batch(plans, 0, torch.arange(9)[None])
     with split_sequence(model, plans, check=False), torch.no_grad():
         model(**batch)
-    wanted = [mixer.state_bytes(4) for mixer in mixers.values()]
-    assert set(heard) == {(sizes.state, sizes.transition) for sizes in wanted}
+    assert set(heard) == {mixer.state_bytes(dtype.itemsize) for mixer in mixers}
 
 
 def test_sizes_of_a_convolution_are_read_off_its_module():

@@ -23,7 +23,9 @@ from ringattn.models.mixer_config import Mixer
 from ringattn.models.sizes import MixedConfig, ModelConfig
 from ringattn.planning.state_exchange import exchange_of
 from ringattn.training import config
+from ringattn.training.engines.adamw import make_optimizer
 from ringattn.training.forecast import on_paper
+from ringattn.training.optimizer import Optimizer
 from ringattn.typed import SettingsError
 
 from .processes import TINY, train
@@ -96,6 +98,19 @@ def test_what_a_layer_keeps_and_moves_is_what_it_says(name, dtype, monkeypatch):
         assert said == [kind.state_bytes(x.element_size())] * (name != "conv")
         measured = sum(size for size, _ in saved.values()) / n
         assert kind.kept(dtype.itemsize) == pytest.approx(measured, rel=0.03)
+
+
+def test_decays_of_channels_are_not_pulled_to_one():
+    """Mamba-1's A_log is a matrix, and AdamW decays matrices."""
+    module = make_mixer(sizes_of("scan"), Mixer(mixer="scan").of(sizes_of("scan")))
+    found = {
+        name: group["weight_decay"]
+        for group in make_optimizer(module, Optimizer(weight_decay=0.1)).param_groups
+        for p in group["params"]
+        for name, own in module.named_parameters()
+        if own is p
+    }
+    assert found["A_log"] == found["D"] == 0 and found["o_proj.weight"] == 0.1
 
 
 def _by_definition(m, x):

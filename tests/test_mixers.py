@@ -206,6 +206,11 @@ def layouts_of_segments(draw):
     way=st.sampled_from([None, *WAYS]),
 )
 def test_any_segments_and_documents_are_the_recurrence(name, case, seed, way):
+    layout, _ = case
+    if way and way.startswith("contiguous") and layout.n < layout.world:
+        with pytest.raises(ValueError, match="tokens for"):
+            Segments(*case, way)
+        return
     errors, _ = both(MIXERS[name], *case, seed, way=way)
     assert max(errors.values()) < 1e-5, errors
 

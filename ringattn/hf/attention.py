@@ -21,6 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ringattn.execution.attention import ring_attention
 from ringattn.execution.carriers import connect
+from ringattn.make import make_segments
+from ringattn.planning import masks
 from ringattn.planning.plan import Plan
 from ringattn.planning.segments import Segments
 
@@ -111,7 +113,7 @@ class Split:
     @cached_property
     def segments(self) -> Segments:
         """What layers with a state along the sequence go by."""
-        return self.along or Segments(self.any.layout, self.lengths)
+        return self.along or make_segments(masks.documents(self.lengths), self.any.layout)
 
     @property
     def any(self) -> Plan:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ringattn.hf.attention import Probe, Split
-from ringattn.hf.coverage import TOKENS
+from ringattn.hf.coverage import TOKENS, NotCovered
 from ringattn.hf.inside import installed
 from ringattn.hf.mixers import modules_with_mixers
 from ringattn.models.mixer_config import Mixer
@@ -20,8 +20,8 @@ from ringattn.models.mixer_config import Mixer
 
 def mixer_of(layer: nn.Module, width: int) -> Mixer | None:
     """That of a layer whose parameters may be on the meta device, in a model of this width; None
-    where none is heard of. A short convolution counts as over q, k and v of every head, whatever
-    the module's own channels are."""
+    where it has no such module. A short convolution counts as over q, k and v of every head,
+    whatever the module's own channels are. Raises NotCovered where a module is not heard of."""
     for module in modules_with_mixers(layer):
         calls = _heard(module, width)
         sizes: dict[str, int] = {}
@@ -41,8 +41,12 @@ def _heard(module: nn.Module, width: int) -> list[tuple[str, dict[str, Any]]]:
     with installed(module, Split({}, None, "auto", [], probe=probe)):
         try:
             module(torch.empty(1, TOKENS, width, device="meta"), **needed)
-        except Exception as error:  # the end, or something that needs memory: too late to matter
-            del error
+        except Exception as error:  # the end of a call; after one, something that needs memory
+            if not probe.calls:
+                raise NotCovered(
+                    f"{type(module).__name__}: what it does along the sequence cannot be read off "
+                    f"it: {type(error).__name__}: {error}"
+                ) from error
     return probe.calls
 
 

@@ -60,7 +60,7 @@ def _delta(
     q, k = (_repeated(x.float(), value.shape[2]) for x in (query, key))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    out = delta(q, k, value.float(), beta.float(), g.float(), **where(q.shape[1]))
+    out = delta(q, k, value, beta.float(), g.float(), **where(q.shape[1]))
     return out.to(query.dtype), None
 
 

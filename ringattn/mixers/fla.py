@@ -8,20 +8,28 @@ that are 0, with the identity as first state, from which it makes the transition
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from ringattn.execution.carriers import Comm
+from ringattn.execution.carriers import Comm, VirtualRank, VirtualWorld
+from ringattn.mixers.naive import recurrence
 from ringattn.mixers.states import FirstStates
-from ringattn.planning.segments import Piece
+from ringattn.planning.layouts import Layout
+from ringattn.planning.runs import Run
+from ringattn.planning.segments import Piece, Segments
 from ringattn.planning.state_exchange import StateExchange
 
+VERSIONS = ("0.6.",)  # of fla-core, whose arguments and layouts are known here
 WIDEST = 256  # dk that all of them take
+_TOKENS, _OFF = 100, 3e-2  # of a proof; what half precision may differ by
 
 
 def runs(v: torch.Tensor, dk: int) -> bool:
@@ -33,7 +41,53 @@ def runs(v: torch.Tensor, dk: int) -> bool:
 
 @lru_cache(maxsize=1)
 def installed() -> bool:
-    return find_spec("fla") is not None
+    """Whether they are there, in a version that is known; of another one it is said once."""
+    if find_spec("fla") is None:
+        return False
+    found = version("fla-core")
+    if not found.startswith(VERSIONS):
+        warnings.warn(
+            f"fla-core {found} is not used by ringattn.mixers, which know {', '.join(VERSIONS)}x; "
+            "they compute in torch",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def prove(
+    rule: bool,
+    scalars: bool,
+    heads: int,
+    dk: int,
+    dv: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compares the kernels for such heads with the definition, once for each kind and process, on
+    random tokens of two documents, of which one goes over two segments. Raises RuntimeError."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, _TOKENS, heads)
+    q, k = (F.normalize(torch.randn(*shape, dk, generator=draw), dim=-1) for _ in range(2))
+    v = torch.randn(*shape, dv, generator=draw)
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    decay = -0.1 * torch.rand(*shape, *(() if scalars else (dk,)), generator=draw).to(device)
+    beta = torch.rand(*shape, generator=draw).to(device, dtype) if rule else None
+    lengths, half = [_TOKENS - 20, 20], _TOKENS // 2
+    layout = Layout(_TOKENS, ((Run(0, half), Run(half, _TOKENS)),))
+    exchange = StateExchange(Segments(layout, lengths), "direct")
+    with torch.no_grad():
+        got = mix(q, k, v, decay, beta, exchange, VirtualRank(VirtualWorld(1), 0), 1.0, None)
+        given = (None if x is None else x.double() for x in (q, k, v, decay, beta, None))
+        want = recurrence(*given, lengths)
+    off = float((got.double() - want).norm() / want.norm())
+    if not off < _OFF:
+        raise RuntimeError(
+            f"flash-linear-attention's kernel ({'delta rule' if rule else 'linear'}, heads of {dk} "
+            f"x {dv}) is off by {off:.1e} from the recurrence on {device}: uninstall fla-core, and "
+            "ringattn.mixers compute in torch"
+        )
 
 
 def mix(
@@ -76,7 +130,9 @@ def mix(
                 addend, transition = part.addend.split([dv, dk], -1)
                 parts[at] = _Part(out, addend, reach, transition)
     if exchange.forward.steps:
-        first = _firsts(parts, pieces, exchange, comm)
+        vectors = decay is not None and decay.dim() == 4
+        way = (dk, dk) if beta is not None else (dk if vectors else 1, 1)
+        first = _firsts(parts, way, pieces, exchange, comm)
         for piece in carried:
             part = parts[piece.start]
             more = torch.einsum("bthk,bhkv->bthv", part.reach.float(), first[piece.segment.number])
@@ -111,15 +167,17 @@ def _decayed(
 
 
 def _firsts(
-    parts: dict[int, _Part], pieces: Sequence[Piece], exchange: StateExchange, comm: Comm
+    parts: dict[int, _Part],
+    way: tuple[int, int],
+    pieces: Sequence[Piece],
+    exchange: StateExchange,
+    comm: Comm,
 ) -> dict[int, torch.Tensor]:
-    """The first state of each of this rank's segments, by number."""
+    """The first state of each of this rank's segments, by number; ``way``: the size of a
+    transition, which ranks without one of their own have to know."""
     own = exchange.segments.of(comm.rank)
     any_part = parts[pieces[0].start]
-    shape = next(
-        (part.transition.shape for part in parts.values() if part.transition is not None),
-        (*any_part.addend.shape[:2], 1, 1),
-    )
+    shape = (*any_part.addend.shape[:2], *way)
     added = {segment.number: torch.zeros_like(any_part.addend) for segment in own}
     through = {segment.number: any_part.addend.new_zeros(shape) for segment in own}
     for piece in pieces:

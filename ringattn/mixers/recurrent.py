@@ -45,8 +45,9 @@ def linear(
     logarithm and at most 0: ``[heads]``, ``[batch, tokens, heads]`` or ``[batch, tokens, heads,
     dk]``. ``scale`` None: ``1 / sqrt(dk)``. ``normalize``: divided by ``scale z_t^T q_t``, z being
     the state of v = 1. ``initial`` ``[heads, dk, dv]``: the state that every document begins with;
-    its gradient is this rank's share. Returns ``[batch, tokens, heads, dv]`` in the dtype of v;
-    states are float32.
+    its gradient, and that of a decay ``[heads]``, is this rank's share. ``chunk``: tokens of a
+    chunk in torch, and no kernels (see ``fla``). Returns ``[batch, tokens, heads, dv]`` in the
+    dtype of v; states are float32.
 
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
@@ -127,6 +128,8 @@ def _in_chunks(
         return nothing(v, q, k, decay, beta, initial)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chunk is None and fla.runs(v, k.shape[-1]):
+        scalars = decay is None or decay.dim() == 3
+        fla.prove(beta is not None, scalars, *k.shape[2:], v.shape[3], v.dtype, v.device)
         return fla.mix(q, k, v, decay, beta, exchange, comm, scale, initial)
     vectors = decay is not None and decay.dim() == 4
     size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)

@@ -30,9 +30,9 @@ def scan(
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``out_t = h_t C_t`` (Gu and Dao 2023,
     arXiv:2312.00752), for each channel by itself.
 
-    x, dt ``[batch, tokens, channels]`` of this rank, A ``[channels, state]`` (at most 0), B, C
-    ``[batch, tokens, state]``. Returns what x is like; states are float32. Without the skip ``D x``
-    and gates, which are the caller's.
+    x, dt ``[batch, tokens, channels]`` of this rank, A ``[channels, state]`` (at most 0; its
+    gradient is this rank's share), B, C ``[batch, tokens, state]``. Returns what x is like; states
+    are float32. Without the skip ``D x`` and gates, which are the caller's.
 
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
@@ -76,16 +76,16 @@ def _in_chunks(
     if not x.shape[1]:
         return nothing(x, dt, A, B, C)
     chunks = chunks_of(exchange.segments, comm.rank, chunk, x.device)
-    dt, moved = chunks.cut(dt[:, :, None]), chunks.cut((dt.float() * x.float())[:, :, None])
+    dt, given = chunks.cut(dt[:, :, None]), chunks.cut((dt.float() * x.float())[:, :, None])
     B, C = chunks.cut(B[:, :, None]), chunks.cut(C[:, :, None])
     # [chunks, batch, channels, size, state]
     log = (dt.mT[:, :, 0, :, :, None] * A[:, None].float()).double()
     total = log.cumsum(-2)
     factors = log.float().exp()
-    inputs = moved.mT[:, :, 0, :, :, None] * B
+    inputs = given.mT[:, :, 0, :, :, None] * B
     state, states = torch.zeros_like(inputs[..., 0, :]), []
-    for factor, given in zip(factors.unbind(-2), inputs.unbind(-2), strict=True):
-        state = factor * state + given
+    for factor, new in zip(factors.unbind(-2), inputs.unbind(-2), strict=True):
+        state = factor * state + new
         states.append(state)
     inside = torch.stack(states, -2)
     transition, addend = total[..., -1, :].float().exp()[..., None], state[..., None]

@@ -20,7 +20,7 @@ Summary = tuple[torch.Tensor | None, torch.Tensor]  # transition where it is nee
 class FirstStates:
     """The state that each of this rank's segments begins with, of their transitions and addends,
     ``[segments, batch, heads, ...]`` in float32. The exchange begins when this is made; what is
-    computed until :meth:`wait` goes on beside it, and so does the backward of that.
+    computed until :meth:`wait` goes on beside its first step, and so does the backward of that.
 
     Collective, in the backward too: a rank whose summaries nobody needs still has gradients to
     send, and takes part if ``inputs``, any tensor of the layer, want some.
@@ -39,11 +39,13 @@ class FirstStates:
         # Two nodes of autograd, so that both directions have a begin and an end: gradients go from
         # the second to the first by this object, and what runs between them by a scalar.
         self._running: _Running | None = None
+        self._saved: tuple[torch.Tensor, torch.Tensor] | None = None
         self._token = _Begin.apply(self, transition, addend, inputs)
 
     def wait(self) -> torch.Tensor:
         """``[segments, batch, heads, dk, dv]``, 0 where a document begins with a segment."""
-        return _End.apply(self, self._token)
+        token, self._token = self._token, None  # whose graph knows this object: no circle
+        return _End.apply(self, token)
 
     def _begin(
         self, prefixes: Prefixes, transition: torch.Tensor, state: torch.Tensor, label: str

@@ -165,3 +165,12 @@ class Mixer:
     def _chunk(self) -> int:
         """Tokens of a chunk: those of :mod:`ringattn.mixers.recurrent`."""
         return 16 if self.decays_vectors else 64
+
+
+@settings
+class ModuleMixer(Mixer):
+    """That of an unchanged module, which hands Mamba's tensors over in float32."""
+
+    def state_bytes(self, wide: int) -> StateBytes | None:
+        """As of any mixer."""
+        return Mixer.state_bytes(self, 4 if self.mixer in ("ssd", "scan") else wide)

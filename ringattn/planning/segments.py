@@ -98,6 +98,8 @@ class Segments:
     def __init__(self, layout: Layout, lengths: Sequence[int], way: str | None = None) -> None:
         if way is not None and way not in WAYS:
             raise ValueError(f"way must be one of {', '.join(WAYS)} or None, got {way!r}")
+        if way and way.startswith("contiguous") and layout.n < layout.world:
+            raise ValueError(f"way={way!r}: {layout.n} tokens for {layout.world} ranks")
         self.way = way
         if layout.step > 1:
             raise ValueError(

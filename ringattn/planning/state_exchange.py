@@ -153,15 +153,16 @@ def _step(prefixes: Prefixes, rank: int, step: int, sizes: StateBytes) -> Incomi
     return Incoming(size, len(recvs))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def exchange_of(segments: Segments, sizes: StateBytes) -> StateExchange:
     """That of the least weight (of equals the first of ``WAYS``), or of ``segments.way``. The same
     arguments give the same object, and all ranks choose alike."""
-    ways = [segments.way] if segments.way else WAYS
+    layout = segments.layout
+    ways = [segments.way] if segments.way else WAYS if layout.n >= layout.world else WAYS[:2]
     each = [_exchange(segments, way) for way in ways]
     return min(each, key=lambda exchange: exchange.weight(sizes)) if each[1:] else each[0]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _exchange(segments: Segments, way: str) -> StateExchange:
     return StateExchange(segments, way)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +15,7 @@ from ringattn.data.settings import Data
 from ringattn.kernels import NAMES as KERNELS
 from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
+from ringattn.models.mixer_config import ModuleMixer
 from ringattn.models.sizes import MixedConfig, ModelConfig
 from ringattn.planning.layer_plans import NONE
 from ringattn.planning.layouts import NAMES as LAYOUTS
@@ -228,7 +229,10 @@ class TrainingRun:
         return (MixedModel if self.model.unchanged else MixedConfig)(
             **{f.name: getattr(base, f.name) for f in fields(base)},
             kinds=self.attention.layers(base.layers),
-            mixers={kind: mixer.of(base) for kind, mixer in self.attention.mixers.items()},
+            mixers={
+                kind: ModuleMixer(**asdict(mixer)) if self.model.unchanged else mixer.of(base)
+                for kind, mixer in self.attention.mixers.items()
+            },
         )
 
 

@@ -51,6 +51,7 @@ def main():
             ours._function(rule, scalars)
     prepare()
     ours.runs = lambda v, dk: True  # in float32, since the interpreter has no products of bfloat16
+    ours.prove = lambda *_: None  # in bfloat16
     calls, function = [], ours._function
     ours._function = lambda *kind: calls.append(kind) or function(*kind)
     lengths = [9, 60, 3]  # a state goes through whole segments

@@ -13,13 +13,15 @@ from ringattn.training.optimizer import Optimizer
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW of what is not frozen; only matrices decay (what is a matrix, a flat part of ZeRO 3
-    does not show).
+    does not show), and of them not Mamba-1's ``A_log``, whose rows are decays of their own.
 
     The learning rate is set before every step; until then it is 0, so that a step on gradients of
     0, which DeepSpeed makes to allocate, changes nothing."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for p in trained(model):
-        parts[len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = len(getattr(p, "ds_shape", p.shape)) >= 2
+            parts[matrix and name.rsplit(".", 1)[-1] != "A_log"].append(p)
     groups = [
         {"params": params, "weight_decay": settings.weight_decay if decays else 0.0}
         for decays, params in parts.items()
