@@ -119,7 +119,10 @@ def _visits(
     high = np.minimum(length - 1, (final - run) // stride)
     j = np.maximum(0, low + lo)
     end = np.minimum(columns - 1, high + hi)
-    real = (low <= high) & (j <= end)
+    # The first of them that is in the tile's progression: a band of a few rows may have none.
+    ways = step // np.gcd(stride, step)
+    own = low + ((residue - run) // (step // ways) * _inverse(stride, step) - low) % ways
+    real = (own <= high) & (j <= end)
     if aligned:
         j -= (begin + j) % n
     count = _up(end - j + 1, n)
@@ -135,6 +138,14 @@ def _visits(
     number = (np.cumsum(tiles) - tiles)[np.minimum(residue, len(residues) - 1)] + block
     visits = np.column_stack([table[at], j, count, full_from, full_to])
     return number[real], visits[real]
+
+
+def _inverse(stride: np.ndarray, step: int) -> np.ndarray:
+    """Of ``stride / c`` modulo ``step / c``, c being their greatest common divisor."""
+    strides, which = np.unique(stride, return_inverse=True)
+    common = np.gcd(strides, step)
+    each = [pow(int(s // c), -1, int(step // c)) for s, c in zip(strides, common, strict=True)]
+    return np.array(each, np.int64)[which]
 
 
 def _up(a: np.ndarray, b: np.ndarray | int) -> np.ndarray:

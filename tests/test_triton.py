@@ -125,6 +125,17 @@ def test_work_lists_of_the_steps_of_a_plan(plan, data):
             assert made.stepped or all(b.q.step == b.k.step == 1 for b in step.bands)
 
 
+def test_a_band_of_one_row_is_met_by_the_tiles_of_its_progression_alone():
+    """Beside bands that step, it is in one residue of three."""
+    bands = [
+        Band(Run(first, stop, 3), Run(first, stop, 3), 0, 0)
+        for first, stop in ((0, 4), (1, 5), (5, 9), (6, 10))
+    ]
+    bands += [Band(Run(at, at + 1), Run(at, at + 1), -1, 1) for at in (2, 7)]
+    count, made = covered(bands, 11, 11, 8, 4, False, False)
+    assert count.sum() == 10 and len(made.visits) == 6
+
+
 def test_full_tiles_are_what_a_causal_mask_has():
     n, m = 4096, 128
     made = work(bands_of(ra.masks.causal(n)), n, m, m, False, True)
