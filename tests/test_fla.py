@@ -1,6 +1,7 @@
 """flash-linear-attention's kernels below our mixers, in Triton's interpreter."""
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def test_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(fla, "find_spec", lambda name: object())
     monkeypatch.setattr(fla, "version", lambda name: "0.7.1")
     with pytest.warns(UserWarning, match=r"fla-core 0\.7\.1 is not used"):
+        assert not fla.installed.__wrapped__()
+
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(fla, "version", none)
+    with pytest.warns(UserWarning, match="of an unknown version is not used"):
         assert not fla.installed.__wrapped__()
     monkeypatch.setattr(fla, "version", lambda name: "0.6.3")
     assert fla.installed.__wrapped__()

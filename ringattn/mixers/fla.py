@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import numpy as np
@@ -44,7 +44,10 @@ def installed() -> bool:
     """Whether they are there, in a version that is known; of another one it is said once."""
     if find_spec("fla") is None:
         return False
-    found = version("fla-core")
+    try:
+        found = version("fla-core")
+    except PackageNotFoundError:
+        found = "of an unknown version"  # older ones came in one package
     if not found.startswith(VERSIONS):
         warnings.warn(
             f"fla-core {found} is not used by ringattn.mixers, which know {', '.join(VERSIONS)}x; "
