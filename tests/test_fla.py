@@ -25,7 +25,7 @@ def test_kernels_on_two_ranks_are_the_recurrence(monkeypatch):
     assert status == 0, output
 
 
-def one_by_one(rule, scalars):
+def one_by_one(rule, vectors):
     """A kernel with fla's signature, token by token."""
 
     def kernel(q, k, v, g, beta=None, *, scale, initial_state, output_final_state, cu_seqlens):
@@ -34,7 +34,7 @@ def one_by_one(rule, scalars):
             state = start
             for t in range(begin, end):
                 decay = g[0, t].exp()
-                state = (decay[:, None, None] if scalars else decay[:, :, None]) * state
+                state = (decay[:, :, None] if vectors else decay[:, None, None]) * state
                 new = v[0, t]
                 if rule:
                     new = beta[0, t, :, None] * (new - torch.einsum("hkv,hk->hv", state, k[0, t]))
@@ -83,16 +83,16 @@ def test_kernels_are_proved_before_they_are_used(monkeypatch):
     monkeypatch.setattr(fla, "_function", one_by_one)
     of = (2, 4, 3, torch.float32, torch.device("cpu"))
     for rule in (True, False):
-        for scalars in (True, False):
-            fla.prove.__wrapped__(rule, scalars, *of)
+        for vectors in (True, False):
+            fla.prove.__wrapped__(rule, vectors, *of)
 
-    def slower(rule, scalars):
-        kernel = one_by_one(rule, scalars)
+    def slower(rule, vectors):
+        kernel = one_by_one(rule, vectors)
         return lambda *args, g, **more: kernel(*args, g=0.5 * g, **more)
 
     monkeypatch.setattr(fla, "_function", slower)
     with pytest.raises(RuntimeError, match="is off by"):
-        fla.prove.__wrapped__(True, True, *of)
+        fla.prove.__wrapped__(True, False, *of)
 
 
 def test_another_version_is_not_used(monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from ringattn.execution.carriers import Comm, VirtualRank, VirtualWorld
+from ringattn.mixers.inputs import Inputs
 from ringattn.mixers.naive import recurrence
 from ringattn.mixers.states import FirstStates
 from ringattn.planning.layouts import Layout
@@ -61,7 +62,7 @@ def installed() -> bool:
 @lru_cache(maxsize=64)
 def prove(
     rule: bool,
-    scalars: bool,
+    vectors: bool,
     heads: int,
     dk: int,
     dv: int,
@@ -75,15 +76,16 @@ def prove(
     q, k = (F.normalize(torch.randn(*shape, dk, generator=draw), dim=-1) for _ in range(2))
     v = torch.randn(*shape, dv, generator=draw)
     q, k, v = (x.to(device, dtype) for x in (q, k, v))
-    decay = -0.1 * torch.rand(*shape, *(() if scalars else (dk,)), generator=draw).to(device)
+    decay = -0.1 * torch.rand(*shape, *((dk,) if vectors else ()), generator=draw).to(device)
     beta = torch.rand(*shape, generator=draw).to(device, dtype) if rule else None
     lengths, half = [_TOKENS - 20, 20], _TOKENS // 2
     layout = Layout(_TOKENS, ((Run(0, half), Run(half, _TOKENS)),))
     exchange = StateExchange(Segments(layout, lengths), "direct")
     with torch.no_grad():
-        got = mix(q, k, v, decay, beta, exchange, VirtualRank(VirtualWorld(1), 0), 1.0, None)
-        given = (None if x is None else x.double() for x in (q, k, v, decay, beta, None))
-        want = recurrence(*given, lengths)
+        given = Inputs(q, k, v, decay, beta, 1.0, None)
+        got = mix(given, exchange, VirtualRank(VirtualWorld(1), 0))
+        exact = (None if x is None else x.double() for x in (q, k, v, decay, beta, None))
+        want = recurrence(*exact, lengths)
     off = float((got.double() - want).norm() / want.norm())
     if not off < _OFF:
         raise RuntimeError(
@@ -93,48 +95,37 @@ def prove(
         )
 
 
-def mix(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    exchange: StateExchange,
-    comm: Comm,
-    scale: float,
-    initial: torch.Tensor | None,
-) -> torch.Tensor:
-    """What ``recurrent`` computes in chunks, of a rank with tokens; decay ``[batch, tokens,
-    heads]`` or ``[batch, tokens, heads, dk]``. Collective."""
+def mix(given: Inputs, exchange: StateExchange, comm: Comm) -> torch.Tensor:
+    """What ``recurrent`` computes in chunks, of a rank with tokens, a decay of each. Collective."""
+    k, v = given.k.to(given.v.dtype), given.v
+    given = replace(given, q=given.q.to(v.dtype), k=k)
     segments, dk, dv = exchange.segments, k.shape[-1], v.shape[-1]
     pieces = segments.pieces(comm.rank)
     carried = [piece for piece in pieces if piece.carries]
     others = [piece for piece in pieces if not piece.carries]
-    q, k = q.to(v.dtype), k.to(v.dtype)
     begin = v.new_zeros(k.shape[2], dk, dv, dtype=torch.float32)
-    begin = begin if initial is None else begin + initial.float()
+    begin = begin if given.initial is None else begin + given.initial.float()
     parts: dict[int, _Part] = {}
-    if beta is None:
+    if given.beta is None:
         starts = [0.0 * begin if piece.carries else begin for piece in pieces]
-        parts = _kernel(q, k, v, decay, beta, pieces, starts, scale)
+        parts = _kernel(given, pieces, starts)
         for piece in carried:
             part = parts[piece.start]
-            part.reach, part.transition = _decayed(q, decay, piece, scale)
+            part.reach, part.transition = _decayed(given, piece)
     else:
         if others:
-            parts |= _kernel(q, k, v, decay, beta, others, [begin] * len(others), scale)
+            parts |= _kernel(given, others, [begin] * len(others))
         if carried:
-            wider = torch.cat([v, torch.zeros_like(k)], -1)
+            wider = replace(given, v=torch.cat([v, torch.zeros_like(k)], -1))
             eye = torch.eye(dk, device=v.device).expand(len(begin), dk, dk)
             start = torch.cat([0.0 * begin, eye], -1)
-            both = _kernel(q, k, wider, decay, beta, carried, [start] * len(carried), scale)
+            both = _kernel(wider, carried, [start] * len(carried))
             for at, part in both.items():
                 out, reach = part.out.split([dv, dk], -1)
                 addend, transition = part.addend.split([dv, dk], -1)
                 parts[at] = _Part(out, addend, reach, transition)
     if exchange.forward.steps:
-        vectors = decay is not None and decay.dim() == 4
-        way = (dk, dk) if beta is not None else (dk if vectors else 1, 1)
+        way = (dk, dk) if given.beta is not None else (dk if given.vectors else 1, 1)
         first = _firsts(parts, way, pieces, exchange, comm)
         for piece in carried:
             part = parts[piece.start]
@@ -157,15 +148,13 @@ class _Part:
     transition: torch.Tensor | None = None
 
 
-def _decayed(
-    q: torch.Tensor, decay: torch.Tensor | None, piece: Piece, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _decayed(given: Inputs, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
     """(reach, transition) of a piece without a delta rule."""
-    q = q[:, piece.start : piece.stop].float() * scale
+    q, decay = given.q[:, piece.start : piece.stop].float() * given.scale, given.decay
     if decay is None:
         return q, q.new_ones(q.shape[0], q.shape[2], 1, 1)
     log = decay[:, piece.start : piece.stop]
-    total = (log if log.dim() == 4 else log[..., None]).double().cumsum(1)
+    total = (log if given.vectors else log[..., None]).double().cumsum(1)
     return q * total.float().exp(), total[:, -1].float().exp()[..., None]
 
 
@@ -200,16 +189,10 @@ def _firsts(
 
 
 def _kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    pieces: Sequence[Piece],
-    starts: Sequence[torch.Tensor],
-    scale: float,
+    given: Inputs, pieces: Sequence[Piece], starts: Sequence[torch.Tensor]
 ) -> dict[int, _Part]:
     """Of pieces that begin with states ``[heads, dk, dv]``, by the tokens that they start at."""
+    q, decay, beta = given.q, given.decay, given.beta
     batch, lengths = q.shape[0], [len(piece) for piece in pieces]
 
     def flat(x: torch.Tensor) -> torch.Tensor:
@@ -219,15 +202,14 @@ def _kernel(
         return x.reshape(1, -1, *x.shape[2:])
 
     ends = np.cumsum([0, *lengths * batch])
-    arguments = {"beta": flat(beta).to(v.dtype)} if beta is not None else {}
-    scalars = decay is None or decay.dim() == 3
+    arguments = {"beta": flat(beta).to(q.dtype)} if beta is not None else {}
     if decay is not None:
         arguments["g"] = flat(decay.float())
     else:
         arguments["g"] = q.new_zeros(1, int(ends[-1]), q.shape[2], dtype=torch.float32)
-    out, last = _function(beta is not None, scalars)(
-        flat(q), flat(k), flat(v), **arguments,
-        scale=scale,
+    out, last = _function(beta is not None, given.vectors)(
+        flat(q), flat(given.k), flat(given.v), **arguments,
+        scale=given.scale,
         initial_state=torch.stack(list(starts) * batch).contiguous(),
         output_final_state=True,
         cu_seqlens=torch.from_numpy(ends).to(q.device),
@@ -240,14 +222,14 @@ def _kernel(
     }
 
 
-def _function(rule: bool, scalars: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """fla's, for a delta ``rule`` or not, with decays for heads (``scalars``) or each of dk."""
-    if rule and scalars:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as found
-    elif rule:
+def _function(rule: bool, vectors: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """fla's, for a delta ``rule`` or not, with decays for heads or each of dk (``vectors``)."""
+    if rule and vectors:
         from fla.ops.kda import chunk_kda as found
-    elif scalars:
-        from fla.ops.simple_gla import chunk_simple_gla as found
-    else:
+    elif rule:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as found
+    elif vectors:
         from fla.ops.gla import chunk_gla as found
+    else:
+        from fla.ops.simple_gla import chunk_simple_gla as found
     return found

@@ -13,11 +13,12 @@ import torch
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.mixers import fla
-from ringattn.mixers.chunks import Chunks, chunks_of, follow, in_float32, nothing
+from ringattn.mixers.chunks import Chunks, chunks_of, follow, nothing
+from ringattn.mixers.inputs import Inputs
 from ringattn.mixers.moving import moved
 from ringattn.mixers.states import FirstStates
 from ringattn.planning.segments import Segments
-from ringattn.planning.state_exchange import StateBytes, StateExchange, exchange_of
+from ringattn.planning.state_exchange import StateExchange, exchange_of
 
 CHUNK, CHUNK_OF_VECTORS = 64, 16  # tokens; with a decay for each of dk all pairs of them exist
 
@@ -52,11 +53,12 @@ def linear(
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
     if not normalize:
-        return _mix(q, k, v, decay, None, segments, group, scale, initial, chunk)
+        given = Inputs(q, k, v, decay, None, _scale(scale, q), initial)
+        return _mix(given, segments, group, chunk)
     if initial is not None:
         raise ValueError("linear: initial and normalize do not go together")
     both = torch.cat([v.float(), v.new_ones(*v.shape[:3], 1, dtype=torch.float32)], -1)
-    out = _mix(q, k, both, decay, None, segments, group, scale, None, chunk)
+    out = _mix(Inputs(q, k, both, decay, None, _scale(scale, q), None), segments, group, chunk)
     return (out[..., :-1] / out[..., -1:]).to(v.dtype)
 
 
@@ -81,60 +83,44 @@ def delta(
     """
     if beta.shape != k.shape[:3]:
         raise ValueError(f"delta: beta must be {list(k.shape[:3])}, got {list(beta.shape)}")
-    return _mix(q, k, v, decay, beta, segments, group, scale, initial, chunk)
+    given = Inputs(q, k, v, decay, beta, _scale(scale, q), initial)
+    return _mix(given, segments, group, chunk)
 
 
-@in_float32
-def _mix(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    segments: Segments,
-    group: Any,
-    scale: float | None,
-    initial: torch.Tensor | None,
-    chunk: int | None,
-) -> torch.Tensor:
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _mix(given: Inputs, segments: Segments, group: Any, chunk: int | None) -> torch.Tensor:
     comm = connect(group)
-    check(q, k, v, decay, segments, comm)
-    exchange = exchange_of(segments, state_bytes(q, k, v, decay, beta))
-    if exchange.move is None:
-        return _in_chunks(q, k, v, decay, beta, exchange, comm, scale, initial, chunk)
-    constant = decay is not None and decay.dim() == 1
-    there = moved([q, k, v, beta, None if constant else decay], exchange.move, comm)
-    q, k, v, beta, decay = (*there[:4], decay if constant else there[4])
-    out = _in_chunks(q, k, v, decay, beta, exchange, comm, scale, initial, chunk)
-    return moved([out], exchange.move.back, comm)[0]
+    given.check(segments, comm)
+    exchange = exchange_of(segments, given.bytes)
+    with torch.autocast(given.q.device.type, enabled=False):  # it would take states to half
+        if exchange.move is None:
+            return _in_its_layout(given.spread(), exchange, comm, chunk)
+        given = given.moved(exchange.move, comm).spread()
+        out = _in_its_layout(given, exchange, comm, chunk)
+        return moved([out], exchange.move.back, comm)[0]
 
 
-def _in_chunks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    exchange: StateExchange,
-    comm: Comm,
-    scale: float | None,
-    initial: torch.Tensor | None,
-    chunk: int | None,
+def _in_its_layout(
+    given: Inputs, exchange: StateExchange, comm: Comm, chunk: int | None
 ) -> torch.Tensor:
-    """In the layout of the exchange."""
-    if decay is not None and decay.dim() == 1:
-        decay = decay.expand(k.shape[:3])
+    """In that of the exchange: by kernels, or in chunks."""
+    q, k, v, decay, beta = given.q, given.k, given.v, given.decay, given.beta
     if not q.shape[1]:
-        return nothing(v, q, k, decay, beta, initial)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return nothing(v, q, k, decay, beta, given.initial)
     if chunk is None and fla.runs(v, k.shape[-1]):
-        scalars = decay is None or decay.dim() == 3
-        fla.prove(beta is not None, scalars, *k.shape[2:], v.shape[3], v.dtype, v.device)
-        return fla.mix(q, k, v, decay, beta, exchange, comm, scale, initial)
-    vectors = decay is not None and decay.dim() == 4
-    size = chunk or (CHUNK_OF_VECTORS if vectors else CHUNK)
+        sizes = (*k.shape[2:], v.shape[3])
+        fla.prove(beta is not None, given.vectors, *sizes, v.dtype, v.device)
+        return fla.mix(given, exchange, comm)
+    size = chunk or (CHUNK_OF_VECTORS if given.vectors else CHUNK)
     chunks = chunks_of(exchange.segments, comm.rank, size, q.device)
-    q, k, v32 = chunks.cut(q) * scale, chunks.cut(k), chunks.cut(v)  # [chunks, batch, heads, C, d]
+    q, k, v32 = (
+        chunks.cut(q) * given.scale,
+        chunks.cut(k),
+        chunks.cut(v),
+    )  # [chunks, batch, heads, C, d]
     log = _decays(chunks, decay, k)
     # The sum of decays up to each token; in float64, since differences of it count.
     total = log.double().cumsum(-2)
@@ -152,7 +138,8 @@ def _in_chunks(
     if reads is not None:
         diagonal = transition[..., 0].expand(*k.shape[:3], k.shape[-1])
         transition = torch.diag_embed(diagonal) - ahead.mT @ reads
-    firsts = FirstOfPieces(transition, addend, total[..., -1, :], chunks, exchange, comm, initial)
+    log = total[..., -1, :]
+    firsts = FirstOfPieces(transition, addend, log, chunks, exchange, comm, given.initial)
     # While summaries travel: within chunks, and what the state before a chunk will be read by.
     scores, reach = _pairs(q, k, total).tril(), q * grown
     inside = scores @ values
@@ -160,51 +147,6 @@ def _in_chunks(
         reach = reach - scores @ reads
     states, _ = follow(transition, addend, firsts.wait(), chunks.lines)
     return chunks.joined(inside + reach @ states).to(v.dtype)
-
-
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    segments: Segments,
-    comm: Comm,
-) -> None:
-    """Raises ValueError for what does not fit."""
-    if segments.world != comm.world:
-        raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")
-    tokens = segments.layout.count(comm.rank)
-    if q.shape != k.shape or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            "q, k must be [batch, tokens, heads, dk] and v [batch, tokens, heads, dv], got "
-            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if k.shape[1] != tokens:
-        raise ValueError(f"{k.shape[1]} tokens, and rank {comm.rank} owns {tokens}")
-    if decay is not None and decay.shape not in (k.shape[2:3], k.shape[:3], k.shape):
-        raise ValueError(
-            f"decay must be [heads], [batch, tokens, heads] or [batch, tokens, heads, dk], got "
-            f"{list(decay.shape)}"
-        )
-
-
-def state_bytes(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    decay: torch.Tensor | None,
-    beta: torch.Tensor | None,
-) -> StateBytes:
-    """Of this call, on every rank alike: no number of its own tokens counts."""
-    batch, _, heads, dk = k.shape
-    rows = dk if decay is not None and decay.dim() == 4 else 1
-    given = [x for x in (q, k, v, beta, decay) if x is not None and x.dim() > 1]
-    return StateBytes(
-        state=4 * batch * heads * dk * v.shape[3],
-        transition=4 * batch * heads * (rows if beta is None else dk * dk),
-        given=sum(batch * x.shape[2:].numel() * x.element_size() for x in given),
-        returned=batch * v.shape[2:].numel() * v.element_size(),
-    )
 
 
 def _decays(chunks: Chunks, decay: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:

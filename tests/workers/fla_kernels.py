@@ -47,8 +47,8 @@ def main():
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, world = dist.get_rank(), dist.get_world_size()
     for rule in (False, True):
-        for scalars in (False, True):
-            ours._function(rule, scalars)
+        for vectors in (False, True):
+            ours._function(rule, vectors)
     prepare()
     ours.runs = lambda v, dk: True  # in float32, since the interpreter has no products of bfloat16
     ours.prove = lambda *_: None  # in bfloat16
