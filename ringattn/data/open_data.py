@@ -185,8 +185,8 @@ def _remark(documents: Documents, stream: Stream) -> str:
     """Of a source as it was opened, and what is trained on of it."""
     lengths = stream.documents.lengths
     text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
-    if stream.packing == "best_fit":
-        text += f", best_fit leaves {stream.waste:.2%} of the rows empty"
+    if stream.packing != "cut":
+        text += f", {stream.packing} leaves {stream.waste:.2%} of the rows empty"
     corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
     if corrupt:
         text += f", {corrupt} corrupt records left out ({documents.root / 'corrupt.jsonl'})"

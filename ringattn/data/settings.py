@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ringattn.data.formats import FORMATS
 from ringattn.data.packing import NAMES as PACKINGS
-from ringattn.typed import Count, OneOf, Positive, Text, Whole, Words, settings
+from ringattn.typed import Count, Flag, OneOf, Positive, Text, Whole, Words, settings
 
 TASKS = ("passkey", "recall")  # made on the fly: see ringattn.data.probes
 Format = Annotated[Any, OneOf("auto", *FORMATS, "tokens")]
@@ -46,7 +46,11 @@ class Data:
     end: Text | None = None
     """The tokenizer's token after a document; null: what tokenizer_config.json says."""
     packing: Annotated[Any, OneOf(*PACKINGS)] = "cut"
-    """cut: joined and cut; best_fit: whole documents, rows filled as well as can be."""
+    """cut: joined and cut; best_fit: whole documents, rows filled as well as can be; balanced:
+    whole documents, rows of as equal work for attention as can be."""
+    balance: Flag = True
+    """Deal the rows of an optimizer step, which stay the same, to data ranks and micro-steps by
+    how much work they are."""
     mix: Annotated[
         Annotated[list[Part], Field(min_length=2)] | None,
         Words(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ringattn.batches import IGNORED
 from ringattn.data.documents import Documents
-from ringattn.data.packing import Rows, best_fit
+from ringattn.data.packing import Rows, balanced, best_fit
 from ringattn.planning.layouts import Layout
 
 EMPTY = -1  # the document of tokens that fill up a row
@@ -106,7 +106,7 @@ class Stream(Sequences):
     order again; every epoch draws both anew from (seed, epoch).
 
     ``packing`` "cut": documents are joined and cut; the last row of an epoch is filled up with the
-    beginning of the next. "best_fit": see :func:`ringattn.data.packing.best_fit`.
+    beginning of the next. "best_fit", "balanced": see :mod:`ringattn.data.packing`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Stream(Sequences):
 
     @cached_property
     def rows(self) -> int:
-        """Sequences of an epoch (of the first, with best_fit)."""
+        """Sequences of an epoch (of the first, where documents stay whole)."""
         if self.packing == "cut":
             return -(-self.epoch_tokens // self.seq_len)
         return len(self._packed(0)[0].first) - 1
@@ -139,7 +139,7 @@ class Stream(Sequences):
         return 1 - self.epoch_tokens / (self.rows * self.seq_len)
 
     def spans(self, sequence: int) -> list[Span]:
-        return self._cut(sequence) if self.packing == "cut" else self._best_fit(sequence)
+        return self._cut(sequence) if self.packing == "cut" else self._whole(sequence)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(documents in order, the offset of each one's end, rows in order)."""
@@ -170,10 +170,11 @@ class Stream(Sequences):
     def _pack(self, epoch: int) -> tuple[Rows, np.ndarray]:
         draw = np.random.default_rng([*self.seed, epoch])
         order = draw.permutation(len(self.documents.lengths))
-        rows = best_fit(self.documents.lengths, self.seq_len, order)
+        pack = {"best_fit": best_fit, "balanced": balanced}[self.packing]
+        rows = pack(self.documents.lengths, self.seq_len, order)
         return rows, draw.permutation(len(rows.first) - 1)
 
-    def _best_fit(self, sequence: int) -> list[Span]:
+    def _whole(self, sequence: int) -> list[Span]:
         while self._starts[-1] <= sequence:
             rows = len(self._packed(len(self._starts) - 1)[1])
             self._starts.append(self._starts[-1] + rows)

@@ -39,7 +39,7 @@ class LayerMask:
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
-        self.split: Split | None = None  # of the forward that it was made in
+        self.split: ActiveSplit | None = None  # of the forward that it was made in
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         zero = torch.zeros_like(queries)
@@ -81,7 +81,7 @@ class Probe:
 
 
 @dataclass(eq=False)
-class Split:
+class ActiveSplit:
     """What a model's modules know of the split while they are inside split_sequence."""
 
     plans: dict[str | None, Plan]  # None: one plan for all
@@ -96,6 +96,7 @@ class Split:
     whole: bool = False  # of whole sequences, by transformers' attention
     along: Segments | None = None  # those of such a run, where its layers carry states
     gather: bool = False  # modules that mix tokens by themselves are computed on whole documents
+    router_logits: Sequence[torch.Tensor] | None = None  # of the forward that runs
 
     @cached_property
     def rank(self) -> int:
@@ -145,11 +146,12 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    split: Split | None = getattr(module, HERE, None)
+    split: ActiveSplit | None = getattr(module, HERE, None)
     if split is None:
         raise RuntimeError(
             'attn_implementation="ringattn" needs a plan: call the model inside '
-            "`with ringattn.hf.split_sequence(model, plan, group):`"
+            "`with ringattn.hf.split_sequence(model, plan, group):`, or, to generate and for whole "
+            "sequences in this process, inside `with ringattn.hf.whole_sequences(model):`"
         )
     name = type(module).__name__
     if dropout:
@@ -204,7 +206,7 @@ def _alone(
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
 
 
-def _scaled_by_position(module: nn.Module, split: Split, query: torch.Tensor) -> torch.Tensor:
+def _scaled_by_position(module: nn.Module, split: ActiveSplit, query: torch.Tensor) -> torch.Tensor:
     """Llama 4 scales the queries of layers without RoPE by ``1 + a log(1 + floor((i + 1) / f))`` at
     index i (Nakanishi 2025, arXiv 2501.19399), and counts i on the tokens that it sees: here on its
     shard."""

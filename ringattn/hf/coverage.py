@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ringattn.batches import IGNORED
-from ringattn.hf.attention import HERE, Layer, Probe, Split
+from ringattn.hf.attention import HERE, ActiveSplit, Layer, Probe
 from ringattn.hf.inside import installed
 from ringattn.hf.mixers import has_mixers, opened
 
@@ -72,7 +72,7 @@ def probe(
     name, call = type(model).__name__, call or model
     if getattr(model.config, "is_encoder_decoder", False):
         raise NotCovered(f"{name} is an encoder and a decoder: cross attention is not covered")
-    split: Split = getattr(model, HERE)
+    split: ActiveSplit = getattr(model, HERE)
     split.probe = Probe({module: path for path, module in model.named_modules()})
     try:
         with torch.no_grad(), evaluating(call), evaluating(model):
@@ -127,7 +127,7 @@ def takes(model: PreTrainedModel, name: str) -> bool:
 def probed(model: nn.Module, ids: torch.Tensor) -> dict[nn.Module, Layer]:
     """:func:`probe` of a model outside of a split."""
     inside = language_model(model)
-    with installed(inside, Split({}, None, "auto", [])):
+    with installed(inside, ActiveSplit({}, None, "auto", [])):
         inputs = {"input_ids": ids.to(next(inside.parameters()).device)}
         return probe(inside, inputs | ({"use_cache": False} if takes(inside, "use_cache") else {}))
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from ringattn.execution.carriers import Comm, connect
-from ringattn.hf.attention import HERE, Layer, Split
+from ringattn.hf.attention import HERE, ActiveSplit, Layer
 from ringattn.hf.coverage import TOKENS, Mixes, NotCovered, probe
 from ringattn.hf.mixers import calls_attention, check_recomputed
 from ringattn.planning.layouts import Layout
@@ -80,7 +80,7 @@ def install(module: nn.Module, has_tokens: list[bool]) -> None:
     one of a probe."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        split: Split | None = getattr(module, HERE, None)
+        split: ActiveSplit | None = getattr(module, HERE, None)
         original = type(module).forward
         if split is None or split.whole:
             return original(module, *args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ringattn.execution.carriers import connect
-from ringattn.hf.attention import PADDED, Split
+from ringattn.hf.attention import PADDED, ActiveSplit
 from ringattn.hf.batch import both_ways, positions_of
 
 # What has an axis of tokens; nothing else is split with them.
@@ -46,7 +46,7 @@ def check_names(bound: dict[str, Any]) -> None:
             )
 
 
-def check_inputs(split: Split, model: nn.Module, bound: dict[str, Any]) -> None:
+def check_inputs(split: ActiveSplit, model: nn.Module, bound: dict[str, Any]) -> None:
     """Raises ValueError for inputs, by name, that are not this rank's part of sequences split as
     planned."""
     mask = bound.get("attention_mask")

@@ -8,15 +8,18 @@ compared with the plans before the first forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, masking_utils
 
-from ringattn.hf.attention import NAME, Allowed, Layer, LayerMask, Split
+from ringattn.hf.attention import NAME, ActiveSplit, Allowed, Layer, LayerMask
 from ringattn.hf.batch import lengths_of, masks_of
 from ringattn.hf.coverage import NotCovered, language_model, probed
 from ringattn.hf.mixers import has_mixers
@@ -26,6 +29,7 @@ from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
+from ringattn.planning.runs import Run
 from ringattn.planning.segments import Segments
 from ringattn.planning.slices import Slice
 
@@ -36,6 +40,7 @@ _CAUSAL = {
     CHUNK: "create_chunked_causal_mask",
 }
 _NO_MIXERS = ("mlp", "moe")  # layers, of models that count them so, in which tokens do not meet
+_PROBED: WeakKeyDictionary[nn.Module, dict[nn.Module, Layer]] = WeakKeyDictionary()
 _ROWS = 24  # of a mask, that are compared in a proof
 
 
@@ -58,7 +63,8 @@ def make_plans(
             windows count from the start of each document.
         layout: who owns which tokens; or the name of one (``layouts.NAMES``) with ``world=``, and
             "balanced" is then balanced for the sum over all layers.
-        as_make_plan: as :func:`ringattn.make_plan` takes it, for every kind.
+        as_make_plan: as :func:`ringattn.make_plan` takes it, for every kind; ``schedule`` and
+            ``ulysses`` may be mappings of kinds.
 
     Raises ValueError where a layer's mask is none of these, where the mask has pairs that no layer
     has, or has one direction only and the model both.
@@ -94,7 +100,12 @@ def make_plans(
         if world is None:
             raise ValueError(f"layout={layout!r}: give world= too, the ranks that share a sequence")
         layout = layouts.build(layout, [each[kind] for kind in layer_types], world)
-    plans = LayerPlans(plans_of(each, layout, **as_make_plan), layer_types, mask)
+    by_kind = [name for name, x in as_make_plan.items() if isinstance(x, Mapping)]
+    made = {}
+    for kind, own_mask in each.items():
+        own_arguments = as_make_plan | {name: as_make_plan[name][kind] for name in by_kind}
+        made |= plans_of({kind: own_mask}, layout, **own_arguments)
+    plans = LayerPlans(made, layer_types, mask)
     check_segments(model, plans)
     return plans
 
@@ -163,9 +174,17 @@ def covered_types(model: nn.Module, config: PretrainedConfig) -> Sequence[str]:
 def _attending(model: nn.Module, config: PretrainedConfig) -> list[str]:
     """The types of the layers that attend, of a model that has others too. Where none attends there
     is one kind all the same, which says what all layers share."""
-    layers, types = probed(model, torch.zeros(1, 1, dtype=torch.long)), types_of(config)
+    layers, types = _layers_of(model), types_of(config)
     found = [types[layer.index] for layer in layers.values() if layer.index is not None]
     return [kind if kind in _CAUSAL else FULL for kind in found] or [FULL]
+
+
+def _layers_of(model: nn.Module) -> dict[nn.Module, Layer]:
+    """The layers of a model that attend. It is probed once: plans are made for every batch."""
+    inside = language_model(model)
+    if inside not in _PROBED:
+        _PROBED[inside] = probed(inside, torch.zeros(1, 1, dtype=torch.long))
+    return _PROBED[inside]
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -177,8 +196,7 @@ def is_causal(model: nn.Module) -> bool:
 def _of_layers(model: nn.Module, config: PretrainedConfig) -> dict[str, Allowed]:
     """The mask functions of the layers, by type, as they hand them to their attention. Of models
     that attend both ways: of their windows there are two conventions."""
-    layers = probed(model, torch.zeros(1, 1, dtype=torch.long))
-    types = types_of(config)
+    layers, types = _layers_of(model), types_of(config)
     return {
         types[layer.index]: layer.allowed for layer in layers.values() if layer.index is not None
     }
@@ -204,6 +222,36 @@ def _own_mask(
     if differences(own, allowed, lengths, None):
         raise ValueError(f"layers of type {kind}: their mask is neither a window nor a chunk")
     return own
+
+
+def pairs_of(model: nn.Module, n: int) -> Callable[[int], int]:
+    """Attended pairs of a document, summed over the layers, as a function of its length, at most
+    ``n``."""
+    config, causal = text_config(model), is_causal(model)
+    types = _attending(model, config) if has_mixers(model) else covered_types(model, config)
+    functions = {} if causal else _of_layers(model, config)
+    layers = Counter(kind for kind in types if kind in _CAUSAL)
+    if has_mixers(model) and not _layers_of(model):
+        layers.clear()
+    bands = {
+        kind: read_band(functions.get(kind) or _of_config(config, kind), n)
+        for kind in layers
+        if kind != CHUNK
+    }
+
+    @lru_cache(4096)
+    def pairs(length: int) -> int:
+        run = Run(0, length)
+        total = 0
+        for kind, count in layers.items():
+            if kind == CHUNK:
+                own = masks.block_local(length, config.attention_chunk_size)
+            else:
+                own = Mask((Slice.make(run, run, *bands[kind]),), length, length)
+            total += count * own.area
+        return total
+
+    return pairs
 
 
 def own_band(config: PretrainedConfig, kind: str, n: int) -> tuple[int | None, int | None]:
@@ -304,7 +352,7 @@ def differences(
 
 
 def assign(
-    split: Split, layers: Mapping[nn.Module, Layer], config: PretrainedConfig
+    split: ActiveSplit, layers: Mapping[nn.Module, Layer], config: PretrainedConfig
 ) -> dict[nn.Module, Plan]:
     """The plan of each attention layer: that of its type, or where plans have other names the one
     whose mask is the layer's own. Raises ValueError for a plan that is wider or narrower than

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringattn.hf.attention import Probe, Split
+from ringattn.hf.attention import ActiveSplit, Probe
 from ringattn.hf.coverage import TOKENS, NotCovered
 from ringattn.hf.inside import installed
 from ringattn.hf.mixers import modules_with_mixers
@@ -38,7 +38,7 @@ def _heard(module: nn.Module, width: int) -> list[tuple[str, dict[str, Any]]]:
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
     needed = {p.name: None for p in parameters
               if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}  # fmt: skip
-    with installed(module, Split({}, None, "auto", [], probe=probe)):
+    with installed(module, ActiveSplit({}, None, "auto", [], probe=probe)):
         try:
             module(torch.empty(1, TOKENS, width, device="meta"), **needed)
         except Exception as error:  # the end of a call; after one, something that needs memory

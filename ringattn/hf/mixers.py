@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
 from ringattn.execution.carriers import VirtualRank, VirtualWorld
-from ringattn.hf.attention import HERE, Split
+from ringattn.hf.attention import HERE, ActiveSplit
 from ringattn.mixers import conv, delta, linear, scan
 from ringattn.planning import layouts
 from ringattn.planning.segments import Segments
@@ -135,7 +135,7 @@ def _lightning(
     cache: Any = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    split: Split | None = getattr(module, HERE, None)
+    split: ActiveSplit | None = getattr(module, HERE, None)
     if split is None or split.whole:
         given = (hidden_states, position_embeddings, attention_mask, cache)
         return type(module).forward(module, *given, **more)
@@ -197,7 +197,7 @@ class _Heard(Exception):
     """A probe has heard what it wanted to."""
 
 
-def _recorded(split: Split, name: str, given: dict[str, Any]) -> bool:
+def _recorded(split: ActiveSplit, name: str, given: dict[str, Any]) -> bool:
     """Whether a probe writes calls down, and has now."""
     if split.probe is None or split.probe.calls is None:
         return False
@@ -266,7 +266,7 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
     known = inspect.signature(handler).parameters
 
     def on_segments(*args: Any, **kwargs: Any) -> Any:
-        split: Split | None = getattr(module, HERE, None)
+        split: ActiveSplit | None = getattr(module, HERE, None)
         if split is None or split.whole:
             return original(*args, **kwargs)
         check_recomputed(module, split)
@@ -297,11 +297,11 @@ def _on_segments(module: nn.Module, name: str, original: Callable[..., Any]) -> 
 
 
 # The splits of the forwards whose gradients have arrived, by torch's number of a running backward.
-_RUNNING: dict[int, list[Split]] = {}
+_RUNNING: dict[int, list[ActiveSplit]] = {}
 
 
 def follow_backward(
-    model: nn.Module, split: Split, out: Any, more: Callable[[], Iterable[nn.Module]]
+    model: nn.Module, split: ActiveSplit, out: Any, more: Callable[[], Iterable[nn.Module]]
 ) -> None:
     """Of a forward inside of ``split`` that gave ``out``: lets :func:`check_recomputed` know when
     its backward runs. ``more``: modules beside those of :func:`exchange` that must not be computed
@@ -363,7 +363,7 @@ _LATE = (
 )
 
 
-def check_recomputed(module: nn.Module, split: Split) -> None:
+def check_recomputed(module: nn.Module, split: ActiveSplit) -> None:
     """Raises RuntimeError where a module is computed again in a backward that is not, or not alone,
     that of a forward inside of ``split``."""
     task = torch._C._current_graph_task_id()
@@ -374,7 +374,7 @@ def check_recomputed(module: nn.Module, split: Split) -> None:
         raise RuntimeError(_LATE.format(type(module).__name__))
 
 
-def _where(split: Split, tokens: int) -> dict[str, Any]:
+def _where(split: ActiveSplit, tokens: int) -> dict[str, Any]:
     if split.probe is None:
         return {"segments": split.segments, "group": split.group}
     alone = Segments(layouts.contiguous(tokens, 1), [1] * tokens)  # every token a document

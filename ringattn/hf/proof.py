@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,15 @@ from transformers import PreTrainedModel
 
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree
-from ringattn.hf.attention import HERE, NAME, Split
+from ringattn.hf.attention import HERE, ActiveSplit
 from ringattn.hf.coverage import evaluating, shortened
-from ringattn.hf.inside import installed
+from ringattn.hf.inside import by_transformers, installed
 from ringattn.make import make_plan
 from ringattn.planning import layouts, masks
 from ringattn.planning.masks import Mask
 from ringattn.planning.runs import Run
 
+_ALSO = ("position_ids", "use_cache", "output_router_logits")  # that a body may take
 _TOKENS = 96
 _DOCUMENTS = 4
 
@@ -38,7 +40,7 @@ def compare(
     transformers has none to compare with. Raises ValueError on all ranks, with the token that
     differs most.
     """
-    split: Split = getattr(model, HERE)
+    split: ActiveSplit = getattr(model, HERE)
     call = call or model
     begin, lengths = _part_of(split)
     n = sum(lengths)
@@ -59,7 +61,7 @@ def compare(
     # look at; or a call each, in which what depends on the length of all (RoPE, Llama 4's scale)
     # differs.
     ways = [[n], lengths]
-    inner = Split({None: next(iter(plans.values()))}, split.group, split.kernel, lengths)
+    inner = ActiveSplit({None: next(iter(plans.values()))}, split.group, split.kernel, lengths)
     inner.of = {module: plans[id(plan)] for module, plan in split.of.items()}
     inner.checking = True
     wrong = None
@@ -79,7 +81,7 @@ def compare(
 
 
 def _judged(
-    split: Split, ours: list[torch.Tensor], theirs: list[torch.Tensor], own: torch.Tensor
+    split: ActiveSplit, ours: list[torch.Tensor], theirs: list[torch.Tensor], own: torch.Tensor
 ) -> str | None:
     """What is wrong, the same on all ranks: outputs that are apart, or that moved otherwise."""
     half = ours[0].dtype.itemsize < 4
@@ -123,7 +125,7 @@ def _moved(run: Run, begin: int) -> Run:
     return Run(run.start - begin, run.stop - begin, run.step)
 
 
-def _part_of(split: Split) -> tuple[int, list[int]]:
+def _part_of(split: ActiveSplit) -> tuple[int, list[int]]:
     """Where the part that is computed begins, and the lengths of the documents in it."""
     wanted = _TOKENS
     for plan in split.plans.values():
@@ -143,7 +145,11 @@ def _inputs(model: PreTrainedModel, kwargs: dict[str, Any], n: int, change: int)
     ids = torch.arange(n) * 7 % 29
     ids[0] += change
     without = ("labels", "shift_labels", "num_items_in_batch", "attention_mask")
-    return shortened(model, {k: x for k, x in kwargs.items() if k not in without}, ids)
+    # What its class does not name is somebody else's (TRL's switch of its own head), and about
+    # labels.
+    named = [*inspect.signature(type(model).forward).parameters, *_ALSO]
+    given = {k: x for k, x in kwargs.items() if k in named and k not in without}
+    return shortened(model, given, ids)
 
 
 def _rows(kwargs: dict[str, Any], rows: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
@@ -167,16 +173,11 @@ def _result(out: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _in_one_process(model: nn.Module, split: Split) -> Iterator[None]:
+def _in_one_process(model: nn.Module, split: ActiveSplit) -> Iterator[None]:
     """Attention by transformers itself, of whole sequences."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    ours = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == NAME]
     split.whole = True
-    for config in ours:
-        config._attn_implementation = "eager"
     try:
-        yield
+        with by_transformers(model, "eager"):
+            yield
     finally:
         split.whole = False
-        for config in ours:
-            config._attn_implementation = NAME

@@ -21,15 +21,17 @@ from ringattn.hf.coverage import NotCovered, router_weight
 _AGREES = 1e-3  # relative: between transformers' loss of the local tokens and ours
 
 
-def over_all_tokens(model: nn.Module, out: Any, comm: Comm) -> None:
+def over_all_tokens(
+    model: nn.Module, out: Any, logits: Sequence[torch.Tensor] | None, comm: Comm
+) -> None:
     """Puts this rank's share of the router loss of all ranks' tokens into ``out.aux_loss``, and
     into ``out.loss``: summed over the ranks these then have it once, in value and in gradient.
-    Collective.
+    ``logits``: of every layer's router, as the body of the model gave them. Collective.
 
     Raises NotCovered for a router loss of another form than transformers' usual one.
     """
-    aux, logits = out.aux_loss, getattr(out, "router_logits", None)
-    name = type(model).__name__
+    aux, name = out.aux_loss, type(model).__name__
+    logits = getattr(out, "router_logits", None) if logits is None else logits
     if not isinstance(logits, (tuple, list)) or not all(x.dim() == 2 for x in logits):
         raise NotCovered(f"{name} gives a router loss without the router_logits that it is made of")
     top = top_of(model, logits, aux)

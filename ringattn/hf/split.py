@@ -17,13 +17,15 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree, router
-from ringattn.hf.attention import HERE, Layer, Split
+from ringattn.hf.attention import HERE, ActiveSplit, Layer
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import NotCovered, language_model, probe, takes
 from ringattn.hf.gathered import found_in, install_found, probe_gathering, remove_found
+from ringattn.hf.head import Scored
 from ringattn.hf.inputs import by_name, check_inputs, check_names, digest
 from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign, check_segments, text_config
@@ -70,26 +72,44 @@ def split_sequence(
     """
     inside = language_model(model)
     split = make_split(plans, group, kernel, mixers)
-    check_segments(inside, plans)
-    if hasattr(inside, HERE):
-        raise RuntimeError("split_sequence: this model already has a plan")
-    before = partial(_before, check=check)
+    before = partial(_called, check=check)
     handles = [
         inside.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        inside.register_forward_hook(_after),
+        inside.register_forward_hook(after_call),
     ]
-    for module in filter(follows_length, inside.modules()):
-        handles += follow_length(module)
-    if split.gather:
-        install_found(inside)
     try:
-        with installed(inside, split):
+        with inside_of(inside, split):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inside_of(model: PreTrainedModel, split: ActiveSplit) -> Iterator[None]:
+    """:func:`split_sequence` without its hooks: calls of ``model`` are to be put between
+    :func:`before_call` and :func:`after_call`.
+
+    Raises RuntimeError if the model is inside one already, ValueError for a layout without segments
+    where layers have a state.
+    """
+    check_segments(model, split.plans)
+    if hasattr(model, HERE):
+        raise RuntimeError("split_sequence: this model already has a plan")
+    handles = [
+        h for module in filter(follows_length, model.modules()) for h in follow_length(module)
+    ]
+    handles.append(model.base_model.register_forward_hook(_keep_router_logits))
+    if split.gather:
+        install_found(model)
+    try:
+        with installed(model, split):
             yield
     finally:
         for handle in handles:
             handle.remove()
         if split.gather:
-            remove_found(inside)
+            remove_found(model)
 
 
 def check(
@@ -117,7 +137,7 @@ def check(
 
 def make_split(
     plans: Plan | Mapping[str, Plan], group: Any, kernel: str, mixers: str = "refuse"
-) -> Split:
+) -> ActiveSplit:
     """Raises ValueError where the plans do not fit each other."""
     if mixers not in ("refuse", "gather"):
         raise ValueError(f'mixers must be "refuse" or "gather", got {mixers!r}')
@@ -127,23 +147,26 @@ def make_split(
     layout = LayerPlans(mapping).layout
     if empty := [rank for rank in layout.ranks if not layout.count(rank)]:
         raise ValueError(f"ranks {empty} have no token: transformers models need one on every rank")
-    return Split(mapping, group, kernel, lengths_of(plans), gather=mixers == "gather")
+    return ActiveSplit(mapping, group, kernel, lengths_of(plans), gather=mixers == "gather")
 
 
-def _before(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], check: bool
+def _called(
+    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], check: bool
 ) -> tuple[tuple, dict[str, Any]]:
-    """Before every forward of the transformers model: looks at what reaches it, with the other
-    ranks, and drops what says nothing (a mask of ones, and a cache that nobody reads); before the
-    first one, what can be wrong with model and plans."""
-    split: Split = getattr(model, HERE)
-    bound = by_name(model, args, kwargs)
+    return (), before_call(model, by_name(model, args, kwargs), check)
+
+
+def before_call(model: PreTrainedModel, bound: dict[str, Any], check: bool) -> dict[str, Any]:
+    """Before every forward of the transformers model: looks at what reaches it, by name, with the
+    other ranks, and drops what says nothing (a mask of ones, and a cache that nobody reads); before
+    the first one, what can be wrong with model and plans."""
+    split: ActiveSplit = getattr(model, HERE)
     if takes(model, "use_cache"):
         bound["use_cache"] = False
     if split.probe is not None:
         check_names(bound)
     if split.probe is not None or split.checking:
-        return (), bound
+        return bound
     _together(split, lambda: check_inputs(split, model, bound), _alike(model, bound))
     if isinstance(bound.get("attention_mask"), torch.Tensor):
         bound["attention_mask"] = None
@@ -152,7 +175,7 @@ def _before(
     proven = not check or split.any.world == 1 or model in _PROVEN
     if not proven and torch.is_grad_enabled() and compare(model, bound):
         _PROVEN.add(model)
-    return (), bound
+    return bound
 
 
 def _alike(model: nn.Module, bound: dict[str, Any]) -> list[int]:
@@ -165,7 +188,7 @@ def _alike(model: nn.Module, bound: dict[str, Any]) -> list[int]:
 
 def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
     """Every attention layer gets its plan; the model is probed if it has not been called so."""
-    split: Split = getattr(model, HERE)
+    split: ActiveSplit = getattr(model, HERE)
     names = frozenset(name for name, x in bound.items() if x is not None), split.gather
     known = _LAYERS.setdefault(model, {})
     if split.of and names in known:
@@ -187,7 +210,9 @@ def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
     _together(split, find)
 
 
-def _together(split: Split, action: Callable[[], None], alike: Sequence[int] = (0, 0, 0)) -> None:
+def _together(
+    split: ActiveSplit, action: Callable[[], None], alike: Sequence[int] = (0, 0, 0)
+) -> None:
     """Raises what ``action`` raises on all ranks, since one that went on would wait for those that
     do not; and if they do not give the same numbers (see :func:`_alike`)."""
     error: Exception | None = None
@@ -218,13 +243,22 @@ def _together(split: Split, action: Callable[[], None], alike: Sequence[int] = (
             )
 
 
-def _after(model: nn.Module, args: tuple, out: Any) -> None:
-    split: Split = getattr(model, HERE)
+def _keep_router_logits(body: nn.Module, args: tuple, out: Any) -> None:
+    """Outputs of others than transformers (TRL's) have a router loss without them."""
+    split: ActiveSplit = getattr(body, HERE)
+    split.router_logits = getattr(out, "router_logits", None)
+
+
+def after_call(model: PreTrainedModel, args: tuple, out: Any) -> None:
+    """After every forward: the router loss becomes that of all ranks' tokens."""
+    split: ActiveSplit = getattr(model, HERE)
     if split.probe is None and not split.checking:
         follow_backward(model, split, out, partial(found_in, model))
     whole = split.probe is not None or split.checking or split.any.world == 1
-    if not whole and isinstance(getattr(out, "aux_loss", None), torch.Tensor):
-        router.over_all_tokens(model, out, connect(split.group))
+    logits, split.router_logits = split.router_logits, None
+    has_share = isinstance(out, Scored)
+    if not whole and not has_share and isinstance(getattr(out, "aux_loss", None), torch.Tensor):
+        router.over_all_tokens(model, out, logits, connect(split.group))
 
 
 def follow_length(module: nn.Module) -> list[Any]:
@@ -247,7 +281,7 @@ def _with_last_position(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
     """Adds the last position of the longest document to those of this rank."""
-    split: Split = getattr(module, HERE)
+    split: ActiveSplit = getattr(module, HERE)
 
     def longer(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, torch.full_like(x[..., :1], max(split.lengths, default=1) - 1)], -1)
@@ -260,7 +294,7 @@ def _with_last_position(
 
 
 def _without_last_position(module: nn.Module, args: tuple, out: Any) -> Any:
-    split: Split = getattr(module, HERE)
+    split: ActiveSplit = getattr(module, HERE)
     if split.probe is not None or split.whole:
         return None
     return tuple(x[..., :-1, :] for x in out) if isinstance(out, tuple) else out[..., :-1, :]

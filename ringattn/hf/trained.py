@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ringattn.execution.carriers import ProcessRank
-from ringattn.hf.attention import HERE, Attend, Probe, Split
+from ringattn.hf.attention import HERE, ActiveSplit, Attend, Probe
 from ringattn.hf.batch import lengths_of
 from ringattn.hf.coverage import TOKENS, NotCovered, evaluating, probe, router_weight
 from ringattn.hf.describe import empty_model, layers_of
+from ringattn.hf.head import amplified, body_of, fit, loud
 from ringattn.hf.inside import installed
 from ringattn.hf.kinds import assign
 from ringattn.hf.mixers import exchange, has_mixers
@@ -82,7 +83,7 @@ class SplitModel(nn.Module):
     @property
     def body(self) -> nn.Module:
         """What gives the hidden states."""
-        return next(m for m in self.inner.children() if isinstance(m, PreTrainedModel))
+        return body_of(self.inner)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -143,7 +144,9 @@ class SplitModel(nn.Module):
         group = next(iter(known.values()))["group"]
         plans = plans or _of_documents(along)
         lengths = lengths_of(plans) if self.by_document else []
-        split = Split(plans, group, "auto", lengths, attends=attend, kinds=self.kinds, along=along)
+        split = ActiveSplit(
+            plans, group, "auto", lengths, attends=attend, kinds=self.kinds, along=along
+        )
         for module in self.inner.modules():  # where they find it in the backward, too
             object.__setattr__(module, HERE, split)
 
@@ -152,7 +155,7 @@ class SplitModel(nn.Module):
         of one process: see :func:`ringattn.hf.check`; and learns what its logits and its router
         loss are made of. Collective over all ranks. Raises NotCovered, ValueError."""
         known = plans or _of_documents(next(iter(plans.segments.values())))
-        split = Split(known, group, kernel, lengths_of(known))
+        split = ActiveSplit(known, group, kernel, lengths_of(known))
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.inner.device)
         inputs = {"input_ids": ids, "position_ids": ids}
         with installed(self.inner, split):
@@ -165,7 +168,7 @@ class SplitModel(nn.Module):
     def _learn(self, root: nn.Module) -> None:
         """How logits follow from the head's product with the hidden states, and how many experts a
         token goes to."""
-        split: Split = getattr(self.inner, HERE)
+        split: ActiveSplit = getattr(self.inner, HERE)
         name, config = type(self.inner).__name__, self.inner.config.get_text_config()
         ids = torch.arange(TOKENS, device=self.inner.device)[None] % config.vocab_size
         hidden: list[torch.Tensor] = []
@@ -184,6 +187,8 @@ class SplitModel(nn.Module):
                 more = {"output_router_logits": True} if self.routes else {}
                 out = root(**inputs, **more)
                 product = root(hidden=hidden[0])
+                with amplified(self.body, factor := loud(product)):
+                    logits = root(**inputs).logits
         finally:
             split.probe = None
             for each in (handle, *handles):
@@ -192,19 +197,12 @@ class SplitModel(nn.Module):
             from ringattn.hf.lora import check_used
 
             check_used(self.inner, called)
-        product, logits = product.float(), out.logits.float()
-        scale = float((logits * product).sum() / (product * product).sum())
-        for cap in (None, *_caps(config)):
-            factor = scale if cap is None else 1.0
-            want = product * factor if cap is None else cap * torch.tanh(product / cap)
-            if float((want - logits).norm()) <= 0.01 * float(logits.norm()):
-                self.logit_scale, self.logit_softcap = _rounded(factor), cap
-                break
-        else:
+        if (found := fit(factor * product.float(), logits, config)) is None:
             raise NotCovered(
                 f"{name}: its logits are not its head's product with its hidden states, times a "
                 "factor or with a softcap; its loss cannot be computed in chunks"
             )
+        self.logit_scale, self.logit_softcap = found
         if self.routes:
             self.top = top_of(self.inner, out.router_logits, out.aux_loss)
             if self.top is None:
@@ -222,14 +220,3 @@ def _of_documents(segments: Segments) -> dict[str | None, Plan]:
 def _again(memory: Memory, function: Any, *args: Any) -> Any:
     """In place of transformers' checkpointing: attention is kept."""
     return recompute.keeping(memory, function, *args, draws=True)
-
-
-def _caps(config: PretrainedConfig) -> list[float]:
-    names = ("final_logit_softcapping", "logits_soft_cap")
-    caps = [getattr(config, name, None) for name in names]
-    return [float(cap) for cap in caps if cap]
-
-
-def _rounded(factor: float) -> float:
-    """1 where it is 1 but for rounding."""
-    return 1.0 if abs(factor - 1) < 1e-3 else factor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ringattn.batches import IGNORED, position_ids
 from ringattn.context import Context, Strategy
+from ringattn.cost.model import Sizes, step_flops
 from ringattn.data.stream import Sequences
+from ringattn.planning.balancing import deal, imbalance
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.training.attention import Attention
 
@@ -55,7 +58,42 @@ def load_batch(
     return MicroBatch(tokens[None], labels[None], positions, plans)
 
 
-def numbers(batch_size: int, context: Context, seen: int, micro: int) -> list[int]:
-    """The sequence numbers of one micro-step: they depend on the data coordinate only."""
-    first = seen + (micro * context.dp + context.dp_rank) * batch_size
-    return list(range(first, first + batch_size))
+def numbers(
+    attention: Attention,
+    model: Sizes,
+    stream: Sequences,
+    context: Context,
+    batch_size: int,
+    micro_steps: int,
+    seen: int,
+    balance: bool,
+) -> tuple[list[list[int]], float]:
+    """(the sequence numbers of every micro-step of an optimizer step, for this data rank; how
+    unequal the work of data ranks is, see :func:`ringattn.planning.balancing.imbalance`).
+
+    They depend on the data coordinate only. With ``balance`` the sequences of the step, which stay
+    the same, are dealt by how much work they are.
+    """
+    dp, count = context.dp, batch_size * micro_steps * context.dp
+    if dp == 1:
+        first = range(seen, seen + count, batch_size)
+        return [list(range(at, at + batch_size)) for at in first], 1.0
+    work = [
+        step_flops(model, stream.seq_len, _area(attention, model.layers, stream, seen + number))
+        for number in range(count)
+    ]
+    if balance:
+        dealt = deal(work, dp, micro_steps, batch_size)
+    else:
+        batches = [list(range(at, at + batch_size)) for at in range(0, count, batch_size)]
+        dealt = [batches[at : at + dp] for at in range(0, len(batches), dp)]
+    each = np.array([[sum(work[i] for i in own) for own in ranks] for ranks in dealt])
+    own = [[seen + number for number in ranks[context.dp_rank]] for ranks in dealt]
+    return own, imbalance(each)
+
+
+def _area(attention: Attention, layers: int, stream: Sequences, sequence: int) -> float:
+    """Attended pairs of a sequence in a layer, on the mean."""
+    lengths = [span.length for span in stream.spans(sequence)]
+    areas = {kind: mask.area for kind, mask in attention.masks(lengths, stream.seq_len).items()}
+    return sum(areas.get(kind, 0) for kind in attention.layers(layers)) / layers

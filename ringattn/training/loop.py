@@ -105,7 +105,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step) if rank == 0 else None
     try:
         split = run.parallel.strategy(job.model, job.hardware)
-        sequences = numbers(run.batch_size, context, start.sequences_seen, 0)
+        sequences = _numbers(job, context, stream, start.sequences_seen)[0][0]
         first = load_batch(run.attention, job.model.layers, stream, context, split, sequences)
         split = split.like(first.plans)
         if run.model.unchanged:
@@ -214,6 +214,16 @@ def _peak(job: Job, context: Context) -> tuple[float, str]:
     return measured_peak(context.device, DTYPES[run.precision]), "measured matrix product"
 
 
+def _numbers(
+    job: Job, context: Context, stream: Sequences, seen: int
+) -> tuple[list[list[int]], float]:
+    run = job.run
+    return numbers(
+        run.attention, job.model, stream, context, run.batch_size, run.train.grad_accum, seen,
+        run.data.balance,
+    )  # fmt: skip
+
+
 def _self_check(
     job: Job,
     context: Context,
@@ -231,7 +241,7 @@ def _self_check(
     if kinds or states:
         check_engaged(context, split, engine.forward, job.model.vocab_size, kinds, states)
     engine.train(True)
-    sequences = numbers(job.run.batch_size, context, start.sequences_seen, 0)
+    sequences = _numbers(job, context, stream, start.sequences_seen)[0][0]
     check_same_data(context, sequences, stream.digest(sequences))
 
 
@@ -271,7 +281,7 @@ class _Steps:
                 begin = time.perf_counter()
                 self.heartbeat.where = f"step {state.step + 1}, data"
                 with self.watch.section("data"):
-                    batches = self._batches(state)
+                    batches, unequal = self._batches(state)
                 area = sum(batch.plans.area for batch in batches) / self.context.cp
                 supervised, area, stop, written = self.context.total(
                     sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready
@@ -293,6 +303,7 @@ class _Steps:
                     "tokens_per_s": tokens / seconds,
                     "step_s": seconds,
                     "pairs": int(area),
+                    "imbalance": unequal,
                     "compute_s": max(0.0, seconds - sum(spent.values())),
                     **{f"{name}_s": spent.get(name, 0.0) for name in PARTS},
                     "mfu": flops / seconds / (self.peak * self.context.world),
@@ -341,15 +352,14 @@ class _Steps:
         run = self.job.run
         return run.batch_size * self.context.dp * run.train.grad_accum
 
-    def _batches(self, state: Manifest) -> list[MicroBatch]:
-        run, seen = self.job.run, state.sequences_seen
+    def _batches(self, state: Manifest) -> tuple[list[MicroBatch], float]:
+        """(The micro-steps of a step, how unequal the work of data ranks is.)"""
+        each, unequal = _numbers(self.job, self.context, self.stream, state.sequences_seen)
+        attention, layers = self.job.run.attention, self.job.model.layers
         return [
-            load_batch(
-                run.attention, self.job.model.layers, self.stream, self.context, self.split,
-                numbers(run.batch_size, self.context, seen, micro),
-            )
-            for micro in range(run.train.grad_accum)
-        ]  # fmt: skip
+            load_batch(attention, layers, self.stream, self.context, self.split, own)
+            for own in each
+        ], unequal
 
     def _step(
         self, state: Manifest, batches: list[MicroBatch], supervised: float

@@ -1,0 +1,198 @@
+"""Trainers of transformers and TRL with split sequences, against themselves in one process."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from .processes import ROOT, launch
+
+WORKER = ROOT / "tests/workers/trainers.py"
+# What depends on the machine, or is a mean of ratios of micro-batches, of which there are others.
+NOT_COMPARED = ("runtime", "per_second", "flos", "imbalance", "preparation_time")
+# Saved after the second of four steps, and gone on with in another split of the same samples.
+SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+ACCUMULATED = {"gradient_accumulation_steps": 3}
+UNPACKED = {"packing": False, "padding_free": True, "max_length": None,
+            "per_device_train_batch_size": 2}  # fmt: skip
+
+# By world: what is split, and how a plain trainer in one process differs from it.
+CASES = {
+    2: [
+        {"name": "packed", "cp": 2, "generate": True},
+        {"name": "fsdp2", "cp": 2, "engine": "fsdp2"},
+        {"name": "zero3-lora", "cp": 2, "engine": "zero3", "lora": True},
+        {"name": "assistant-unpacked", "cp": 2,
+         "args": UNPACKED | ACCUMULATED | {"assistant_only_loss": True}},
+        {"name": "moe-zero1", "cp": 2, "model": "moe", "engine": "zero1", "args": ACCUMULATED},
+        {"name": "plain-softcap", "cp": 2, "trainer": "plain", "model": "gemma2", "predict": True,
+         "samples": [24, 3], "args": {"per_device_train_batch_size": 2}},
+        {"name": "dpo", "cp": 2, "trainer": "dpo", "lora": True, "split": {"unpad": True},
+         "args": {"per_device_train_batch_size": 2}},
+        {"name": "hybrid", "cp": 2, "model": "hybrid", "trainer": "plain"},
+        {"name": "saved", "cp": 2, "args": SAVED | {"gradient_accumulation_steps": 2}},
+        {"name": "saved-fsdp2", "cp": 2, "engine": "fsdp2", "args": SAVED},
+    ],
+    3: [
+        {"name": "gemma3-lora", "cp": 3, "model": "gemma3", "lora": True,
+         "args": {"assistant_only_loss": True}},
+        {"name": "moe-fsdp2", "cp": 3, "model": "moe", "engine": "fsdp2"},
+        {"name": "zero2-own-loss", "cp": 3, "engine": "zero2", "trainer": "plain",
+         "split": {"chunked_loss": False}},
+        {"name": "resumed-fsdp2", "cp": 3, "engine": "fsdp2", "resume": "saved-fsdp2/checkpoint-2",
+         "args": SAVED},
+    ],
+    4: [
+        {"name": "data-ranks", "cp": 2, "samples": [40, 5], "args": ACCUMULATED},
+        {"name": "gemma3-fsdp2", "cp": 2, "model": "gemma3", "engine": "fsdp2"},
+        {"name": "moe-zero2", "cp": 2, "model": "moe", "engine": "zero2",
+         "samples": [40, 5], "args": ACCUMULATED},
+        {"name": "plain-zero3", "cp": 2, "engine": "zero3", "trainer": "plain",
+         "args": {"per_device_train_batch_size": 2}},
+        {"name": "resumed", "cp": 2, "resume": "saved/checkpoint-2", "args": SAVED},
+    ],
+}  # fmt: skip
+NAMES = [case["name"] for cases in CASES.values() for case in cases]
+
+
+def in_one_process(case, world):
+    """The same samples a step, by a plain trainer."""
+    dp = world // case["cp"]
+    args = dict(case.get("args", {}))
+    args["gradient_accumulation_steps"] = args.get("gradient_accumulation_steps", 1) * dp
+    args["per_device_eval_batch_size"] = dp
+    without = ("cp", "split", "engine", "resume")
+    return {k: x for k, x in case.items() if k not in without} | {"args": args}
+
+
+def found(folder, name):
+    read = json.loads((folder / name / "found.json").read_text())
+    return read, torch.load(folder / name / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Everything is run once: {name: folder of a case}, and that of plain trainers."""
+    folder = tmp_path_factory.mktemp("trainers")
+    plain = [in_one_process(case, world) for world, cases in CASES.items() for case in cases]
+    for world, cases in [(1, plain), *CASES.items()]:
+        at = folder / ("plain" if world == 1 else "split")
+        at.mkdir(exist_ok=True)
+        status, output = launch(world, WORKER, at, json.dumps(cases))
+        assert status == 0, output[-6000:]
+    return folder
+
+
+def same(a, b, name):
+    assert math.isclose(a, b, rel_tol=1e-5, abs_tol=2e-6), (name, a, b)
+
+
+@pytest.mark.xdist_group("trainers")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
+    (want, wanted), (got, weights) = (found(runs / kind, name) for kind in ("plain", "split"))
+    assert len(want["logs"]) == len(got["logs"])
+    data_ranks = name in [case["name"] for case in CASES[4]]
+    for left, right in zip(want["logs"], got["logs"], strict=True):
+        for key, value in left.items():
+            if any(part in key for part in NOT_COMPARED):
+                continue
+            # A mean of ratios, and losses that are not sums, over other batches.
+            # So is the share of an epoch, whose last batches data ranks fill up.
+            # They begin anew with each call of train.
+            if "resumed" in name and (key.endswith("num_tokens") or key == "train_loss"):
+                continue
+            if data_ranks and (
+                "accuracy" in key or key == "epoch" or (key.startswith("eval") and "moe" in name)
+            ):
+                continue
+            same(value, right[key], f"{name} {key}")
+    assert wanted.keys() == weights.keys()
+    for key, value in wanted.items():
+        assert (value - weights[key]).abs().max() <= 1e-5, (name, key)
+    for key in ("logits", "generated"):
+        assert (key in want) == (key in got)
+    if "generated" in want:
+        assert want["generated"] == got["generated"]
+    if "logits" in want:
+        for left, right in zip(want["logits"], got["logits"], strict=True):
+            assert torch.allclose(torch.tensor(left), torch.tensor(right), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """The module of the runs, which sets the environment up for itself."""
+    before = dict(os.environ)
+    with patch.object(sys, "path", [*sys.path]):
+        spec = importlib.util.spec_from_file_location("trainers", WORKER)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    yield module
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def mistake(workers, tmp_path, **case):
+    workers.forget()
+    return workers.make_trainer({"cp": 1, **case}, tmp_path)
+
+
+@pytest.mark.xdist_group("trainers")
+@pytest.mark.parametrize(
+    ("case", "shown"),
+    [
+        ({"cp": 2}, "cp=2 must divide the 1 ranks; start the script with torchrun"),
+        ({"args": {"max_length": 40}}, r"23 of 24 samples are longer than max_length=40 \(the lo"),
+        ({"trainer": "dpo", "args": {"max_length": 20}}, "samples are longer than max_length=20"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1 does not go with"),
+        ({"args": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha=5.*noise is scaled by"),
+        ({"args": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True"),
+        ({"args": {"train_sampling_strategy": "batch_rebalance"}}, r"Split\(balance=True\)"),
+        ({"attention": "sdpa"}, "made with attn_implementation='sdpa'; make it with"),
+        ({"config": {"attention_dropout": 0.1}}, "attention_dropout=0.1: .*has no dropout"),
+    ],
+)
+def test_a_mistake_is_one_line_before_data_is_read(workers, tmp_path, case, shown):
+    with pytest.raises(ValueError, match=shown) as error:
+        mistake(workers, tmp_path, **case)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.xdist_group("trainers")
+@pytest.mark.parametrize(
+    ("case", "change", "shown"),
+    [
+        ({"args": {"packing": False, "max_length": None, "per_device_train_batch_size": 3}}, None,
+         "tokens are padding; .*packing=True or padding_free=True"),
+        ({"trainer": "plain"}, lambda batch: batch | {"labels": batch["labels"].roll(-1, 1)},
+         "labels are those of the next token: the collator has shifted them"),
+        ({"trainer": "plain"}, lambda batch: batch | {"shift_labels": batch["labels"]},
+         "shift_labels are given"),
+        ({"trainer": "plain"}, lambda batch: batch | {"position_ids": batch["position_ids"] + 2},
+         "do not count from 0 in each document"),
+        ({"trainer": "plain"},
+         lambda batch: batch | {"attention_mask": torch.full_like(batch["input_ids"], 2)},
+         "packed documents are told by position_ids"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_is_not_as_it_should_be_is_one_line(workers, tmp_path, case, change, shown):
+    trainer = mistake(workers, tmp_path, **case)
+    if change is not None:
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: change(collate(rows))
+    with pytest.raises(ValueError, match=shown) as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.xdist_group("trainers")
+def test_another_number_of_samples_a_step_does_not_go_on(runs, workers, tmp_path):
+    trainer = mistake(workers, tmp_path)
+    trainer.args.gradient_accumulation_steps = 3
+    with pytest.raises(ValueError, match="saved with 2 samples a step, and now there are 3"):
+        trainer.train(str(runs / "split/saved/checkpoint-2"))
