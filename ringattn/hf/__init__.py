@@ -14,6 +14,7 @@ In a trainer of transformers or TRL:
 
 from ringattn.hf.attention import NAME
 from ringattn.hf.batch import local_batch
+from ringattn.hf.compiled import compile_layers
 from ringattn.hf.coverage import NotCovered
 from ringattn.hf.inside import whole_sequences
 from ringattn.hf.kinds import make_plans
@@ -23,6 +24,6 @@ from ringattn.hf.split import check, split_sequence
 from ringattn.hf.trainer import SplitSequences
 
 __all__ = [
-    "NAME", "NotCovered", "Split", "SplitSequences", "check", "local_batch", "make_plans",
-    "split_sequence", "token_logprobs", "whole_sequences",
+    "NAME", "NotCovered", "Split", "SplitSequences", "check", "compile_layers", "local_batch",
+    "make_plans", "split_sequence", "token_logprobs", "whole_sequences",
 ]  # fmt: skip

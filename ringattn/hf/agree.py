@@ -1,4 +1,5 @@
-"""Small numbers that all ranks of a sequence must know before any of them goes on."""
+"""What all ranks of a sequence must know of each other: small numbers before any of them goes on,
+and whole sequences."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.execution.carriers import Comm, ProcessRank
+from ringattn.planning.layouts import Layout
 
 
 def gather(comm: Comm, values: torch.Tensor) -> torch.Tensor:
@@ -37,3 +39,14 @@ def words(comm: Comm, text: str, most: int = 1000) -> list[str]:
     own = text.encode()[:most].ljust(most, b"\0")
     everyone = gather(comm, torch.frombuffer(bytearray(own), dtype=torch.uint8))
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in everyone]
+
+
+def whole(comm: Comm, layout: Layout, x: torch.Tensor) -> torch.Tensor:
+    """The whole ``[batch, tokens, ...]`` on every rank, of parts ``[batch, local tokens, ...]``; no
+    gradient flows. Collective."""
+    parts = [x.new_empty(x.shape[0], layout.count(r), *x.shape[2:]) for r in layout.ranks]
+    parts[comm.rank] = x.detach().contiguous()
+    others = [rank for rank in layout.ranks if rank != comm.rank]
+    sends = [(parts[comm.rank], rank) for rank in others]
+    comm.start(sends, [(parts[rank], rank) for rank in others], "a whole sequence").wait()
+    return layout.unshard(parts)

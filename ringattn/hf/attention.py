@@ -133,6 +133,7 @@ _KNOWN = {"position_ids", "cache_position", "position_embeddings", "indices", "l
           "num_items_in_batch"}  # fmt: skip
 
 
+@torch.compiler.disable  # plans are data: a graph would be one for each of them
 def _attention(
     module: nn.Module,
     query: torch.Tensor,  # [batch, heads, local tokens, head_dim], as key and value

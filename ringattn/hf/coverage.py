@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ringattn.batches import IGNORED
 from ringattn.hf.attention import HERE, ActiveSplit, Layer, Probe
+from ringattn.hf.compiled import uncompiled
 from ringattn.hf.inside import installed
 from ringattn.hf.mixers import has_mixers, opened
 
@@ -48,7 +49,10 @@ class Mixes(NotCovered):
 def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model in ``model``, which may be wrapped. Raises NotCovered."""
     if hasattr(model, "_orig_mod"):
-        raise NotCovered("a model that is compiled as a whole is not covered; compile its layers")
+        raise NotCovered(
+            "a model that is compiled as a whole is not covered; compile its layers: "
+            "ringattn.hf.compile_layers"
+        )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -75,7 +79,7 @@ def probe(
     split: ActiveSplit = getattr(model, HERE)
     split.probe = Probe({module: path for path, module in model.named_modules()})
     try:
-        with torch.no_grad(), evaluating(call), evaluating(model):
+        with torch.no_grad(), uncompiled(model), evaluating(call), evaluating(model):
             for start, token, changes in _TRIALS:
                 first = _run(model, call, kwargs, start, token, 0)
                 leaks: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.hf import agree
 from ringattn.hf.attention import HERE, ActiveSplit, Layer
 from ringattn.hf.coverage import TOKENS, Mixes, NotCovered, probe
 from ringattn.hf.mixers import calls_attention, check_recomputed
@@ -150,15 +151,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layout: Layout, comm: Comm):
         ctx.layout, ctx.comm = layout, comm
-        parts = [x.new_empty(x.shape[0], layout.count(r), *x.shape[2:]) for r in layout.ranks]
-        parts[comm.rank] = x.contiguous()
-        others = [rank for rank in layout.ranks if rank != comm.rank]
-        comm.start(
-            [(parts[comm.rank], rank) for rank in others],
-            [(parts[rank], rank) for rank in others],
-            "a whole sequence",
-        ).wait()
-        return layout.unshard(parts)
+        return agree.whole(comm, layout, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from ringattn.batches import IGNORED
 from ringattn.execution.carriers import connect
 from ringattn.hf.attention import HERE, ActiveSplit, Probe
+from ringattn.hf.compiled import uncompiled
 from ringattn.hf.coverage import TOKENS, NotCovered, evaluating, router_weight, shortened
 from ringattn.hf.router import shared_loss, top_of
 from ringattn.models.loss import LEAST, capped
@@ -197,7 +198,7 @@ def _probe(model: PreTrainedModel, original: Any, kwargs: dict[str, Any]) -> Non
     split: ActiveSplit = getattr(model, HERE)
     split.probe = Probe({module: path for path, module in model.named_modules()})
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), uncompiled(model), evaluating(model):
             _learn(model, original, shortened(model, kwargs, torch.arange(TOKENS)))
     finally:
         split.probe = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree
 from ringattn.hf.attention import HERE, ActiveSplit
+from ringattn.hf.compiled import uncompiled
 from ringattn.hf.coverage import evaluating, shortened
 from ringattn.hf.inside import by_transformers, installed
 from ringattn.make import make_plan
@@ -65,7 +66,10 @@ def compare(
     inner.of = {module: plans[id(plan)] for module, plan in split.of.items()}
     inner.checking = True
     wrong = None
-    with torch.no_grad(), evaluating(call), evaluating(model), installed(model, inner):
+    quiet = (torch.no_grad(), uncompiled(model), evaluating(call), evaluating(model))
+    with ExitStack() as stack:
+        for each in (*quiet, installed(model, inner)):
+            stack.enter_context(each)
         inputs = [_inputs(model, kwargs, n, change) for change in (0, 1)]
         ours = [_result(call(**_rows(each, own, everywhere[own]))) for each in inputs]
         for ends in ways:

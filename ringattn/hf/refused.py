@@ -41,6 +41,8 @@ def check_arguments(args: Any, given: dict[str, Any], split: Split) -> None:
     if args is None:
         return
     accelerator = args.accelerator_config
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = any(getattr(args, name, False) for name in names)
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "needs logits of all tokens"),
         "neftune_noise_alpha": (
@@ -52,6 +54,11 @@ def check_arguments(args: Any, given: dict[str, Any], split: Split) -> None:
         "split_batches": (accelerator.split_batches, "a batch would be cut between its rows"),
         "eval_use_gather_object": (
             args.eval_use_gather_object, "ranks of one sequence have the same samples"
+        ),
+        "torch_compile": (
+            args.torch_compile and checkpointing and split.keep_attention,
+            "it does not see into checkpointing that keeps attention; set "
+            "activation_checkpointing=False, or Split(keep_attention=False)",
         ),
         "average_tokens_across_devices=False": (
             not args.average_tokens_across_devices and world > 1,

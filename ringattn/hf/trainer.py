@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ringattn.context import Context
 from ringattn.hf.attention import NAME
 from ringattn.hf.batches import Dealt, EvenEvaluation, share
+from ringattn.hf.compiled import compile_layers
 from ringattn.hf.coverage import language_model
 from ringattn.hf.planner import Planner, Split
 from ringattn.hf.refused import check_arguments, check_lengths, check_model
@@ -70,6 +72,9 @@ class SplitSequences:
         self.context = None if alone else Context.create(split.cp, self.args.device, split.kernel)
         half = self.args.bf16 or self.args.fp16 or language_model(self.model).dtype.itemsize < 4
         self.planner = Planner(self.model, split, 2 if half else 4)
+        plugin = self.accelerator.state.dynamo_plugin
+        self._compiled = plugin.to_kwargs() if self.args.torch_compile else None
+        plugin.backend = DynamoBackend.NO  # accelerate would compile the model as a whole
         self._tp_size = split.cp  # by which TRL divides its count of tokens
         self.add_callback(_Recorded(self))
 
@@ -255,7 +260,9 @@ class SplitSequences:
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Here transformers has switched checkpointing on, and has wrapped nothing yet.
-        if self.split.keep_attention:
+        if self._compiled is not None:
+            compile_layers(self.model, **self._compiled)
+        elif self.split.keep_attention:
             memory = Memory(checkpoint=True, offload=self.split.offload)
             for module in self.model.modules():
                 if getattr(module, "gradient_checkpointing", False):

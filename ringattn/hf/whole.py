@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,7 +30,6 @@ from ringattn.hf.head import scoring
 from ringattn.hf.inputs import by_name
 from ringattn.hf.split import after_call, before_call, inside_of, make_split
 from ringattn.planning.layer_plans import LayerPlans
-from ringattn.planning.layouts import Layout
 
 PlansOf = Callable[[Sequence[int]], LayerPlans]  # of packed documents of these lengths
 
@@ -325,10 +323,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, world):
         ctx.world = world
-        whole = x.detach().clone()
-        if world > 1:
-            dist.all_reduce(whole, group=group)
-        return whole
+        return agree.total(connect(group), x.detach().flatten()).reshape(x.shape).clone()
 
     @staticmethod
     def backward(ctx, grad):
@@ -342,22 +337,8 @@ class Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, layout, factor):
         ctx.layout, ctx.rank, ctx.factor = layout, connect(group).rank, factor
-        return layout.unshard([x]) if layout.world == 1 else _gathered(x, group, layout)
+        return agree.whole(connect(group), layout, x)
 
     @staticmethod
     def backward(ctx, grad):
         return ctx.layout.shard(grad, ctx.rank) * ctx.factor, None, None, None
-
-
-def _gathered(x: torch.Tensor, group: Any, layout: Layout) -> torch.Tensor:
-    """The whole ``[batch, tokens, ...]`` on every rank from parts ``[batch, local tokens, ...]``;
-    no gradient flows. Collective."""
-    kind = torch.uint8 if x.dtype == torch.bool else x.dtype
-    most = max(layout.count(rank) for rank in layout.ranks)
-    own = x.detach().movedim(1, 0)
-    padded = own.new_zeros(most, *own.shape[1:], dtype=kind)
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in layout.ranks]
-    dist.all_gather(parts, padded, group=group)
-    parts = [part[: layout.count(rank)].movedim(0, 1) for rank, part in enumerate(parts)]
-    return layout.unshard(parts).to(x.dtype)
