@@ -7,8 +7,15 @@ import os
 import sys
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn.hf.batches import Dealt, EvenEvaluation, pack
+from ringattn.planning.balancing import deal, imbalance
 
 from .processes import ROOT, launch
 
@@ -35,6 +42,7 @@ CASES = {
         {"name": "dpo", "cp": 2, "trainer": "dpo", "lora": True, "split": {"unpad": True},
          "args": {"per_device_train_batch_size": 2}},
         {"name": "hybrid", "cp": 2, "model": "hybrid", "trainer": "plain"},
+        {"name": "qlora", "cp": 2, "quantized": True, "lora": True},
         {"name": "saved", "cp": 2, "args": SAVED | {"gradient_accumulation_steps": 2}},
         {"name": "saved-fsdp2", "cp": 2, "engine": "fsdp2", "args": SAVED},
     ],
@@ -114,7 +122,9 @@ def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
             same(value, right[key], f"{name} {key}")
     assert wanted.keys() == weights.keys()
     for key, value in wanted.items():
-        assert (value - weights[key]).abs().max() <= 1e-5, (name, key)
+        # TRL keeps adapters beside quantised weights in bfloat16.
+        most = 1e-3 if name == "qlora" else 1e-5
+        assert (value - weights[key]).abs().max() <= most, (name, key)
     for key in ("logits", "generated"):
         assert (key in want) == (key in got)
     if "generated" in want:
@@ -153,6 +163,7 @@ def mistake(workers, tmp_path, **case):
         ({"args": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha=5.*noise is scaled by"),
         ({"args": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True"),
         ({"args": {"train_sampling_strategy": "batch_rebalance"}}, r"Split\(balance=True\)"),
+        ({"args": {"torch_compile": True}}, "torch_compile=True.*activation_checkpointing=False"),
         ({"attention": "sdpa"}, "made with attn_implementation='sdpa'; make it with"),
         ({"config": {"attention_dropout": 0.1}}, "attention_dropout=0.1: .*has no dropout"),
     ],
@@ -196,3 +207,62 @@ def test_another_number_of_samples_a_step_does_not_go_on(runs, workers, tmp_path
     trainer.args.gradient_accumulation_steps = 3
     with pytest.raises(ValueError, match="saved with 2 samples a step, and now there are 3"):
         trainer.train(str(runs / "split/saved/checkpoint-2"))
+
+
+def test_samples_that_hold_documents_are_told_apart_or_refused(workers, tmp_path):
+    trainer = mistake(workers, tmp_path, trainer="plain")
+    rows = [{"input_ids": list(range(9)), "seq_lengths": [4, 5]}]
+    trainer.train_dataset = workers.datasets.Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="documents would see each other"):
+        trainer.get_train_dataloader()
+    trainer.data_collator = pack
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="9 input_ids and 8 position_ids"):
+        pack([{"input_ids": list(range(9)), "seq_lengths": [4, 4]}])
+
+
+@pytest.mark.parametrize(("dp", "samples", "size"), [(2, 5, 1), (3, 7, 2), (2, 1, 4), (1, 5, 2)])
+def test_an_evaluation_sees_every_sample_once(dp, samples, size):
+    data = [{"input_ids": [i, i], "labels": [i, i]} for i in range(samples)]
+    seen, steps = [], []
+    for rank in range(dp):
+        batches = torch.utils.data.BatchSampler(range(samples), size, False)
+        shard = BatchSamplerShard(batches, dp, rank, even_batches=False)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=shard, collate_fn=pack)
+        even = EvenEvaluation(loader, samples, size, dp, rank)
+        each = [(even.real, batch) for batch in even]
+        steps.append(len(each))
+        for real, batch in each:
+            supervised = batch["labels"][batch["labels"] != -100]
+            assert len(supervised) == 2 * real
+            seen += supervised[::2].tolist()
+    assert sorted(seen) == list(range(samples)) and len(set(steps)) == 1
+
+
+@given(
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 3),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_dealing_keeps_the_samples_and_never_makes_a_step_longer_than_by_chance(
+    work, ranks, micro_steps, size
+):
+    count = ranks * micro_steps * size
+    work = (work * count)[:count]
+    dealt = deal(work, ranks, micro_steps, size)
+    assert sorted(i for own in dealt for each in own for i in each) == list(range(count))
+    assert all(len(each) == size for own in dealt for each in own)
+    assert [len(own) for own in dealt] == [ranks] * micro_steps
+    sums = np.array([[sum(work[i] for i in each) for each in own] for own in dealt])
+    if size == 1:  # then no order has a shorter step
+        longest = np.sort(np.array(work))[::-1][::ranks].sum()
+        assert sums.max(1).sum() == pytest.approx(longest)
+    assert imbalance(sums) >= 1 - 1e-9
+
+
+def test_dealt_batches_take_turns_and_the_rest_stays():
+    lengths = [9, 1, 1, 9, 5, 5, 2, 7, 3]
+    batches = torch.utils.data.BatchSampler(range(9), 1, False)
+    dealt = [index for (index,) in Dealt(batches, lengths.__getitem__, dp=2, micro_steps=2)]
+    assert sorted(dealt[:4]) == [0, 1, 2, 3] and sorted(dealt[4:8]) == [4, 5, 6, 7]
+    assert {dealt[0], dealt[1]} == {0, 3} and dealt[8] == 8

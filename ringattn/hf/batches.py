@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,27 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ringattn.batches import IGNORED
 from ringattn.planning.balancing import deal
+
+
+def pack(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """A collator: samples (``input_ids``, and ``labels`` if not all tokens are supervised) end to
+    end in one row, with positions from 0 in each document. A sample may hold several documents, by
+    its ``seq_lengths`` or its ``position_ids``."""
+    row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+    for sample in samples:
+        ids = [int(token) for token in sample["input_ids"]]
+        positions = sample.get("position_ids")
+        if positions is None:
+            lengths = sample.get("seq_lengths")
+            lengths = [len(ids)] if lengths is None else lengths
+            positions = [at for length in lengths for at in range(int(length))]
+        labels = sample.get("labels")
+        labels = [int(label) for label in (ids if labels is None else labels)]
+        for name, x in (("input_ids", ids), ("position_ids", positions), ("labels", labels)):
+            if len(x) != len(ids):
+                raise ValueError(f"a sample has {len(ids)} input_ids and {len(x)} {name}")
+            row[name] += [int(each) for each in x]
+    return {name: torch.tensor(x)[None] for name, x in row.items()}
 
 
 def share(loader: DataLoader, dp: int, dp_rank: int, world: int, even: bool) -> None:

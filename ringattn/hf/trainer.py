@@ -24,17 +24,17 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import TrainerCallback
+from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from ringattn.context import Context
 from ringattn.hf.attention import NAME
-from ringattn.hf.batches import Dealt, EvenEvaluation, share
+from ringattn.hf.batches import Dealt, EvenEvaluation, pack, share
 from ringattn.hf.compiled import compile_layers
 from ringattn.hf.coverage import language_model
 from ringattn.hf.planner import Planner, Split
 from ringattn.hf.refused import check_arguments, check_lengths, check_model
-from ringattn.hf.whole import documents_of, mask_document_starts, whole_calls
+from ringattn.hf.whole import check_documents, documents_of, mask_document_starts, whole_calls
 from ringattn.models import recompute
 from ringattn.models.memory import Memory
 from ringattn.planning.balancing import imbalance
@@ -68,6 +68,9 @@ class SplitSequences:
             check_model(model)
         super().__init__(*args, **kwargs)
         check_model(self.model)
+        theirs = isinstance(self.data_collator, DataCollatorWithPadding)
+        if theirs or self.data_collator is default_data_collator:  # nobody has chosen one
+            self.data_collator = pack
         alone = not dist.is_initialized()
         self.context = None if alone else Context.create(split.cp, self.args.device, split.kernel)
         half = self.args.bf16 or self.args.fp16 or language_model(self.model).dtype.itemsize < 4
@@ -139,6 +142,7 @@ class SplitSequences:
         loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         training = kwargs.get("is_training", args[1] if len(args) > 1 else False)
         share(loader, self.dp, self.dp_rank, self.args.world_size, even=training)
+        check_documents(dataset, self.data_collator, self.split.unpad)
         samples = _length(loader.dataset)
         if training:
             if self.split.balance and self.dp > 1 and samples is not None:

@@ -119,6 +119,22 @@ def documents_of(inputs: dict[str, Any], unpad: bool = False) -> Documents:
     return Documents(rows, tokens, tuple(n for n in lengths if n), where)
 
 
+def check_documents(dataset: Any, collate: Any, unpad: bool = False) -> None:
+    """Raises ValueError where samples of ``dataset`` say by ``seq_lengths`` that they hold several
+    documents, and a batch of one does not."""
+    if "seq_lengths" not in (getattr(dataset, "column_names", None) or ()):
+        return
+    sample = next(iter(dataset))
+    want = tuple(int(n) for n in sample["seq_lengths"] if n)
+    found = documents_of(collate([sample]), unpad).lengths
+    if want != found:
+        raise ValueError(
+            f"samples hold documents of seq_lengths={list(want)[:6]}, and the collator makes "
+            f"{list(found)[:6]} of them: documents would see each other; use the default collator "
+            "(ringattn.hf.batches.pack), or one that gives position_ids from 0 in each document"
+        )
+
+
 def _check_said_again(inputs: dict[str, Any], lengths: Sequence[int]) -> None:
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):

@@ -139,6 +139,22 @@ def make_model(name, attention, **more):
     return made
 
 
+def quantized(model, folder):
+    """The model in four bits, as bitsandbytes loads it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(folder / "base")
+    if dist.is_initialized():
+        dist.barrier()
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    attention = model.config._attn_implementation
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", quantization_config=four_bits, attn_implementation=attention,
+        dtype=torch.float32,
+    )  # fmt: skip
+
+
 def make_trainer(case, folder):
     kind, cp = case.get("trainer", "sft"), case.get("cp")
     names = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "plain": transformers.Trainer}
@@ -156,6 +172,8 @@ def make_trainer(case, folder):
     options |= case.get("args", {}) | ENGINES[case.get("engine", "ddp")]
     attention = case.get("attention", "ringattn" if cp else "eager")
     model = make_model(case.get("model", "llama"), attention, **case.get("config", {}))
+    if case.get("quantized"):
+        model = quantized(model, folder)
     more, data = {}, {"sft": chats, "dpo": preferences, "plain": texts}[kind]
     if kind == "plain":
         more["data_collator"] = transformers.DataCollatorWithFlattening(return_seq_idx=False)
@@ -209,6 +227,8 @@ def run(case, folder):
     if trainer.is_world_process_zero():
         own.mkdir(exist_ok=True)
         trained = {k: x.detach().clone() for k, x in weights.items() if x is not None}
+        if case.get("quantized"):
+            trained = {k: x.float() for k, x in trained.items() if "lora" in k}
         torch.save(trained, own / "weights.pt")
         (own / "found.json").write_text(json.dumps(found))
     ra.make.forget()
