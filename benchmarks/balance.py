@@ -9,25 +9,29 @@ data ranks of 8 ranks that share a row each, 4 micro-steps. Document lengths are
 a median of 3,641 tokens, cut at a row. FLOPs are those of a training step; imbalance is the largest
 work of a data rank over the mean, both summed over micro-steps, 1 being perfect: what ranks wait.
 
-Measured: train.py on 2 data ranks, runs with and without dealing in turns; medians of their steps.
+Measured: how long forward and backward of rows take, one after the other on one thread; what ranks
+would wait for each other is then counted with these seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ringattn import make_plan
+from ringattn.batches import position_ids
 from ringattn.cost.model import step_flops
 from ringattn.data.packing import Rows, balanced, best_fit
+from ringattn.execution.attention import ring_attention
+from ringattn.models.decoder import Decoder
 from ringattn.models.sizes import ModelConfig
+from ringattn.planning import layouts, masks
 from ringattn.planning.balancing import deal, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,57 +80,63 @@ def simulated() -> list[str]:
     return table
 
 
-def measured(rounds: int) -> list[str]:
-    """train.py on 2 data ranks of one thread, rows of 2,048 tokens, 4 micro-steps."""
+def measured(repeats: int) -> list[str]:
+    """Seconds of forward and backward of 64 rows of 4,096 tokens, one thread, the median of some
+    runs of each; then 4 steps of 4 data ranks and 4 micro-steps are made of them."""
+    torch.set_num_threads(1)
     draw = np.random.default_rng(1)
-    found: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(400):
-            size = int(np.clip(np.exp(draw.normal(5.2, 1.5)), 8, 2048))
-            path = Path(folder, "text", f"{number}.txt")
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(draw.integers(97, 123, size, dtype=np.uint8).tobytes())
-        for turn in range(rounds):
-            for balance in ("false", "true"):
-                run = Path(folder, f"{balance}-{turn}")
-                keys = [
-                    "model.dim=64", "model.layers=4", "model.heads=4", "model.kv_heads=4",
-                    "model.head_dim=64", "model.ffn_dim=64", "seq_len=2048", "data=files",
-                    f"data.root={folder}/text", f"data.cache={folder}/cache",
-                    "data.packing=best_fit", f"data.balance={balance}", "parallel.cp=1",
-                    "train.grad_accum=4", "train.steps=6", "checkpoint.every=0", "logger=none",
-                    "train.sample_tokens=0", "peak_flops=1e9", f"run_dir={run}",
-                ]  # fmt: skip
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", "2", str(ROOT / "train.py"), *keys]  # fmt: skip
-                subprocess.run(
-                    command, check=True, capture_output=True, timeout=900,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )  # fmt: skip
-                lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-                own = found.setdefault(balance, {"step_s": [], "imbalance": []})
-                for line in list(lines)[1:]:  # the first one starts things up
-                    for name in own:
-                        own[name].append(line[name])
-    table = ["| rows | imbalance | seconds a step (quartiles) |", "|---|---|---|"]
-    for balance, name in (("false", "in their order"), ("true", "dealt")):
-        seconds = found[balance]["step_s"]
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        unequal = statistics.median(found[balance]["imbalance"])
-        table.append(f"| {name} | {unequal:.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
+    row, ranks, micro, steps = 4096, 4, 4, 4
+    lengths = np.clip(np.exp(draw.normal(6.5, 1.5, 400)).astype(np.int64), 64, row)
+    rows = best_fit(lengths, row, draw.permutation(len(lengths)))
+    chosen = draw.permutation(len(rows.first) - 1)[: ranks * micro * steps]
+    model = ModelConfig(
+        dim=64, layers=2, heads=4, kv_heads=4, head_dim=64, ffn_dim=128, vocab_size=256
+    )
+    decoder = Decoder(model, 0)
+    seconds: list[list[float]] = [[] for _ in chosen]
+    flops = []
+    for turn in range(repeats + 1):  # the first one starts things up
+        for number, which in enumerate(chosen):
+            part = slice(rows.first[which], rows.first[which + 1])
+            own = rows.length[part].tolist()
+            own += [row - sum(own)] * (sum(own) < row)
+            layout = layouts.contiguous(row, 1)
+            plan = make_plan(masks.documents(own), layout)
+            tokens = torch.randint(256, (1, row))
+            positions = position_ids(layout, 0, own)
+            begin = time.perf_counter()
+            attend = partial(ring_attention, plan=plan)
+            decoder(tokens, positions, attend, tokens)[0].backward()
+            if turn:
+                seconds[number].append(time.perf_counter() - begin)
+            else:
+                flops.append(step_flops(model, row, plan.mask.area))
+    each = np.array([statistics.median(own) for own in seconds])
+    table = ["| rows | imbalance of FLOPs (range) | imbalance of measured seconds (range) |",
+             "|---|---|---|"]  # fmt: skip
+    for name in ("in their order", "dealt by FLOPs"):
+        found: list[list[float]] = [[], []]
+        for at in range(0, len(each), ranks * micro):
+            part = slice(at, at + ranks * micro)
+            order = np.arange(ranks * micro).reshape(micro, ranks, 1).tolist()
+            dealt = order if name == "in their order" else deal(flops[part], ranks, micro)
+            for kind, values in zip(found, (np.array(flops[part]), each[part]), strict=True):
+                kind.append(imbalance([[values[own].sum() for own in own_] for own_ in dealt]))
+        shown = (f"{statistics.median(x):.2f} ({min(x):.2f}-{max(x):.2f})" for x in found)
+        table.append(f"| {name} | {' | '.join(shown)} |")
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--simulate", action="store_true")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     lines = ["# Work of data ranks", "", "By benchmarks/balance.py, which says the conventions.",
              "", "Simulated, 64 x 8 ranks, imbalance of a step:", "", *simulated()]  # fmt: skip
     if not options.simulate:
-        lines += ["", f"Measured, 2 data ranks, {options.rounds} runs each in turns:", ""]
-        lines += measured(options.rounds)
+        lines += ["", f"Measured, medians of {options.repeats} runs of each row:", ""]
+        lines += measured(options.repeats)
         RESULT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

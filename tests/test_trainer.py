@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import types
 from unittest.mock import patch
 
 import numpy as np
@@ -58,6 +59,8 @@ CASES = {
     4: [
         {"name": "data-ranks", "cp": 2, "samples": [40, 5], "args": ACCUMULATED},
         {"name": "gemma3-fsdp2", "cp": 2, "model": "gemma3", "engine": "fsdp2"},
+        {"name": "dpo-data-ranks", "cp": 2, "trainer": "dpo", "lora": True,
+         "split": {"unpad": True}, "samples": [24, 4]},
         {"name": "moe-zero2", "cp": 2, "model": "moe", "engine": "zero2",
          "samples": [40, 5], "args": ACCUMULATED},
         {"name": "plain-zero3", "cp": 2, "engine": "zero3", "trainer": "plain",
@@ -115,9 +118,10 @@ def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
             # They begin anew with each call of train.
             if "resumed" in name and (key.endswith("num_tokens") or key == "train_loss"):
                 continue
-            if data_ranks and (
-                "accuracy" in key or key == "epoch" or (key.startswith("eval") and "moe" in name)
-            ):
+            mean_of_ratios = any(
+                part in key for part in ("accuracy", "epoch", "logits/", "entropy")
+            )
+            if data_ranks and (mean_of_ratios or (key.startswith("eval") and "moe" in name)):
                 continue
             same(value, right[key], f"{name} {key}")
     assert wanted.keys() == weights.keys()
@@ -163,6 +167,9 @@ def mistake(workers, tmp_path, **case):
         ({"args": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha=5.*noise is scaled by"),
         ({"args": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True"),
         ({"args": {"train_sampling_strategy": "batch_rebalance"}}, r"Split\(balance=True\)"),
+        ({"trainer": "dpo", "args": {"precompute_ref_log_probs": True}}, "before sequences are s"),
+        ({"args": {"activation_checkpointing_kwargs": {"offload": True}}}, r"Split\(offload=True"),
+        ({"prompts": True}, "puts tokens of its own before a sequence"),
         ({"args": {"torch_compile": True}}, "torch_compile=True.*activation_checkpointing=False"),
         ({"attention": "sdpa"}, "made with attn_implementation='sdpa'; make it with"),
         ({"config": {"attention_dropout": 0.1}}, "attention_dropout=0.1: .*has no dropout"),
@@ -182,6 +189,11 @@ def test_a_mistake_is_one_line_before_data_is_read(workers, tmp_path, case, show
          "tokens are padding; .*packing=True or padding_free=True"),
         ({"trainer": "plain"}, lambda batch: batch | {"labels": batch["labels"].roll(-1, 1)},
          "labels are those of the next token: the collator has shifted them"),
+        ({"trainer": "plain"}, lambda batch: batch | {"labels": batch["labels"] * 0 - 1},
+         "labels of -1: what is not supervised is -100"),
+        ({"trainer": "plain"},
+         lambda batch: batch | {"seq_idx": torch.ones_like(batch["position_ids"])},
+         "seq_idx does not say the documents"),
         ({"trainer": "plain"}, lambda batch: batch | {"shift_labels": batch["labels"]},
          "shift_labels are given"),
         ({"trainer": "plain"}, lambda batch: batch | {"position_ids": batch["position_ids"] + 2},
@@ -209,17 +221,92 @@ def test_another_number_of_samples_a_step_does_not_go_on(runs, workers, tmp_path
         trainer.train(str(runs / "split/saved/checkpoint-2"))
 
 
+def flattened(rows):
+    """A collator that does not look at seq_lengths."""
+    return pack([{"input_ids": row["input_ids"]} for row in rows])
+
+
 def test_samples_that_hold_documents_are_told_apart_or_refused(workers, tmp_path):
-    trainer = mistake(workers, tmp_path, trainer="plain")
-    rows = [{"input_ids": list(range(9)), "seq_lengths": [4, 5]}]
-    trainer.train_dataset = workers.datasets.Dataset.from_list(rows)
-    with pytest.raises(ValueError, match="documents would see each other"):
-        trainer.get_train_dataloader()
-    trainer.data_collator = pack
-    (batch,) = trainer.get_train_dataloader()
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-    with pytest.raises(ValueError, match="9 input_ids and 8 position_ids"):
-        pack([{"input_ids": list(range(9)), "seq_lengths": [4, 4]}])
+    # As TRL packs: the first row holds one document.
+    rows = [{"input_ids": [*range(n)], "seq_lengths": x} for n, x in ((9, [9]), (9, [4, 5]))]
+    data = workers.datasets.Dataset.from_list(rows)
+    workers.forget()
+    trainer = workers.make_trainer({"cp": 1, "trainer": "plain", "args": {"seed": 0}}, tmp_path)
+    for kind in (data, data.to_iterable_dataset(num_shards=2)):
+        trainer.train_dataset, trainer.data_collator = kind, flattened
+        with pytest.raises(ValueError, match="documents would see each other"):
+            list(trainer.get_train_dataloader())
+        trainer.data_collator = pack
+        found = [batch["position_ids"][0].tolist() for batch in trainer.get_train_dataloader()]
+        assert sorted(found) == [[0, 1, 2, 3, 0, 1, 2, 3, 4], [*range(9)]]
+    for row, shown in (
+        ({"input_ids": [1, 2], "seq_lengths": [1]}, "2 input_ids and 1 position_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "these are padded"),
+        ({"input_ids": [1, 2], "pixels": [1]}, "these have pixels"),
+    ):
+        with pytest.raises(ValueError, match=shown):
+            pack([row])
+
+
+def test_a_collator_that_is_chosen_stays(workers, tmp_path):
+    workers.forget()
+    args = workers.transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    kind = type("Long", (workers.ringattn.hf.SplitSequences, workers.transformers.Trainer), {})
+    split, model = workers.ringattn.hf.Split(1), workers.make_model("llama", "ringattn")
+    chosen = workers.transformers.DataCollatorWithPadding(workers.tokenizer())
+    assert kind(model, args, chosen, split=split).data_collator is chosen
+    assert kind(model, args, split=split).data_collator is pack
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_is_left_out_is_not_counted(workers, tmp_path, side):
+    """Whatever a collator puts into labels there."""
+    torch.manual_seed(0)
+    rows = [torch.randint(3, 250, (n,)).tolist() for n in (6, 10, 20)]
+
+    def collate(samples):
+        batch = {"input_ids": [], "attention_mask": []}
+        for sample in samples:
+            empty = [0] * (20 - len(sample["input_ids"]))
+            for name, x in (("input_ids", sample["input_ids"]), ("attention_mask", None)):
+                x = [1] * len(sample["input_ids"]) if x is None else x
+                batch[name].append([*empty, *x] if side == "left" else [*x, *empty])
+        batch = {name: torch.tensor(x) for name, x in batch.items()}
+        return batch | {"labels": batch["input_ids"]}
+
+    case = {"cp": 1, "trainer": "plain", "split": {"unpad": True, "balance": False},
+            "args": {"per_device_train_batch_size": 3, "max_steps": 1}}  # fmt: skip
+    workers.forget()
+    trainer = workers.make_trainer(case, tmp_path)
+    trainer.train_dataset = workers.datasets.Dataset.from_list([{"input_ids": x} for x in rows])
+    trainer.data_collator = collate
+    trainer.train()
+    model, losses = workers.make_model("llama", "eager"), []
+    for row in rows:
+        logits = model(torch.tensor([row])).logits[0, :-1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="none")
+        )
+    same(float(torch.cat(losses).mean()), trainer.state.log_history[0]["loss"], side)
+
+
+def test_evaluating_within_a_step_changes_nothing(workers, tmp_path):
+    class Evaluates(workers.transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.evaluate()
+
+    norms = []
+    for callback in (None, Evaluates()):
+        workers.forget()
+        case = {"cp": 1, "trainer": "dpo", "lora": True, "samples": [8, 2],
+                "split": {"unpad": True},
+                "args": {"gradient_accumulation_steps": 2, "max_steps": 1}}  # fmt: skip
+        trainer = workers.make_trainer(case, tmp_path)
+        if callback:
+            trainer.add_callback(callback)
+        trainer.train()
+        norms += [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    same(*norms, "grad_norm")
 
 
 @pytest.mark.parametrize(("dp", "samples", "size"), [(2, 5, 1), (3, 7, 2), (2, 1, 4), (1, 5, 2)])
@@ -266,3 +353,28 @@ def test_dealt_batches_take_turns_and_the_rest_stays():
     dealt = [index for (index,) in Dealt(batches, lengths.__getitem__, dp=2, micro_steps=2)]
     assert sorted(dealt[:4]) == [0, 1, 2, 3] and sorted(dealt[4:8]) == [4, 5, 6, 7]
     assert {dealt[0], dealt[1]} == {0, 3} and dealt[8] == 8
+
+
+def test_the_plugin_for_axolotl_makes_its_trainer_split(workers, tmp_path, monkeypatch):
+    """Beside a stand-in: axolotl wants other versions of everything than are tested here."""
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = object
+    trainers = types.ModuleType("axolotl.core.trainers.base")
+    trainers.AxolotlTrainer = workers.transformers.Trainer
+    for name in ("axolotl", "axolotl.integrations", "axolotl.core", "axolotl.core.trainers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    monkeypatch.setitem(sys.modules, trainers.__name__, trainers)
+    plugin = importlib.import_module("ringattn.hf.axolotl").RingattnPlugin()
+    monkeypatch.delitem(sys.modules, "ringattn.hf.axolotl")
+    cfg = types.SimpleNamespace(ringattn={"cp": 1, "unpad": True}, context_parallel_size=None)
+    model = workers.make_model("llama", "sdpa")
+    plugin.post_model_build(cfg, model)
+    workers.forget()
+    args = workers.transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = plugin.get_trainer_cls(cfg)(model, args)
+    assert trainer.split.unpad and trainer.data_collator is pack
+    assert plugin.get_trainer_cls(types.SimpleNamespace(ringattn=None)) is None
+    cfg.context_parallel_size = 2
+    with pytest.raises(ValueError, match=r"split by ringattn\.cp alone"):
+        plugin.post_model_build(cfg, model)

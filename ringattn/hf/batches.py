@@ -8,18 +8,30 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ringattn.batches import IGNORED
+from ringattn.hf.whole import documents_of
 from ringattn.planning.balancing import deal
 
 
 def pack(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """A collator: samples (``input_ids``, and ``labels`` if not all tokens are supervised) end to
     end in one row, with positions from 0 in each document. A sample may hold several documents, by
-    its ``seq_lengths`` or its ``position_ids``."""
+    its ``seq_lengths`` or its ``position_ids``.
+
+    Raises ValueError for samples that hold anything else, padding among it.
+    """
     row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
     for sample in samples:
+        mask = sample.get("attention_mask")
+        strange = sorted(set(sample) - {*row, "seq_lengths", "attention_mask"})
+        if strange or (mask is not None and not all(int(one) == 1 for one in mask)):
+            raise ValueError(
+                "samples that are packed hold input_ids, labels, position_ids and seq_lengths; "
+                + (f"these have {', '.join(strange)}" if strange else "these are padded")
+                + "; give a data_collator"
+            )
         ids = [int(token) for token in sample["input_ids"]]
         positions = sample.get("position_ids")
         if positions is None:
@@ -33,6 +45,42 @@ def pack(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
                 raise ValueError(f"a sample has {len(ids)} input_ids and {len(x)} {name}")
             row[name] += [int(each) for each in x]
     return {name: torch.tensor(x)[None] for name, x in row.items()}
+
+
+class TellsDocuments:
+    """A collator, and what samples say by ``seq_lengths`` of their documents: its batches must say
+    the same. Raises ValueError where they do not."""
+
+    def __init__(self, collate: Callable[..., Any], unpad: bool) -> None:
+        self.collate, self.unpad = collate, unpad
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        told = [x.get("seq_lengths") if isinstance(x, Mapping) else None for x in samples]
+        want = [int(n) for each in told if each is not None for n in each if n]
+        batch = self.collate(samples)
+        if want:
+            found = list(documents_of(batch, self.unpad).lengths)
+            if found != want:
+                raise ValueError(
+                    f"samples hold documents of seq_lengths={want[:6]}, and the collator makes "
+                    f"{found[:6]} of them: documents would see each other; use the default "
+                    "collator (ringattn.hf.batches.pack), or one that gives position_ids from 0 "
+                    "in each document"
+                )
+        return batch
+
+
+class Streamed(IterableDataset):
+    """A streamed dataset that accelerate does not know how to cut by its own files."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
 
 
 def share(loader: DataLoader, dp: int, dp_rank: int, world: int, even: bool) -> None:

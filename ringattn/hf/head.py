@@ -111,6 +111,13 @@ def fit(
     return None
 
 
+def check_labels(labels: torch.Tensor) -> None:
+    """Raises ValueError for labels that are neither tokens nor IGNORED."""
+    wrong = labels[(labels < 0) & (labels != IGNORED)]
+    if len(wrong):
+        raise ValueError(f"labels of {int(wrong[0])}: what is not supervised is {IGNORED}")
+
+
 def loud(product: torch.Tensor) -> float:
     """What makes the largest of a head's products 100: where they are small a softcap leaves no
     trace."""

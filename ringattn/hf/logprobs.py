@@ -11,7 +11,7 @@ from torch import nn
 
 from ringattn.hf.attention import HERE
 from ringattn.hf.coverage import language_model
-from ringattn.hf.head import scoring
+from ringattn.hf.head import check_labels, scoring
 from ringattn.hf.mixers import has_mixers
 from ringattn.hf.split import split_sequence
 from ringattn.hf.whole import Gathered
@@ -55,6 +55,7 @@ def token_logprobs(
     active = getattr(inside, HERE, None)
     if batch.get("shift_labels") is None:
         raise ValueError("token_logprobs: the batch has no shift_labels; local_batch gives them")
+    check_labels(batch["shift_labels"])
     if active is None and torch.is_grad_enabled():
         again = any(getattr(m, "gradient_checkpointing", False) for m in inside.modules())
         if again or has_mixers(inside):

@@ -16,12 +16,23 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 def check_model(model: nn.Module) -> None:
     """Raises ValueError for a model that is not made with our attention, or drops some of it."""
     config = text_config(model)
+    for settings in getattr(model, "peft_config", {}).values():
+        check_adapter(settings)
     for name in _DROPOUTS:
         if getattr(config, name, 0):
             raise ValueError(
                 f"{name}={getattr(config, name)}: attention over split sequences has no dropout; "
                 f"set {name}=0 in the model's config"
             )
+
+
+def check_adapter(settings: Any) -> None:
+    """Raises ValueError for adapters that put tokens of their own before the others."""
+    if getattr(settings, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(settings).__name__} puts tokens of its own before a sequence, which no plan "
+            "has: take adapters of weights (LoRA)"
+        )
 
 
 def check_arguments(args: Any, given: dict[str, Any], split: Split) -> None:
@@ -38,10 +49,12 @@ def check_arguments(args: Any, given: dict[str, Any], split: Split) -> None:
             "compute_loss_func is given labels that are not shifted and all logits; override "
             "compute_loss, and take log-probabilities of ringattn.hf.token_logprobs"
         )
+    check_adapter(given.get("peft_config"))
     if args is None:
         return
     accelerator = args.accelerator_config
     names = ("activation_checkpointing", "gradient_checkpointing")
+    own = getattr(args, "activation_checkpointing_kwargs", None) or {}
     checkpointing = any(getattr(args, name, False) for name in names)
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "needs logits of all tokens"),
@@ -59,6 +72,20 @@ def check_arguments(args: Any, given: dict[str, Any], split: Split) -> None:
             args.torch_compile and checkpointing and split.keep_attention,
             "it does not see into checkpointing that keeps attention; set "
             "activation_checkpointing=False, or Split(keep_attention=False)",
+        ),
+        "checkpointing's own settings": (
+            checkpointing and split.keep_attention and sorted({*own} - {"every_n_layers",
+                                                                        "use_reentrant"}),
+            "checkpointing that keeps attention has none of them; set Split(keep_attention=False), "
+            "or Split(offload=True) for offload",
+        ),
+        "precompute_ref_log_probs": (
+            getattr(args, "precompute_ref_log_probs", False),
+            "it calls the model before sequences are split",
+        ),
+        "batch_eval_metrics": (
+            args.batch_eval_metrics and world > split.cp,
+            "data ranks end at unequal batches",
         ),
         "average_tokens_across_devices=False": (
             not args.average_tokens_across_devices and world > 1,

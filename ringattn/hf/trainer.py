@@ -25,16 +25,17 @@ import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ringattn.context import Context
 from ringattn.hf.attention import NAME
-from ringattn.hf.batches import Dealt, EvenEvaluation, pack, share
+from ringattn.hf.batches import Dealt, EvenEvaluation, Streamed, TellsDocuments, pack, share
 from ringattn.hf.compiled import compile_layers
 from ringattn.hf.coverage import language_model
 from ringattn.hf.planner import Planner, Split
 from ringattn.hf.refused import check_arguments, check_lengths, check_model
-from ringattn.hf.whole import check_documents, documents_of, mask_document_starts, whole_calls
+from ringattn.hf.whole import Documents, documents_of, supervised, whole_calls
 from ringattn.models import recompute
 from ringattn.models.memory import Memory
 from ringattn.planning.balancing import imbalance
@@ -61,15 +62,16 @@ class SplitSequences:
         model = kwargs["model"] if "model" in kwargs else args[0] if args else None
         arguments = kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None
         check_arguments(arguments, kwargs, split)
-        if isinstance(model, str):
+        chosen = kwargs.get("data_collator", args[2] if len(args) > 2 else None) is not None
+        if isinstance(model, str) and arguments is not None:
             options = dict(getattr(arguments, "model_init_kwargs", None) or {})
             arguments.model_init_kwargs = {"attn_implementation": NAME} | options
-        elif model is not None:
+        elif isinstance(model, nn.Module):
             check_model(model)
         super().__init__(*args, **kwargs)
         check_model(self.model)
-        theirs = isinstance(self.data_collator, DataCollatorWithPadding)
-        if theirs or self.data_collator is default_data_collator:  # nobody has chosen one
+        theirs = type(self.data_collator) is DataCollatorWithPadding
+        if not chosen and (theirs or self.data_collator is default_data_collator):
             self.data_collator = pack
         alone = not dist.is_initialized()
         self.context = None if alone else Context.create(split.cp, self.args.device, split.kernel)
@@ -139,40 +141,60 @@ class SplitSequences:
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> Any:
-        loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         training = kwargs.get("is_training", args[1] if len(args) > 1 else False)
-        share(loader, self.dp, self.dp_rank, self.args.world_size, even=training)
-        check_documents(dataset, self.data_collator, self.split.unpad)
-        samples = _length(loader.dataset)
-        if training:
-            if self.split.balance and self.dp > 1 and samples is not None:
-                shard, work = loader.batch_sampler, self._work_of(loader.dataset)
-                accumulated = self.args.gradient_accumulation_steps
+        if hasattr(dataset, "n_shards"):
+            dataset = Streamed(dataset)
+        # Of an evaluation every sample is seen.
+        collate, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator = TellsDocuments(collate, self.split.unpad)
+        self.args.dataloader_drop_last = drop_last and training
+        try:
+            loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        finally:
+            self.data_collator, self.args.dataloader_drop_last = collate, drop_last
+        stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+        if stream and not training and self.dp > 1:
+            raise ValueError(
+                "a dataset to evaluate on needs a length where several data ranks share it"
+            )
+        # Preferences have no labels to leave out: there ranks are filled up, as accelerate does.
+        once = not training and not stream and "labels" in loader.collate_fn([loader.dataset[0]])
+        share(loader, self.dp, self.dp_rank, self.args.world_size, even=not once)
+        if training and self.split.balance and self.dp > 1 and not stream:
+            shard, work = loader.batch_sampler, self._work_of(loader.dataset)
+            accumulated = self.args.gradient_accumulation_steps
+            if work is not None:
                 shard.batch_sampler = Dealt(shard.batch_sampler, work, self.dp, accumulated)
+        if not once:
             return loader
-        if samples is None:
-            if self.dp > 1:
-                raise ValueError(
-                    "a dataset to evaluate on needs a length where several data ranks share it"
-                )
-            return loader
-        return EvenEvaluation(loader, samples, batch_size, self.dp, self.dp_rank)
+        even = EvenEvaluation(loader, len(loader.dataset), batch_size, self.dp, self.dp_rank)
+        for key, known in getattr(self, "_eval_dataloaders", {}).items():
+            if known is loader:  # kept for the next evaluation
+                self._eval_dataloaders[key] = even
+        return even
 
     def _work_of(self, dataset: Any) -> Any:
-        """FLOPs of a sample, by its index."""
-        columns = getattr(dataset, "column_names", None)
-        if columns is not None:
-            known = [name for name in ("seq_lengths", "input_ids") if name in columns]
-            dataset = dataset.select_columns(known[:1])
+        """FLOPs of a sample, by its index; None where samples do not say how long they are."""
+        sample = dataset[0]
+        preferences = ("prompt_ids", "chosen_ids", "rejected_ids")
+        if not hasattr(sample, "get"):
+            return None
+        if "input_ids" in sample:
+            known = ["seq_lengths"] if "seq_lengths" in sample else ["input_ids"]
+        elif all(name in sample for name in preferences):
+            known = list(preferences)
+        else:
+            return None
+        if hasattr(dataset, "select_columns"):
+            dataset = dataset.select_columns(known)
 
         @lru_cache(1 << 20)
         def work(index: int) -> float:
             sample = dataset[index]
-            lengths = sample.get("seq_lengths") if hasattr(sample, "get") else None
-            if lengths is None:
-                ids = sample["input_ids"] if hasattr(sample, "get") else sample
-                lengths = [len(ids)]
-            return self.planner.work([int(n) for n in lengths])
+            if known[0] == "seq_lengths":
+                return self.planner.work([int(n) for n in sample["seq_lengths"]])
+            first, *more = (len(sample[name]) for name in known)
+            return self.planner.work([first + answer for answer in more] or [first])
 
         return work
 
@@ -193,13 +215,15 @@ class SplitSequences:
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
 
     def _prepared(self, batch: Any) -> Any:
-        """A batch whose documents' first labels are nobody's, so that all count alike."""
+        """A batch with those labels alone that are predicted, so that all count alike."""
         if not self.planner.causal or not hasattr(batch, "get") or batch.get("labels") is None:
             return batch
-        if batch.get("position_ids") is None or batch.get("shift_labels") is not None:
+        if batch.get("shift_labels") is not None:
             return batch
-        documents = documents_of(batch, self.split.unpad)
-        return {**batch, "labels": mask_document_starts(batch["labels"], documents)}
+        return {**batch, "labels": supervised(batch["labels"], self._documents(batch))}
+
+    def _documents(self, batch: Any) -> Documents:
+        return documents_of(batch, self.split.unpad)
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         return super().get_batch_samples(map(self._prepared, epoch_iterator), *args, **kwargs)
@@ -221,7 +245,7 @@ class SplitSequences:
             yield
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        lengths = documents_of(inputs, self.split.unpad).lengths if "input_ids" in inputs else ()
+        lengths = self._documents(inputs).lengths if "input_ids" in inputs else ()
         self._work.append(self.planner.work(lengths))
         first = self.planner.first is None
         with self._split_calls():
@@ -248,11 +272,15 @@ class SplitSequences:
     ) -> Any:
         self._real = getattr(self.callback_handler.eval_dataloader, "real", None)
         inputs = self._prepared(inputs)
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
         self.current_gradient_accumulation_steps = 1  # TRL divides a router loss by it
-        with self._split_calls(logits=not prediction_loss_only):
-            loss, logits, labels = super().prediction_step(
-                model, inputs, prediction_loss_only, *args, **kwargs
-            )
+        try:
+            with self._split_calls(logits=not prediction_loss_only):
+                loss, logits, labels = super().prediction_step(
+                    model, inputs, prediction_loss_only, *args, **kwargs
+                )
+        finally:
+            self.current_gradient_accumulation_steps = accumulated
         loss = None if loss is None else self.accelerator.reduce(loss, "mean")
         return loss, logits, labels
 
@@ -310,6 +338,9 @@ class SplitSequences:
         if not path.is_file() or self.args.ignore_data_skip:
             return
         then, now = json.loads(path.read_text())["samples_per_step"], self.samples_per_step
+        if self.args.auto_find_batch_size:  # which goes on with the size it had found
+            found = json.loads((folder / TRAINER_STATE_NAME).read_text())["train_batch_size"]
+            now = now // self._train_batch_size * found
         if then != now:
             raise ValueError(
                 f"{folder.name} was saved with {then} samples a step, and now there are {now}: the "
@@ -338,10 +369,3 @@ class _Recorded(TrainerCallback):
 def _again(memory: Memory, function: Any, *args: Any) -> Any:
     """In place of transformers' checkpointing: attention is kept."""
     return recompute.keeping(memory, function, *args, draws=True)
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:
-        return None

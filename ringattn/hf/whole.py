@@ -26,7 +26,7 @@ from ringattn.hf import agree
 from ringattn.hf.attention import HERE, PADDED
 from ringattn.hf.batch import both_ways, local_batch
 from ringattn.hf.coverage import NotCovered, language_model
-from ringattn.hf.head import scoring
+from ringattn.hf.head import check_labels, scoring
 from ringattn.hf.inputs import by_name
 from ringattn.hf.split import after_call, before_call, inside_of, make_split
 from ringattn.planning.layer_plans import LayerPlans
@@ -119,22 +119,6 @@ def documents_of(inputs: dict[str, Any], unpad: bool = False) -> Documents:
     return Documents(rows, tokens, tuple(n for n in lengths if n), where)
 
 
-def check_documents(dataset: Any, collate: Any, unpad: bool = False) -> None:
-    """Raises ValueError where samples of ``dataset`` say by ``seq_lengths`` that they hold several
-    documents, and a batch of one does not."""
-    if "seq_lengths" not in (getattr(dataset, "column_names", None) or ()):
-        return
-    sample = next(iter(dataset))
-    want = tuple(int(n) for n in sample["seq_lengths"] if n)
-    found = documents_of(collate([sample]), unpad).lengths
-    if want != found:
-        raise ValueError(
-            f"samples hold documents of seq_lengths={list(want)[:6]}, and the collator makes "
-            f"{list(found)[:6]} of them: documents would see each other; use the default collator "
-            "(ringattn.hf.batches.pack), or one that gives position_ids from 0 in each document"
-        )
-
-
 def _check_said_again(inputs: dict[str, Any], lengths: Sequence[int]) -> None:
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
@@ -142,14 +126,23 @@ def _check_said_again(inputs: dict[str, Any], lengths: Sequence[int]) -> None:
         if told is not None and told.tolist() != ends:
             raise ValueError(f"{name} {told.tolist()[:8]} are not the documents of position_ids, "
                              f"which end at {ends[:8]}")  # fmt: skip
+    told = inputs.get("seq_idx")
+    if told is not None:
+        counts = torch.tensor(lengths)
+        want = torch.arange(len(counts)).repeat_interleave(counts)
+        if told.numel() != len(want) or not torch.equal(told.flatten().cpu().long(), want):
+            raise ValueError("seq_idx does not say the documents that position_ids say")
 
 
-def mask_document_starts(labels: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """Labels ``[rows, tokens]``, not yet shifted, without those of first tokens: nothing predicts
-    the beginning of a document from the end of another."""
+def supervised(labels: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Labels ``[rows, tokens]``, not yet shifted, of those tokens alone that one before them in
+    their document predicts: not of first ones, and not of padding."""
     starts = torch.tensor([0, *documents.lengths[:-1]]).cumsum(0).to(labels.device)
-    starts = starts if documents.kept is None else documents.kept[starts]
     flat = labels.flatten().clone()
+    if documents.kept is not None:
+        empty = torch.full_like(flat, IGNORED)
+        flat = empty.index_put((documents.kept,), flat[documents.kept])
+        starts = documents.kept[starts]
     flat[starts] = IGNORED
     return flat.view(labels.shape)
 
@@ -232,6 +225,8 @@ class _Call:
         if labels is not None and labels.shape[:2] != (documents.rows, documents.tokens):
             raise ValueError(f"labels {list(labels.shape)} are not by token")
         labels = None if labels is None else documents.flat(labels)
+        if labels is not None:
+            check_labels(labels)
         if labels is not None and ids is not None and not both_ways(plans):
             check_not_shifted(documents.flat(ids), labels)
         left_out = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "labels",
@@ -274,7 +269,7 @@ def _count(labels: torch.Tensor, documents: Documents, whole: bool) -> torch.Ten
     if whole:
         return (labels != IGNORED).sum().clamp(min=1)
     flat = Documents(1, labels.shape[1], documents.lengths, None)
-    return (mask_document_starts(labels, flat) != IGNORED).sum().clamp(min=1)
+    return (supervised(labels, flat) != IGNORED).sum().clamp(min=1)
 
 
 def _digest(bound: dict[str, Any]) -> int:

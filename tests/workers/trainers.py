@@ -181,6 +181,8 @@ def make_trainer(case, folder):
         more["processing_class"] = tokenizer()
     if case.get("lora"):
         more["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if case.get("prompts"):
+        more["peft_config"] = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     base = names[kind]
     if cp:
         base = type("Long", (ringattn.hf.SplitSequences, base), {})
