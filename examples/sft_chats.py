@@ -6,11 +6,15 @@
 
 The first makes up a small model, a tokenizer of bytes and some chats. FOLDER is a model of
 transformers whose tokenizer has a chat template; CHATS.jsonl has lines {"messages": [...]}. What
-the second holds on each GPU is said before there is one:
+the second holds on each GPU is predicted before there is one (train.py's forecast, of the same
+split, checkpointing and offload):
 
     ringattn estimate model=transformers model.path=FOLDER model.lora.rank=16 ranks=8 \
-        seq_len=1048576 parallel.layout=balanced memory=long memory.ffn_tile=null \
+        seq_len=1048576 parallel.layout=balanced parallel.schedule=auto precision=bf16 \
+        memory=long memory.ffn_tile=null memory.offload=true \
         engine=fsdp engine.zero_stage=3 hardware=h100
+
+For a model of Qwen 2.5 7B's sizes it says 33.2 GiB a GPU and 49.4 GiB of host memory a rank.
 """
 
 import argparse

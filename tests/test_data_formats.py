@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -18,12 +19,15 @@ from ringattn.data.documents import DataError, hold_out
 from ringattn.data.formats import jsonl, saved
 from ringattn.data.formats.ranges import Corrupt, FileRange
 from ringattn.data.open_data import open_data
-from ringattn.data.packing import best_fit
+from ringattn.data.packing import balanced, best_fit
 from ringattn.data.probes import Probe
 from ringattn.data.records import Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
 from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
+from ringattn.models.sizes import ModelConfig
 from ringattn.training import config
+from ringattn.training.attention import Attention
+from ringattn.training.batch import numbers
 
 from .processes import TINY
 
@@ -224,10 +228,11 @@ class Numbers:
         return np.arange(start, min(stop, self.lengths[document]), step) + 1000 * (document + 1)
 
 
+@pytest.mark.parametrize("pack", [best_fit, balanced])
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 9))
-def test_best_fit_packs_every_token_once_and_splits_only_what_is_too_long(lengths, seq_len, seed):
+def test_every_token_is_packed_once_and_only_what_is_too_long_is_cut(pack, lengths, seq_len, seed):
     lengths = np.array(lengths)
-    rows = best_fit(lengths, seq_len, np.random.default_rng(seed).permutation(len(lengths)))
+    rows = pack(lengths, seq_len, np.random.default_rng(seed).permutation(len(lengths)))
     covered = [np.zeros(n, int) for n in lengths]
     for r in range(len(rows.first) - 1):
         pieces = slice(rows.first[r], rows.first[r + 1])
@@ -238,6 +243,8 @@ def test_best_fit_packs_every_token_once_and_splits_only_what_is_too_long(length
             covered[d][start : start + n] += 1
             assert n == min(seq_len, lengths[d] - start)
     assert all((c == 1).all() for c in covered)
+    if pack is balanced:
+        return
     # No two rows could have been one, so it is never worse than twice the best.
     filled = np.add.reduceat(rows.length, rows.first[:-1])
     assert len(filled) < 2 or sorted(filled)[0] + sorted(filled)[1] > seq_len
@@ -331,3 +338,35 @@ def test_probes_ask_for_what_they_show(task, depth):
 
 def test_bpe_stops_where_the_text_has_no_more(tmp_path):
     assert train_bpe(["ab ab"], 500, tmp_path / "t.json") < 500
+
+
+def test_balanced_rows_are_less_unequal_and_train():
+    draw = np.random.default_rng(0)
+    lengths = np.clip(np.exp(draw.normal(4, 1.2, 800)).astype(int), 1, 600)
+    spread = []
+    for pack in (best_fit, balanced):
+        rows = pack(lengths, 600, draw.permutation(len(lengths)))
+        work = np.add.reduceat(rows.length.astype(float) ** 2, rows.first[:-1])
+        spread.append(work.std() / work.mean())
+        assert len(work) <= 1.02 * lengths.sum() / 600 + 2
+    assert spread[1] < 0.9 * spread[0], spread
+    stream = Stream(Numbers([5, 9, 3, 30, 12, 1]), 13, seed=0, packing="balanced")
+    assert (
+        sum(span.length for i in range(stream.rows) for span in stream.spans(i)) == 13 * stream.rows
+    )
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_the_sequences_of_a_step_are_dealt_and_stay_the_same(balance):
+    stream = Stream(Numbers([40, 2, 3, 1, 39, 7, 5, 2, 20, 1]), 40, seed=1, packing="best_fit")
+    model = ModelConfig(dim=8, layers=2, heads=2, kv_heads=2, head_dim=4, ffn_dim=8, vocab_size=300)
+    seen, unequal = [], set()
+    for rank in range(3):
+        context = SimpleNamespace(dp=3, dp_rank=rank)
+        each, waits = numbers(Attention(), model, stream, context, 2, 4, 24, balance)
+        assert [len(own) for own in each] == [2] * 4
+        seen += [number for own in each for number in own]
+        unequal.add(waits)
+    assert sorted(seen) == list(range(24, 48)) and len(unequal) == 1
+    alone = numbers(Attention(), model, stream, SimpleNamespace(dp=1), 2, 2, 24, balance)
+    assert alone == ([[24, 25], [26, 27]], 1.0)

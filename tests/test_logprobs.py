@@ -152,6 +152,27 @@ def test_logits_that_are_no_product_of_the_head_are_refused():
         token_logprobs(model, local_batch(plans, 0, torch.arange(20)[None]), plans)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_logits_of_all_tokens_never_exist(train):
+    model, rows = make("llama", "ringattn"), []
+    head = model.lm_head
+    plain = head.forward
+
+    def watched(x):
+        rows.append(x.shape[:-1].numel())
+        return plain(x)
+
+    plans = make_plans(model, ra.masks.causal(50), "zigzag", world=1)
+    batch = local_batch(plans, 0, torch.arange(50)[None])
+    with torch.set_grad_enabled(train), split_sequence(model, plans):
+        token_logprobs(model, batch, plans, chunk=8)  # learns from a few tokens
+        head.forward = watched
+        each = token_logprobs(model, batch, plans, chunk=8)
+        if train:
+            each.sum().backward()
+    assert max(rows) == 8 and sum(rows) == 49 * (1 + train)  # the last token has no label
+
+
 def test_a_recomputed_layer_needs_its_split():
     model = make("llama", "ringattn").train()
     model.gradient_checkpointing_enable()

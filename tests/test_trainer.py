@@ -49,8 +49,11 @@ CASES = {
     ],
     3: [
         {"name": "gemma3-lora", "cp": 3, "model": "gemma3", "lora": True,
+         "split": {"offload": True, "schedule": "direct", "layout": "zigzag"},
          "args": {"assistant_only_loss": True}},
-        {"name": "moe-fsdp2", "cp": 3, "model": "moe", "engine": "fsdp2"},
+        {"name": "moe-fsdp2", "cp": 3, "model": "moe", "engine": "fsdp2",
+         "split": {"keep_attention": False}},
+        {"name": "completion", "cp": 3, "data": "completions"},
         {"name": "zero2-own-loss", "cp": 3, "engine": "zero2", "trainer": "plain",
          "split": {"chunked_loss": False}},
         {"name": "resumed-fsdp2", "cp": 3, "engine": "fsdp2", "resume": "saved-fsdp2/checkpoint-2",

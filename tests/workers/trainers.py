@@ -119,6 +119,12 @@ def preferences(count, seed):
     return datasets.Dataset.from_list([{name: words(draw) for name in names} for _ in range(count)])
 
 
+def completions(count, seed):
+    """Whose prompts are not supervised."""
+    rows = preferences(count, seed).rename_column("chosen", "completion")
+    return rows.remove_columns("rejected")
+
+
 def texts(count, seed):
     """Token ids alone, as a plain Trainer takes them."""
     draw = torch.Generator().manual_seed(seed)
@@ -175,6 +181,8 @@ def make_trainer(case, folder):
     if case.get("quantized"):
         model = quantized(model, folder)
     more, data = {}, {"sft": chats, "dpo": preferences, "plain": texts}[kind]
+    if case.get("data") == "completions":
+        data = completions
     if kind == "plain":
         more["data_collator"] = transformers.DataCollatorWithFlattening(return_seq_idx=False)
     else:
