@@ -52,13 +52,16 @@ class SplitSequences:
     callbacks are as without a split; the numbers that are logged are those of one process, and so
     is what is saved.
 
-    Raises ValueError, before data is prepared, for what is not covered: see
-    :mod:`ringattn.hf.refused`.
+    A Trainer that is given no collator packs: :func:`ringattn.hf.batches.pack`.
+
+    Raises ValueError for what is not covered, before data is prepared (a model that is given by
+    name is seen after that): see :mod:`ringattn.hf.refused`.
     """
 
     def __init__(self, *args: Any, split: Split, **kwargs: Any) -> None:
-        self.split, self._real = split, None
-        self._work: list[float] = []
+        self.split, self._told = split, False
+        self._real: int | None = None  # samples of a batch that is evaluated
+        self._work: list[float] = []  # of micro-steps since numbers were logged
         model = kwargs["model"] if "model" in kwargs else args[0] if args else None
         arguments = kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None
         check_arguments(arguments, kwargs, split)
@@ -158,7 +161,8 @@ class SplitSequences:
                 "a dataset to evaluate on needs a length where several data ranks share it"
             )
         # Preferences have no labels to leave out: there ranks are filled up, as accelerate does.
-        once = not training and not stream and "labels" in loader.collate_fn([loader.dataset[0]])
+        counted = not training and not stream and len(loader.dataset)
+        once = bool(counted) and "labels" in loader.collate_fn([loader.dataset[0]])
         share(loader, self.dp, self.dp_rank, self.args.world_size, even=not once)
         if training and self.split.balance and self.dp > 1 and not stream:
             shard, work = loader.batch_sampler, self._work_of(loader.dataset)
@@ -247,11 +251,11 @@ class SplitSequences:
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         lengths = self._documents(inputs).lengths if "input_ids" in inputs else ()
         self._work.append(self.planner.work(lengths))
-        first = self.planner.first is None
         with self._split_calls():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if first and self.is_world_process_zero():
+        if not self._told and self.is_world_process_zero():
             print(self.planner.told(self.dp), flush=True)
+        self._told = True
         return loss
 
     def compute_loss(
