@@ -381,3 +381,20 @@ def test_the_plugin_for_axolotl_makes_its_trainer_split(workers, tmp_path, monke
     cfg.context_parallel_size = 2
     with pytest.raises(ValueError, match=r"split by ringattn\.cp alone"):
         plugin.post_model_build(cfg, model)
+
+
+def test_torch_compile_compiles_layers_and_changes_no_number(workers, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        workers.forget()
+        args = {"torch_compile": compiled, "activation_checkpointing": False, "max_steps": 2}
+        args |= {"torch_compile_backend": "eager"} if compiled else {}
+        case = {"cp": 1, "trainer": "plain", "args": args}
+        trainer = workers.make_trainer(case, tmp_path)
+        trainer.train()
+        layer = trainer.model.model.layers[0]
+        assert hasattr(layer.__dict__.get("forward"), "_torchdynamo_orig_callable") == compiled
+        assert not hasattr(trainer.model_wrapped, "_orig_mod")
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    for left, right in zip(*losses, strict=True):
+        same(left, right, "loss")
