@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import sys
 import types
 from unittest.mock import patch
@@ -106,7 +107,6 @@ def same(a, b, name):
     assert math.isclose(a, b, rel_tol=1e-5, abs_tol=2e-6), (name, a, b)
 
 
-@pytest.mark.xdist_group("trainers")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
     (want, wanted), (got, weights) = (found(runs / kind, name) for kind in ("plain", "split"))
@@ -145,11 +145,19 @@ def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
 def workers():
     """The module of the runs, which sets the environment up for itself."""
     before = dict(os.environ)
+    # One process, whatever other tests have left there; and a port of its own.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     with patch.object(sys, "path", [*sys.path]):
         spec = importlib.util.spec_from_file_location("trainers", WORKER)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     yield module
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
@@ -159,7 +167,6 @@ def mistake(workers, tmp_path, **case):
     return workers.make_trainer({"cp": 1, **case}, tmp_path)
 
 
-@pytest.mark.xdist_group("trainers")
 @pytest.mark.parametrize(
     ("case", "shown"),
     [
@@ -184,7 +191,6 @@ def test_a_mistake_is_one_line_before_data_is_read(workers, tmp_path, case, show
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xdist_group("trainers")
 @pytest.mark.parametrize(
     ("case", "change", "shown"),
     [
@@ -216,7 +222,6 @@ def test_a_batch_that_is_not_as_it_should_be_is_one_line(workers, tmp_path, case
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xdist_group("trainers")
 def test_another_number_of_samples_a_step_does_not_go_on(runs, workers, tmp_path):
     trainer = mistake(workers, tmp_path)
     trainer.args.gradient_accumulation_steps = 3
