@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -79,9 +80,10 @@ def scoring(
         labels = kwargs.get("shift_labels")
         if args or labels is None or split.checking or kwargs.get("fused_lm_head"):
             return original(*args, **kwargs)
+        known = _routes(model, kwargs) in _KNOWN.get(model, {})
         if split.probe is not None:
-            return _learn(model, original, kwargs)
-        if _routes(model, kwargs) not in _KNOWN.get(model, {}):
+            return (original if known else partial(_learn, model, original))(**kwargs)
+        if not known:
             _probe(model, original, kwargs)
         return _scored(model, kwargs, labels, chunk, temperature)
 
@@ -153,7 +155,7 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     raise NotCovered(f"{type(model).__name__} is no model with a body and a head")
 
 
-def _learn(model: PreTrainedModel, original: Any, kwargs: dict[str, Any]) -> Any:
+def _learn(model: PreTrainedModel, original: Any, **kwargs: Any) -> Any:
     """What the model itself gives; learns from it how logits follow from hidden states."""
     body, name = body_of(model), type(model).__name__
     seen: list[Any] = []
@@ -206,7 +208,7 @@ def _probe(model: PreTrainedModel, original: Any, kwargs: dict[str, Any]) -> Non
     split.probe = Probe({module: path for path, module in model.named_modules()})
     try:
         with torch.no_grad(), uncompiled(model), evaluating(model):
-            _learn(model, original, shortened(model, kwargs, torch.arange(TOKENS)))
+            _learn(model, original, **shortened(model, kwargs, torch.arange(TOKENS)))
     finally:
         split.probe = None
 
@@ -231,7 +233,8 @@ def _scored(
     with _autocast(labels.device.type, known.autocast):
         out = body(**inputs)
         head = model.get_output_embeddings()
-        each = _each(head, known, out.last_hidden_state, labels, chunk, temperature)
+        vocab = model.config.get_text_config().vocab_size
+        each = _each(head, known, out.last_hidden_state, labels, vocab, chunk, temperature)
     count = (labels != IGNORED).sum().clamp(min=1) if count is None else count
     loss, share = -each.sum() / count, None
     if known.top is not None:
@@ -246,6 +249,7 @@ def _each(
     known: Unembedding,
     hidden: torch.Tensor,  # [batch, tokens, dim]
     labels: torch.Tensor,  # [batch, tokens]
+    vocab: int,
     chunk: int | None,
     temperature: float,
 ) -> torch.Tensor:
@@ -258,7 +262,6 @@ def _each(
     wanted = flat[supervised].clamp(min=0)
     original, own = head.forward, head.__dict__.get("forward")
     draws = any(isinstance(m, nn.Dropout) and m.p and m.training for m in head.modules())
-    vocab = getattr(head, "out_features", rows.shape[-1])
     size = chunk or max(LEAST, len(rows) * rows.shape[-1] // vocab)
 
     def of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -236,10 +236,10 @@ class SplitSequences:
 
     @contextmanager
     def _split_calls(self, logits: bool = False) -> Iterator[None]:
-        models = [self.model, getattr(self, "ref_model", None)]
+        models = (self.model, getattr(self, "ref_model", None))
         split, group = self.split, None if self.context is None else self.context.cp_group
         with ExitStack() as stack:
-            for model in filter(None, models):
+            for model in (model for model in models if model is not None):
                 calls = whole_calls(
                     model, self.planner, group, kernel=split.kernel, mixers=split.mixers,
                     unpad=split.unpad, chunked_loss=split.chunked_loss,
@@ -249,8 +249,9 @@ class SplitSequences:
             yield
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        lengths = self._documents(inputs).lengths if "input_ids" in inputs else ()
-        self._work.append(self.planner.work(lengths))
+        if self.dp > 1:
+            lengths = self._documents(inputs).lengths if "input_ids" in inputs else ()
+            self._work.append(self.planner.work(lengths))
         with self._split_calls():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._told and self.is_world_process_zero():
@@ -317,7 +318,7 @@ class SplitSequences:
         self.state.num_input_tokens_seen = before + seen // self.split.cp
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._work and "loss" in logs and self.dp > 1:
+        if self._work and "loss" in logs:
             own = torch.tensor(self._work, dtype=torch.float64, device=self.args.device)
             everyone = [torch.empty_like(own) for _ in range(self.dp)]
             dist.all_gather(everyone, own, group=self.context.mesh.get_group("data"))

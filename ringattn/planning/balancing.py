@@ -10,6 +10,7 @@ are its loss and gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -37,12 +38,14 @@ def deal(
     if not len(work) or work.min() == work.max():  # in their own order
         each = np.arange(len(work)).reshape(batches, size).tolist()
         return [each[at : at + ranks] for at in range(0, batches, ranks)]
-    total, members = np.zeros(batches), [[] for _ in range(batches)]
+    members: list[list[int]] = [[] for _ in range(batches)]
+    total, least = np.zeros(batches), [(0.0, batch) for batch in range(batches)]  # a heap
     for sample in np.argsort(-work, kind="stable").tolist():
-        open_ones = [batch for batch in range(batches) if len(members[batch]) < size]
-        least = min(open_ones, key=total.__getitem__)
-        total[least] += work[sample]
-        members[least].append(sample)
+        so_far, batch = heappop(least)
+        members[batch].append(sample)
+        total[batch] = so_far + work[sample]
+        if len(members[batch]) < size:
+            heappush(least, (float(total[batch]), batch))
     order = np.argsort(-total, kind="stable").tolist()
     each = [sorted(members[batch]) for batch in order]
     return [each[at : at + ranks] for at in range(0, batches, ranks)]
