@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import Any
 
-from ringattn.make import make_plan, make_plans, make_segments
+from ringattn.make import make_blocks, make_plan, make_plans, make_segments
 from ringattn.planning import layouts, masks
+from ringattn.planning.blocks import Blocks
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.segments import Segments
 
 __all__ = [
-    "LayerPlans", "Plan", "Segments", "hf", "kernels", "layouts", "make_plan", "make_plans",
-    "make_segments", "masks", "mixers", "ring_attention",
+    "Blocks", "LayerPlans", "Plan", "Segments", "hf", "kernels", "layouts", "make_blocks",
+    "make_plan", "make_plans", "make_segments", "masks", "mixers", "ring_attention",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ of supervised tokens. Nothing else in the project knows about the split.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Along = Mapping[str, Any]  # what a state goes by: its segments, and the group
+# What a state goes by, its segments and the group; or sets of keys: blocks, group and kernel.
+Along = Mapping[str, Any]
 Attends = Attend | Mapping[str, Attend | Along]  # of all layers, or by kind of layer
 
 
@@ -94,8 +95,8 @@ class Context:
 
     def attend(self, plans: Plan | LayerPlans, carrier: Any = None) -> Attends:
         """Attention over the split sequence as a function of local q, k, v: what layers call; of
-        LayerPlans, by kind of layer, for those with a state what it goes by. ``carrier``: in place
-        of the group, a carrier of :mod:`ringattn.comm` over it."""
+        LayerPlans, by kind of layer, for those with a state or sets of keys what they go by.
+        ``carrier``: in place of the group, a carrier of :mod:`ringattn.comm` over it."""
         group = self.cp_group if carrier is None else carrier
         attend = partial(ring_attention, group=group, kernel=self.kernel)
         if isinstance(plans, Plan):
@@ -104,7 +105,12 @@ class Context:
             kind: {"segments": segments, "group": group}
             for kind, segments in plans.segments.items()
         }
-        return {kind: partial(attend, plan=plan) for kind, plan in plans.items()} | along
+        along |= {
+            kind: {"blocks": own.blocks, "group": group, "kernel": self.kernel}
+            for kind, own in plans.sets.items()
+        }
+        of_masks = (kind for kind in plans if kind not in plans.of_set)
+        return {kind: partial(attend, plan=plans[kind]) for kind in of_masks} | along
 
     def total(self, *values: float) -> list[float]:
         """Sums over all ranks of the world."""
@@ -163,9 +169,13 @@ def check_engaged(
     far above rounding, however many ranks there are. Of ``states``, kinds that carry one, documents
     are of two tokens that lie across segments: where all first ones are changed, the second ones
     must move, however fast the state decays (through a state or a halo, which it does not tell
-    apart). Raises RuntimeError on all ranks when the model
-    ignores the plan.
+    apart); so too of kinds that attend sets of keys, with blocks of single tokens, so that the
+    first ones are reached through summaries and choices (of buckets, in which tokens may miss each
+    other, only that no others move). Raises RuntimeError on all ranks when the model ignores the
+    plan.
     """
+    sets = strategy.sets
+    strategy = replace(strategy, sets={kind: own.smallest for kind, own in sets.items()})
     n = 4 * context.cp
     alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
     pairs = [1, *[2] * (n // 2 - 1), 1]
@@ -197,6 +207,8 @@ def check_engaged(
         should = reached[own]
         moved = torch.where(should, apart > 0, apart > noise * largest)
         wrong = (moved != should) & ~changed[own]
+        if kind in sets and not sets[kind].reaches:
+            wrong &= ~should
         if context.total(float(wrong.sum()))[0]:
             several = len(kinds) + len(states) > 1
             raise RuntimeError(

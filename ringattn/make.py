@@ -10,6 +10,7 @@ from typing import Any
 from ringattn import cost
 from ringattn.cost import AttentionShape, Hardware, presets
 from ringattn.planning import head_split, masks, plan, schedules
+from ringattn.planning.blocks import Blocks
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
@@ -214,3 +215,27 @@ def make_segments(mask: Mask, layout: Layout, way: str | None = None) -> Segment
             f"{layout.n} tokens: a state sees all tokens of its document before it"
         )
     return Segments(layout, lengths, way)
+
+
+@lru_cache(maxsize=64)
+def make_blocks(
+    mask: Mask, layout: Layout, size: int, stride: int | None = None, ulysses: int = 1
+) -> Blocks:
+    """What mixers that summarise or choose blocks go by: blocks of ``size`` tokens, one every
+    ``stride`` (None: side by side), which begin anew in each document; ``mask`` is
+    ``masks.causal(n)`` or ``masks.documents(lengths)``. ``ulysses``: over how many neighbouring
+    ranks heads are split. The same arguments give the same object.
+
+    Raises ValueError for another mask, a layout whose runs are not contiguous, and degrees that do
+    not divide the ranks.
+    """
+    lengths = mask.pieces
+    documents = masks.documents(lengths)
+    if mask.n_q != layout.n or mask.area != documents.area or (mask - documents).area:
+        raise ValueError(
+            f"make_blocks: the mask must be causal(n) or documents(lengths) of the layout's "
+            f"{layout.n} tokens; what limits who attends whom besides is the mixer's"
+        )
+    if layout.world % integer("ulysses", ulysses, 1):
+        raise ValueError(f"ulysses={ulysses} does not divide the {layout.world} ranks")
+    return Blocks(layout, lengths, size, stride, ulysses)

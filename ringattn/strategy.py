@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ringattn.cost import Hardware
 from ringattn.make import make_plan, make_segments
 from ringattn.planning import layouts
 from ringattn.planning import masks as planning_masks
-from ringattn.planning.layer_plans import LayerPlans
+from ringattn.planning.layer_plans import LayerPlans, SetPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
 from ringattn.planning.segments import Segments
+
+
+class Sets(Protocol):
+    """A kind of layer that attends sets of keys: :class:`ringattn.models.key_sets.KeySets`."""
+
+    @property
+    def smallest(self) -> Sets: ...
+
+    @property
+    def reaches(self) -> bool: ...
+
+    def degree(self, ulysses: int, kv_heads: int) -> int: ...
+
+    def plans(self, layout: Layout, lengths: Sequence[int], ulysses: int = 1) -> SetPlans: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Strategy:
     kv_heads: int | None = None
     head_dim: int = 128
     hardware: Hardware | None = None
+    sets: Mapping[str, Sets] = field(default_factory=dict)  # of kinds that attend sets of keys
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of ``mask``; the same on every rank."""
@@ -59,17 +75,18 @@ class Strategy:
     ) -> LayerPlans:
         """The plans of a model whose ``layers`` are of these kinds (NONE: without attention), on
         one layout: balanced for the sum over the layers. "auto" chooses for each kind. ``states``:
-        of kinds that carry a state, the lengths of the documents.
+        of kinds that carry a state or attend sets of keys, the lengths of the documents.
 
         Raises ValueError for states and a striped layout."""
         states = states or {}
-        layout = layout_of(self.layout, masks, layers, states, self.cp)
+        layout = layout_of(self.layout, masks, layers, states, self.cp, self.sets)
         usual = (self.schedule, self.ulysses)
         plans = {
             kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))
             for kind, mask in masks.items()
         }
-        return LayerPlans(plans, layers, segments=segments_of(states, layout))
+        segments, sets = carried(states, layout, self.sets, self.ulysses, self.kv_heads)
+        return LayerPlans(plans, layers, segments=segments, sets=sets)
 
     def like(self, plans: LayerPlans) -> Strategy:
         """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
@@ -86,9 +103,14 @@ def layout_of(
     layers: Sequence[str],
     states: Mapping[str, Sequence[int]],
     cp: int,
+    sets: Mapping[str, Sets] | None = None,
 ) -> Layout:
     """Of the attention of all layers together; where none attends, every token is as much work."""
     each = [masks[kind] for kind in layers if kind in masks]
+    if name == "balanced":
+        for kind in (kind for kind in layers if kind in (sets or {}) and kind in states):
+            one = layouts.contiguous(sum(states[kind]), 1)
+            each += [plan.mask for plan in sets[kind].plans(one, states[kind]).plans.values()]
     if not each:
         each = [planning_masks.sliding_window(sum(next(iter(states.values()))), 1)]
     return layouts.build(name, each, cp)
@@ -100,3 +122,21 @@ def segments_of(states: Mapping[str, Sequence[int]], layout: Layout) -> dict[str
         kind: make_segments(planning_masks.documents(lengths), layout)
         for kind, lengths in states.items()
     }
+
+
+def carried(
+    states: Mapping[str, Sequence[int]],
+    layout: Layout,
+    sets: Mapping[str, Sets],
+    ulysses: int | None,
+    kv_heads: int | None,
+) -> tuple[dict[str, Segments], dict[str, SetPlans]]:
+    """What the kinds of layer in ``states`` go by, over documents of these lengths: (segments of
+    those that carry a state, plans of those that attend ``sets`` of keys)."""
+    of_states = {kind: lengths for kind, lengths in states.items() if kind not in sets}
+    of_sets = {
+        kind: sets[kind].plans(layout, lengths, sets[kind].degree(ulysses or 1, kv_heads or 1))
+        for kind, lengths in states.items()
+        if kind in sets
+    }
+    return segments_of(of_states, layout), of_sets

@@ -243,9 +243,11 @@ def footprint(
     kv_rows: int = 0,
     grad_rows: int = 0,
     summaries: int = 0,
+    laid_out: int = 0,
 ) -> Footprint:
     """For ``tokens`` of this rank in a micro-step; ``kv_rows`` and ``grad_rows`` are those of
-    :func:`ringattn.cost.buffers`, ``summaries`` bytes of other ranks' states. Without the
+    :func:`ringattn.cost.buffers`, ``summaries`` bytes of other ranks' states, ``laid_out`` those of
+    queries that are laid out again in attention. Without the
     framework's own share, and the copy that a checkpoint is written from (12 bytes a parameter of
     this rank, in host memory)."""
     wide, memory = setup.wide, setup.memory
@@ -276,6 +278,7 @@ def footprint(
     # width, those of q, k and v in float32, and the blocks on their way.
     attention = ((q + model.dim) * wide + 4 * (q + kv)) * tokens
     attention += (kv_rows * wide + grad_rows * 4) * kv // setup.ulysses
+    attention += laid_out
     before = (norm - 1) * model.dim + q + kv
     if memory.checkpoint:
         attention += before * wide * tokens

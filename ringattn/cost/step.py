@@ -115,10 +115,14 @@ class Prediction:
         for kind, count in self.plans.states.items():
             layer = received_states_of(self.model, self.setup, self.plans, kind)
             states += count * (layer.forward + layer.backward)
+        states += sum(
+            count * 2 * gathered_of(self.model, self.plans, kind)
+            for kind, count in self.plans.of_sets.items()
+        )
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
-            **({"states": float(states * accum)} if self.plans.segments else {}),
+            **({"states": float(states * accum)} if states else {}),
             "weights gathered": traffic.gathered * accum,
             "gradients reduced": traffic.reduced * accum,
             "at the step's end": traffic.at_step,
@@ -169,6 +173,8 @@ class Layer:
     grad_rows: int
     states: float = 0.0  # seconds of the exchanges of all layers with a state, which nothing hides
     summaries: int = 0  # bytes that one of them holds of others
+    scored: float = 0.0  # FLOPs of a forward of all layers that choose keys: of their scores
+    again: int = 0  # bytes of a layer that lays queries out again, by its choices
 
 
 def layer_of(
@@ -191,7 +197,25 @@ def layer_of(
         *rows,
         states=exchange_of(model, setup, plans, hardware),
         summaries=summaries_of(model, setup, plans),
+        scored=sum(
+            count * 2.0 * plans.sets[kind].scored * tokens * model.heads * model.head_dim
+            for kind, count in plans.of_sets.items()
+        ),
+        again=again_of(model, setup, plans, tokens),
     )
+
+
+def again_of(model: Sizes, setup: Setup, plans: LayerPlans, tokens: int) -> int:
+    """The most bytes in which a layer lays the queries of so many tokens out again by what they
+    chose: q and dout in the model's dtype, out and dq in float32."""
+    times = max((own.times for own in plans.sets.values()), default=0)
+    return times * tokens * model.heads * model.head_dim * 2 * (setup.wide + 4)
+
+
+def gathered_of(model: Sizes, plans: LayerPlans, kind: str) -> int:
+    """Bytes of the float32 summaries that every rank receives in a layer with sets of keys."""
+    rows = plans.sets[kind].gathered * (plans.world - 1) // plans.world
+    return rows * model.kv_heads * model.head_dim * 4
 
 
 def summaries_of(model: Sizes, setup: Setup, plans: LayerPlans) -> int:
@@ -229,6 +253,9 @@ def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardwar
             )
             each.append(again * forward + backward)
         total += count * max(each)
+    for kind, count in plans.of_sets.items():
+        size = gathered_of(model, plans, kind)
+        total += count * again * float(link.seconds(size, plans.world - 1)) if size else 0.0
     return total
 
 
@@ -261,7 +288,7 @@ def predict(
         if ranks is None:
             ranks = cost.sample(plans.heaviest) if plans else []
         layer = layer_of(model, setup, plans, hardware, ranks)
-    held = layer.kv_rows, layer.grad_rows, layer.summaries
+    held = layer.kv_rows, layer.grad_rows, layer.summaries, layer.again
     memory = footprint(model, setup, layer.tokens, *held)
     return Prediction(
         model=model,
@@ -288,6 +315,9 @@ def _parts(
     slower = 1.0 if hardware.cores is None else max(1.0, setup.world / hardware.cores)
     share = sum(product_flops(model, setup, tokens).values()) / peak
     products = share / float(hardware.matmul(side)) * slower
+    again = 2 if setup.memory.checkpoint else 1
+    scores = again * layer.scored / peak / float(hardware.matmul(min(side, model.head_dim)))
+    products += scores * slower
     streams = elementwise_bytes(model, setup, tokens) / hardware.memory_bandwidth
     elementwise = streams * slower
     dispatch = operators(model, setup) * hardware.dispatch * slower

@@ -50,10 +50,15 @@ class Job:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, job: Job
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    job: Job,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out in the dtype of q, lse) of the queries that this rank works on."""
-    dtype = kernels.state_dtype(q.dtype)
+    """(out in ``out_dtype``, by default that of q; lse) of the queries that this rank works on."""
+    dtype, out_dtype = kernels.state_dtype(q.dtype), out_dtype or q.dtype
     shape = (*q.shape[:3], v.shape[-1])
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
     if sinks is not None:
@@ -63,7 +68,7 @@ def forward(
     for index, step, kv in _walk((k, v), job):
         if step.bands:
             # The last step writes what is returned, the others the running state.
-            before, wanted = out, q.dtype if index == last else dtype
+            before, wanted = out, out_dtype if index == last else dtype
             if before is None or before.dtype != wanted:
                 out = q.new_empty(shape, dtype=wanted)
             with _named(f"forward, step {index}: block {step.block}"):
@@ -79,7 +84,7 @@ def forward(
                 )
             del before
         del kv  # or it would live on beside the next two
-    return q.new_zeros(shape) if out is None else out, lse
+    return q.new_zeros(shape, dtype=out_dtype) if out is None else out, lse
 
 
 class _Grads:
@@ -115,8 +120,11 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     job: Job,
+    dq_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq in the dtype of q; dk, dv in that of lse, or of q where a single step computes all."""
+    """dq in ``dq_dtype``, by default that of q; dk, dv in that of lse, or of q where a single step
+    computes all."""
+    dq_dtype = dq_dtype or q.dtype
     steps, kernel = job.plan.steps, job.kernel
     alone = len(steps) == 1 and not steps[0].grad_sends and not steps[0].grad_recvs
     # Shares of split heads may have to be summed yet.
@@ -182,8 +190,9 @@ def backward(
             compute((k, v), 0, late)
     with _named("wait for the last K/V gradients"):
         finish()
-    dq = kernel.finish(dq, q.dtype, job.scores) if begun else torch.zeros_like(q)
-    return dq, *grads.sums(0)
+    if not begun:
+        return torch.zeros_like(q, dtype=dq_dtype), *grads.sums(0)
+    return kernel.finish(dq, dq_dtype, job.scores), *grads.sums(0)
 
 
 def _walk(own: Pair, job: Job) -> Iterator[tuple[int, Step, Pair]]:

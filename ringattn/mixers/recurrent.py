@@ -35,7 +35,8 @@ def linear(
     normalize: bool = False,
     initial: torch.Tensor | None = None,
     chunk: int | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``S_t = D_t S_{t-1} + k_t v_t^T``, ``out_t = scale S_t^T q_t``; ``D_t = diag exp decay_t``.
 
     Without decay linear attention (Katharopoulos et al. 2020; with feature maps on q and k
@@ -47,19 +48,23 @@ def linear(
     dk]``. ``scale`` None: ``1 / sqrt(dk)``. ``normalize``: divided by ``scale z_t^T q_t``, z being
     the state of v = 1. ``initial`` ``[heads, dk, dv]``: the state that every document begins with;
     its gradient, and that of a decay ``[heads]``, is this rank's share. ``chunk``: tokens of a
-    chunk in torch, and no kernels (see ``fla``). Returns ``[batch, tokens, heads, dv]`` in the
-    dtype of v; states are float32.
+    chunk in torch, and no kernels (see ``fla``). ``return_lse``: with ``normalize``, also the
+    logarithm of what is divided by, ``[batch, heads, tokens]``, which ``combine`` takes. Returns
+    ``[batch, tokens, heads, dv]`` in the dtype of v; states are float32.
 
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
     if not normalize:
+        if return_lse:
+            raise ValueError("linear: return_lse needs normalize")
         given = Inputs(q, k, v, decay, None, _scale(scale, q), initial)
         return _mix(given, segments, group, chunk)
     if initial is not None:
         raise ValueError("linear: initial and normalize do not go together")
     both = torch.cat([v.float(), v.new_ones(*v.shape[:3], 1, dtype=torch.float32)], -1)
     out = _mix(Inputs(q, k, both, decay, None, _scale(scale, q), None), segments, group, chunk)
-    return (out[..., :-1] / out[..., -1:]).to(v.dtype)
+    mixed = (out[..., :-1] / out[..., -1:]).to(v.dtype)
+    return (mixed, out[..., -1].log().mT) if return_lse else mixed
 
 
 def delta(

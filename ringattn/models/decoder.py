@@ -19,6 +19,8 @@ from torch import nn
 
 from ringattn.context import Along, Attend, Attends
 from ringattn.models import recompute
+from ringattn.models.choosing import Choosing, initial_span
+from ringattn.models.key_sets import KeySets
 from ringattn.models.loss import capped, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
 from ringattn.models.mixer import initial_mixer_weight, make_mixer
@@ -45,7 +47,9 @@ def _norm(config: ModelConfig, width: int) -> nn.RMSNorm:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """Over a mask; or with ``sets`` over keys that are chosen or summarised."""
+
+    def __init__(self, config: ModelConfig, sets: KeySets | None = None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.options = {"scale": config.scale, "softcap": config.softcap}
@@ -62,16 +66,23 @@ class Attention(nn.Module):
             _norm(config, width) if normed else nn.Identity() for width in widths
         )
         self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
+        self.choosing = None if sets is None else Choosing(config, sets)
 
-    def forward(self, x: torch.Tensor, phases: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, phases: torch.Tensor, attend: Attend | Along
+    ) -> torch.Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (rearrange(y, "b t (h d) -> b t h d", d=self.head_dim) for y in (q, k, v))
         if not self.whole:
             q, k = self.q_norm(q), self.k_norm(k)
-        options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
-        out = attend(rotate(q, phases), rotate(k, phases), v, **options)
+        q, k = rotate(q, phases), rotate(k, phases)
+        if self.choosing is not None:
+            out = self.choosing(x, q, k, v, attend, **self.options)
+        else:
+            options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
+            out = attend(q, k, v, **options)
         return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
 
 
@@ -106,14 +117,20 @@ _NORMS = {
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, memory: Memory, mixer: Mixer | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        memory: Memory,
+        mixer: Mixer | None = None,
+        sets: KeySets | None = None,
+    ) -> None:
         super().__init__()
         self.memory, self.attends = memory, mixer is None
         self.places = _NORMS[config.norms]
         if self.places[0]:  # parameters in the order in which they are used
             self.add_module(self.places[0], _norm(config, config.dim))
         if mixer is None:
-            self.self_attn = Attention(config)
+            self.self_attn = Attention(config, sets)
         else:
             self.mixer = make_mixer(config, mixer)
         for name in filter(None, self.places[1:]):
@@ -188,7 +205,8 @@ class Decoder(nn.Module):
         self.kinds = (ONE,) * config.layers if kinds is None else tuple(kinds)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            Block(config, self.memory, config.mixer_of(kind)) for kind in self.kinds
+            Block(config, self.memory, config.mixer_of(kind), config.sets_of(kind))
+            for kind in self.kinds
         )
         self.norm = _norm(config, config.dim)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
@@ -252,6 +270,8 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: torch.Size)
     generator = torch.Generator().manual_seed(number)
     if ".mixer." in name and (own := initial_mixer_weight(name, shape, generator)) is not None:
         return own
+    if name.endswith(".spans"):
+        return initial_span(config, name, shape)
     if len(shape) < 2:
         zero = config.norm_offset and not name.endswith("out_norm.weight")
         zero |= name.endswith(("bias", "sinks"))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ringattn.models.key_sets import KeySets
 from ringattn.models.mixer_config import Mixer
 from ringattn.models.rope_config import RopeConfig
 from ringattn.typed import Count, Flag, Positive, Text, Words, settings
@@ -85,9 +86,18 @@ class ModelConfig:
         """What a kind of layer has in place of attention; None: it attends."""
         return None
 
+    def sets_of(self, kind: str) -> KeySets | None:
+        """The sets of keys that a kind of layer attends; None: those of a mask."""
+        return None
+
     @property
     def mixed(self) -> dict[Mixer, int]:
         """How many layers have which mixer in place of attention."""
+        return {}
+
+    @property
+    def choosing(self) -> dict[KeySets, int]:
+        """How many layers attend which sets of keys."""
         return {}
 
     @property
@@ -105,6 +115,7 @@ class ModelConfig:
         """Parameters that multiply every token: with the head, without the embedding look-up."""
         attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
         mixers = sum(n * mixer.matmul_parameters(self.dim) for mixer, n in self.mixed.items())
+        mixers += sum(n * sets.matmul_parameters(self) for sets, n in self.choosing.items())
         ffn = self.layers * 3 * self.dim * self.ffn_dim
         return self.attending * attention + mixers + ffn + self.dim * self.vocab_size
 
@@ -124,23 +135,39 @@ class ModelConfig:
         extra += (self.block_norms * self.layers + 1) * self.dim + self.attending * per_layer
         for mixer, n in self.mixed.items():
             extra += n * (mixer.parameters(self.dim) - mixer.matmul_parameters(self.dim))
+        for sets, n in self.choosing.items():
+            extra += n * (sets.parameters(self) - sets.matmul_parameters(self))
         return self.matmul_parameters + extra
 
 
 @settings
 class MixedConfig(ModelConfig):
-    """A decoder of which some layers carry a state in place of attention."""
+    """A decoder of which some layers carry a state in place of attention, or attend sets of keys
+    that are chosen or summarised."""
 
     kinds: tuple[Text, ...]
     """That of each layer."""
-    mixers: dict[Text, Mixer]
+    mixers: dict[Text, Mixer | KeySets]
     """By kind, all sizes known; other kinds attend."""
 
     def mixer_of(self, kind: str) -> Mixer | None:
         """What a kind of layer has in place of attention; None: it attends."""
-        return self.mixers.get(kind)
+        mixer = self.mixers.get(kind)
+        return mixer if isinstance(mixer, Mixer) else None
+
+    def sets_of(self, kind: str) -> KeySets | None:
+        """The sets of keys that a kind of layer attends; None: those of a mask."""
+        mixer = self.mixers.get(kind)
+        return mixer if isinstance(mixer, KeySets) else None
 
     @property
     def mixed(self) -> dict[Mixer, int]:
         """How many layers have which mixer in place of attention."""
-        return dict(Counter(self.mixers[kind] for kind in self.kinds if kind in self.mixers))
+        each = Counter(map(self.mixer_of, self.kinds))
+        return {mixer: count for mixer, count in each.items() if mixer}
+
+    @property
+    def choosing(self) -> dict[KeySets, int]:
+        """How many layers attend which sets of keys."""
+        each = Counter(map(self.sets_of, self.kinds))
+        return {sets: count for sets, count in each.items() if sets}

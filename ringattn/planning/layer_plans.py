@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from ringattn.planning.blocks import Blocks
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.plan import Plan
@@ -14,10 +16,25 @@ ONE = "all"  # the kind of every layer, where there is one
 NONE = ""  # of layers without attention
 
 
+@dataclass(frozen=True)
+class SetPlans:
+    """Of layers that attend several sets of keys: the ``blocks`` that they go by, and a plan for
+    each set by its name. What such a layer costs besides: ``scored`` products of a query with a
+    summary for each token; ``gathered`` summaries that every rank receives of the others; queries
+    that are laid out again so many ``times`` as they have choices."""
+
+    blocks: Blocks
+    plans: Mapping[str, Plan]
+    scored: int = 0
+    gathered: int = 0
+    times: int = 0
+
+
 class LayerPlans(dict[str, Plan]):
     """{kind: plan}; ``layers`` are the kinds of the model's layers, in order (by default each kind
     once; NONE for those without attention), and ``shared`` the mask that they all share, where it
-    is known. ``segments``: of kinds of layer that carry a state, and have no plan.
+    is known. ``segments``: of kinds of layer that carry a state, and have no plan. ``sets``: of
+    kinds of layer with several sets of keys, whose plans are here as "kind: set".
 
     Raises ValueError for plans of several layouts, or layers of which there is no plan.
     """
@@ -28,17 +45,31 @@ class LayerPlans(dict[str, Plan]):
         layers: Sequence[str] | None = None,
         shared: Mask | None = None,
         segments: Mapping[str, Segments] | None = None,
+        sets: Mapping[str, SetPlans] | None = None,
     ) -> None:
         super().__init__(plans)
-        self.segments = dict(segments or {})
-        self.layers = tuple([*self, *self.segments] if layers is None else layers)
+        self.segments, self.sets = dict(segments or {}), dict(sets or {})
+        kinds = [*self, *self.segments, *self.sets]
+        self.layers = tuple(kinds if layers is None else layers)
         self.shared = shared
-        if unknown := set(self.layers) - set(self) - set(self.segments) - {NONE}:
+        if unknown := set(self.layers) - {*kinds, NONE}:
             raise ValueError(f"layers of kind {', '.join(sorted(unknown))} have no plan")
         for kind, plan in self.items():
             for name, own in (("layout", plan.layout), ("key layout", plan.key_layout)):
                 if own is not self.layout and own != self.layout:
                     raise ValueError(f"the {name} of {kind} is not that of the first plan")
+        for kind, own in self.sets.items():
+            if own.blocks.layout is not self.layout and own.blocks.layout != self.layout:
+                raise ValueError(f"the blocks of {kind} have another layout than the first plan")
+        # After that check: summaries have layouts of their own.
+        self.of_set = {
+            f"{kind}: {name}": kind for kind, own in self.sets.items() for name in own.plans
+        }
+        self.update(
+            (f"{kind}: {name}", plan)
+            for kind, own in self.sets.items()
+            for name, plan in own.plans.items()
+        )
         for kind, own in self.segments.items():
             if own.layout is not self.layout and own.layout != self.layout:
                 raise ValueError(f"the segments of {kind} have another layout than the first plan")
@@ -54,7 +85,10 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def layout(self) -> Layout:
-        return (self.first if self else next(iter(self.segments.values()))).layout
+        if self:
+            return self.first.layout
+        each = [*self.segments.values(), *(own.blocks for own in self.sets.values())]
+        return each[0].layout
 
     @property
     def world(self) -> int:
@@ -72,8 +106,15 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def counts(self) -> Counter[str]:
-        """Layers of each kind that attends."""
-        return Counter(kind for kind in self.layers if kind in self)
+        """Layers of each kind that attends; of one with several sets of keys, of each set."""
+        layers = Counter(self.layers)
+        return Counter({kind: count for kind in self
+                        if (count := layers[self.of_set.get(kind, kind)])})  # fmt: skip
+
+    @property
+    def of_sets(self) -> Counter[str]:
+        """Layers of each kind that attends sets of keys."""
+        return Counter(kind for kind in self.layers if kind in self.sets)
 
     @property
     def states(self) -> Counter[str]:

@@ -76,6 +76,13 @@ class Plan:
         """The mask cut by groups of ``ulysses`` ranks, which the schedule sees as one rank each."""
         return _partition(self.mask, self.layout, self.key_layout, self.ulysses)
 
+    @cached_property
+    def of_groups(self) -> Plan:
+        """The same over the groups of ``ulysses`` ranks, each as if it were one rank."""
+        layout, key_layout = self.partition.q_layout, self.partition.k_layout
+        node = max(1, self.node_size // self.ulysses)
+        return Plan(self.mask, layout, key_layout, self.schedule, 1, node)
+
     def rank(self, rank: int) -> RankPlan:
         """The blocks and steps of ``rank``; worked out on first use and kept."""
         if rank not in self._ranks:

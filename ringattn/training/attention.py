@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ringattn.models.key_sets import NAMES as SETS
+from ringattn.models.key_sets import KeySets
 from ringattn.models.mixer_config import NAMES as MIXERS
 from ringattn.models.mixer_config import Mixer
 from ringattn.planning import mask_text, masks
@@ -17,13 +19,17 @@ from ringattn.typed import Count, Text, Whole, Words, keys, settings
 
 # In place of a window of "auto", where the kinds of layer have their own masks.
 _KINDS = Annotated[
-    dict[Text, Text | Mixer] | None,
+    dict[Text, Text | Mixer | KeySets] | None,
     Words(
         "null or a mapping of names to masks or mixers, as {local:causal,memory:{mixer:"
         "gated_delta}} (a mixer's keys: "
         + ", ".join(key.name for key in keys(Mixer))
         + "; its names: "
         + ", ".join(MIXERS)
+        + "; of attention to sets of keys: "
+        + ", ".join(key.name for key in keys(KeySets))
+        + "; its names: "
+        + ", ".join(SETS)
         + ")"
     ),
 ]
@@ -46,7 +52,8 @@ class Attention:
     kinds: _KINDS = None
     """Of a text, by kind of layer: {local:"sliding_window(1024)",global:causal}; in place of mask,
     window and sinks. none: layers without attention, of an unchanged module. A mapping with
-    mixer: layers that carry a state: memory:{mixer:gated_delta,heads:4}."""
+    mixer: layers that carry a state, memory:{mixer:gated_delta,heads:4}, or attend keys that are
+    chosen or summarised, routed:{mixer:moba,block:512,top_k:8}."""
     pattern: Annotated[list[Text] | None, Field(min_length=1)] = None
     """With kinds: that of each layer, from the first on, again and again:
     [local,local,local,global]."""
@@ -88,6 +95,12 @@ class Attention:
         return {kind: value for kind, value in kinds if isinstance(value, Mixer)}
 
     @property
+    def sets(self) -> dict[str, KeySets]:
+        """The kinds of layer that attend sets of keys."""
+        kinds = (self.kinds or {}).items()
+        return {kind: value for kind, value in kinds if isinstance(value, KeySets)}
+
+    @property
     def texts(self) -> dict[str, str]:
         """The mask of one text by kind of layer, as :mod:`ringattn.planning.mask_text` reads it."""
         if self.kinds is not None:
@@ -118,8 +131,9 @@ class Attention:
         return [seq_len] * (sum(documents) // seq_len)
 
     def states(self, documents: Sequence[int], seq_len: int) -> dict[str, list[int]]:
-        """Of the kinds of layer that carry a state, the lengths after which it begins anew."""
-        return dict.fromkeys(self.mixers, self.lengths(documents, seq_len))
+        """Of the kinds of layer that carry a state or attend sets of keys, the lengths after which
+        these begin anew."""
+        return dict.fromkeys([*self.mixers, *self.sets], self.lengths(documents, seq_len))
 
     def masks(self, documents: Sequence[int], seq_len: int) -> dict[str, Mask]:
         """The mask of each kind of layer that attends: see :meth:`build`."""

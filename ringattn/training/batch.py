@@ -96,4 +96,6 @@ def _area(attention: Attention, layers: int, stream: Sequences, sequence: int) -
     """Attended pairs of a sequence in a layer, on the mean."""
     lengths = [span.length for span in stream.spans(sequence)]
     areas = {kind: mask.area for kind, mask in attention.masks(lengths, stream.seq_len).items()}
+    texts = attention.lengths(lengths, stream.seq_len)
+    areas |= {kind: own.area(texts) for kind, own in attention.sets.items()}
     return sum(areas.get(kind, 0) for kind in attention.layers(layers)) / layers

@@ -11,7 +11,7 @@ from functools import cached_property
 from ringattn import cost
 from ringattn.cost import AttentionShape, Bytes, Hardware
 from ringattn.cost.model import Footprint, Setup, footprint, step_flops
-from ringattn.cost.step import Prediction, predict, received_states_of, summaries_of
+from ringattn.cost.step import Prediction, again_of, predict, received_states_of, summaries_of
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.state_exchange import exchange_of
@@ -94,6 +94,7 @@ class Forecast:
             max((r.kv for r in rows), default=0),
             max((r.grads for r in rows), default=0),
             summaries_of(sizes, self.setup, self.plans),
+            again_of(sizes, self.setup, self.plans, self.local_tokens),
         )
         return footprint(sizes, self.setup, self.local_tokens, *most)
 
@@ -138,7 +139,8 @@ def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> 
     texts = [run.seq_len] * run.batch_size, run.seq_len
     masks, states = run.attention.masks(*texts), run.attention.states(*texts)
     layers = run.attention.layers(run.model.layers)
-    plans = run.parallel.strategy(run.model, hardware).plans(masks, layers, states)
+    strategy = run.parallel.strategy(run.model, hardware, run.attention.sets)
+    plans = strategy.plans(masks, layers, states)
     cpu = hardware is not None and hardware.cores is not None
     return Forecast(run, world, plans, hardware, "cpu" if cpu else "cuda")
 

@@ -104,7 +104,7 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     stream = job.data.train
     log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step) if rank == 0 else None
     try:
-        split = run.parallel.strategy(job.model, job.hardware)
+        split = run.parallel.strategy(job.model, job.hardware, run.attention.sets)
         sequences = _numbers(job, context, stream, start.sequences_seen)[0][0]
         first = load_batch(run.attention, job.model.layers, stream, context, split, sequences)
         split = split.like(first.plans)
@@ -234,7 +234,7 @@ def _self_check(
 ) -> None:
     """Configured must mean engaged: attention crosses ranks, and data follows the mesh."""
     engine.train(False)
-    states = sorted(job.run.attention.mixers)
+    states = sorted([*job.run.attention.mixers, *job.run.attention.sets])
     kinds = sorted({*job.run.attention.layers(job.model.layers)} - {NONE, *states})
     if job.run.model.unchanged:  # whose states its own check has proved
         states = []

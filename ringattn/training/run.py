@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from ringattn.cost import Hardware
 from ringattn.data.settings import Data
 from ringattn.kernels import NAMES as KERNELS
+from ringattn.models.key_sets import KeySets
 from ringattn.models.lora_config import Lora
 from ringattn.models.memory import Memory
 from ringattn.models.mixer_config import ModuleMixer
@@ -101,9 +103,14 @@ class Parallel:
     timeout_s: Annotated[float, Field(strict=True, ge=1, le=1e6)] = 600.0
     """An exchange that takes longer is an error."""
 
-    def strategy(self, model: ModelConfig, hardware: Hardware | None = None) -> Strategy:
-        """How masks are split; ``hardware``: what a schedule of "auto" counts on. ``cp`` must be
-        known."""
+    def strategy(
+        self,
+        model: ModelConfig,
+        hardware: Hardware | None = None,
+        sets: Mapping[str, KeySets] | None = None,
+    ) -> Strategy:
+        """How masks are split; ``hardware``: what a schedule of "auto" counts on; ``sets``: of the
+        kinds of layer that attend sets of keys. ``cp`` must be known."""
         return Strategy(
             cp=self.cp,
             layout=self.layout,
@@ -114,6 +121,7 @@ class Parallel:
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
             hardware=hardware,
+            sets=sets or {},
         )
 
 
@@ -195,7 +203,7 @@ class TrainingRun:
     @model_validator(mode="after")
     def _mask_fits(self) -> TrainingRun:
         self.attention.check(self.seq_len)
-        mixers = self.attention.mixers
+        mixers, sets = self.attention.mixers, self.attention.sets
         kinds = set(self.attention.layers(self.model.layers)) - {NONE} - set(mixers)
         if mixers and self.model.path is not None and not self.model.unchanged:
             raise ValueError(
@@ -208,6 +216,8 @@ class TrainingRun:
                 f"parallel.layout=striped: with attention.kinds.{next(iter(mixers))} a state would "
                 "travel with every token; take contiguous, zigzag or balanced"
             )
+        for kind, own in sets.items():
+            self._check_sets(f"attention.kinds.{kind}", own)
         if "none" in self.attention.texts.values() and not self.model.unchanged:
             raise ValueError(
                 "attention.kinds: none is for unchanged modules (model=transformers), whose layers "
@@ -220,10 +230,34 @@ class TrainingRun:
             )
         return self
 
+    def _check_sets(self, key: str, sets: KeySets) -> None:
+        """Raises ValueError, naming the key, where a kind of layer with sets of keys does not fit
+        the run."""
+        model = self.model
+        if model.unchanged:
+            raise ValueError(
+                f"{key}: layers of an unchanged module (model=transformers) attend by their masks; "
+                f"{sets.mixer} is for the decoder of this project (model=hf loads Llama's and "
+                "Qwen's weights into it)"
+            )
+        if model.path is not None and sets.learns:
+            raise ValueError(
+                f"{key}: the model in model.path={model.path} has no weights for {sets.mixer}; of "
+                "pretrained models layers may be moba, pooled (how mean or max), hashed or "
+                "scatterbrain"
+            )
+        if model.softcap is not None or model.sinks:
+            raise ValueError(f"{key}: {sets.mixer} has neither model.softcap nor model.sinks")
+        if self.parallel.layout == "striped":
+            raise ValueError(
+                f"parallel.layout=striped: with {key} every block would lie on all ranks; take "
+                "contiguous, zigzag or balanced"
+            )
+
     @property
     def sizes(self) -> ModelConfig:
         """Of the model that is trained, with the mixers of its layers."""
-        if not self.attention.mixers:
+        if not self.attention.mixers and not self.attention.sets:
             return self.model if self.model.unchanged else self.model.sizes
         base = self.model if self.model.unchanged else self.model.sizes
         return (MixedModel if self.model.unchanged else MixedConfig)(
@@ -232,7 +266,8 @@ class TrainingRun:
             mixers={
                 kind: ModuleMixer(**asdict(mixer)) if self.model.unchanged else mixer.of(base)
                 for kind, mixer in self.attention.mixers.items()
-            },
+            }
+            | self.attention.sets,
         )
 
 

@@ -26,7 +26,7 @@ from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask
 from ringattn.planning.schedules import BUILDERS
-from ringattn.strategy import layout_of, segments_of
+from ringattn.strategy import carried, layout_of
 from ringattn.training.engines import ENGINES, EngineSettings
 from ringattn.training.forecast import Forecast, node_of, setup_of
 from ringattn.training.run import TrainingRun, with_keys
@@ -158,7 +158,9 @@ class _Search:
             kind: make_plan(mask, layout, schedule, ulysses, node_size=node)
             for kind, mask in self.masks.items()
         }
-        return LayerPlans(plans, self.layers, segments=segments_of(self.states, layout))
+        kv_heads, sets = self.run.model.kv_heads, self.run.attention.sets
+        segments, sets = carried(self.states, layout, sets, ulysses, kv_heads)
+        return LayerPlans(plans, self.layers, segments=segments, sets=sets)
 
     @cached_property
     def _layouts(self) -> dict[tuple[str, int], Layout]:
@@ -166,7 +168,9 @@ class _Search:
 
     def _layout(self, name: str, cp: int) -> Layout:
         if (name, cp) not in self._layouts:
-            self._layouts[name, cp] = layout_of(name, self.masks, self.layers, self.states, cp)
+            self._layouts[name, cp] = layout_of(
+                name, self.masks, self.layers, self.states, cp, self.run.attention.sets
+            )
         return self._layouts[name, cp]
 
     def _places(

@@ -36,6 +36,9 @@ def plan_table(
           if (bare := plans.layers.count(NONE)) else []),
         *((f"mixer, {plans.states[kind]} {kind}", _mixer(model.mixer_of(kind)))
           for kind in plans.segments),
+        *((f"sets of keys, {plans.layers.count(kind)} {kind}",
+           f"{model.sets_of(kind).mixer}: {own.blocks}; {', '.join(own.plans)}")
+          for kind, own in plans.sets.items()),
         ("attention", f"schedule {plans.schedule}, ulysses {plans.ulysses}, "
                       f"layout {plans.layout.name}, kernel {kernel}"),
         *([("chosen", plans.reason)] if plans.reason else []),

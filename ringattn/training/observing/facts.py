@@ -41,7 +41,7 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
             "kinds": {
                 kind: {
                     "layers": plans.counts[kind],
-                    "mask": ahead.run.attention.texts[kind],
+                    "mask": ahead.run.attention.texts.get(kind, "of a set of keys"),
                     "schedule": plan.schedule,
                     "ulysses": plan.ulysses,
                     "area": plan.mask.area,
@@ -50,6 +50,7 @@ def write_facts(ahead: Forecast, kernel: str, run_dir: Path) -> dict[str, Any]:
                 }
                 for kind, plan in plans.items()
             },
+            "sets": {kind: asdict(ahead.run.sizes.sets_of(kind)) for kind in plans.sets},
             "states": {
                 kind: {
                     "layers": plans.states[kind],

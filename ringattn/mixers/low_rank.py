@@ -1,0 +1,232 @@
+"""Attention through few summaries of a whole document: projections over its length, a packed
+memory, landmarks; and sparse attention beside a low-rank rest. All but :func:`scatterbrain` look
+into the future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from ringattn.execution.carriers import Comm, connect
+from ringattn.kernels import state_dtype
+from ringattn.mixers.heads import split_heads
+from ringattn.mixers.pooling import gather, pool
+from ringattn.mixers.recurrent import linear
+from ringattn.mixers.union import Part, State, combine, union
+from ringattn.planning.blocks import Blocks, layout_of
+from ringattn.planning.segments import Segments
+
+
+def linformer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    project_k: torch.Tensor,
+    project_v: torch.Tensor,
+    *,
+    blocks: Blocks,
+    group: Any = None,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention over keys and values that are projected along the length, ``k' = project_k^T k``
+    (Wang et al. 2020, arXiv:2006.04768). Not causal.
+
+    q ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads; project_k and project_v
+    ``[longest document, slots]``, by the position in the document, alike on all ranks; their
+    gradient is this rank's share. Of ``blocks`` only the documents matter. Returns what q is like.
+    Collective over ``group``. Raises ValueError for projections that are too short.
+    """
+    longest, slots = project_k.shape
+    if longest < max(blocks.lengths) or project_v.shape != project_k.shape:
+        raise ValueError(
+            f"linformer: projections must be [{max(blocks.lengths)} or more, slots] and alike, got "
+            f"{list(project_k.shape)} and {list(project_v.shape)}"
+        )
+    documents, comm = _documents(blocks), connect(group)
+    at = blocks.layout.positions(comm.rank)
+    at = torch.from_numpy(at - blocks.begins[_document(blocks, at)]).to(q.device)
+    shape = (*k.shape[:3], slots)
+    k, v = (
+        pool(x, documents, comm, "sum", project[at][None, :, None].expand(shape)).to(q.dtype)
+        for x, project in ((k, project_k), (v, project_v))
+    )
+    return _over_memory(q, k, v, documents, slots, comm, kernel, scale)
+
+
+def luna(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    memory: torch.Tensor,
+    *,
+    blocks: Blocks,
+    project: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    group: Any = None,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """A packed memory (Ma et al. 2021, "Luna", arXiv:2106.01540): ``memory`` ``[kv_heads, slots,
+    head_dim]`` attends all tokens of a document, and every token attends what it has become. Not
+    causal.
+
+    ``project``: makes keys and values of the packed memory ``[batch, own rows, kv_heads, v_dim]``;
+    None: both are it. ``memory`` is alike on all ranks; its gradient is this rank's share. All else
+    as in :func:`linformer`.
+    """
+    documents, comm = _documents(blocks), connect(group)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bthd,hmd->bthm", k.float() if k.itemsize < 4 else k, memory.to(
+        state_dtype(k.dtype))) * factor  # fmt: skip
+    packed = pool(v, documents, comm, "softmax", logits).to(q.dtype)
+    k, v = (packed, packed) if project is None else project(packed)
+    return _over_memory(q, k, v, documents, memory.shape[1], comm, kernel, scale)
+
+
+def nystrom(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    blocks: Blocks,
+    group: Any = None,
+    steps: int = 6,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention through landmarks, the means of ``blocks`` of queries and of keys (Xiong et al.
+    2021, "Nystromformer", arXiv:2102.03902): ``softmax(q k'^T) pinv(softmax(q' k'^T)) softmax(q'
+    k^T) v``, each document by itself, with the paper's iteration of so many ``steps`` for the
+    inverse. Not causal.
+
+    q ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads. Returns what q is like.
+    Collective over ``group``.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def mixer(
+        blocks: Blocks, comm: Comm, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        dtype, wide = state_dtype(q.dtype), q.shape[2] // k.shape[2]
+        documents = _documents(blocks)
+        k_all, v_all = (x.repeat_interleave(wide, 2).to(dtype) for x in (k, v))
+        own = blocks.summaries()
+        q_mean = gather(pool(q, blocks, comm), own, comm)  # [batch, landmarks, heads, dim]
+        k_mean = gather(pool(k_all, blocks, comm), own, comm)
+        # The landmarks of a token's document are its slots.
+        counts = blocks.lasts - blocks.firsts
+        slots = int(counts.max(initial=1))
+        at = blocks.layout.positions(comm.rank)
+        index = blocks.firsts[_document(blocks, at)][:, None] + np.arange(slots)
+        index = torch.from_numpy(np.minimum(index, max(0, len(blocks) - 1))).to(q.device)
+        logits = torch.einsum("bthd,blhd->bthl", k_all, q_mean) * factor
+        logits = logits.take_along_dim(index[None, :, None], 3)
+        packed = pool(v_all, documents, comm, "softmax", logits)
+        packed = rearrange(packed, "b (n m) h d -> b n h m d", m=slots)
+        keys, values = [], []
+        mine = np.flatnonzero(documents.owner == comm.rank).tolist()
+        for number, document in enumerate(documents.document[mine].tolist()):
+            some = slice(int(blocks.firsts[document]), int(blocks.lasts[document]))
+            a = torch.einsum("blhd,bchd->bhlc", q_mean[:, some], k_mean[:, some]) * factor
+            inverse = pseudo_inverse(a.softmax(-1), steps)
+            value = inverse @ packed[:, number, :, : a.shape[-1]]
+            keys.append(k_mean[:, some])
+            values.append(value.transpose(1, 2))
+        if keys:
+            keys, values = (torch.cat(x, 1).to(q.dtype) for x in (keys, values))
+        else:  # what others do with its shares has a gradient here
+            keys, values = (x[:, :0].to(q.dtype) for x in (k_mean, v_all))
+        layout = blocks.remember("landmarks", lambda: _of_documents(blocks, documents))
+        part = Part(keys, values, blocks.plan(blocks.whole(), layout))
+        out = union(q, [part], comm, kernel, scale)
+        # Connected on every rank: the exchanges of the backward are everybody's.
+        return out + 0 * (q_mean.sum() + k_mean.sum() + packed.sum()).to(out.dtype)
+
+    return split_heads(mixer, blocks, connect(group), q, k, v)
+
+
+def scatterbrain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_features: torch.Tensor,
+    k_features: torch.Tensor,
+    *,
+    blocks: Blocks,
+    group: Any = None,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Sparse and low-rank attention under one normaliser (Chen et al. 2021, arXiv:2110.15343):
+    ``exp`` of the scores within the token's block, the product of the features with all earlier
+    tokens of its document. Causal.
+
+    q_features and k_features ``[batch, local tokens, heads, features]``, positive, of q and k with
+    the scale in them (see :mod:`ringattn.mixers.features`); k, v ``[batch, local tokens, kv_heads,
+    dim]``. What the features have within the block is taken off. Returns what q is like. Collective
+    over ``group``.
+    """
+    comm = connect(group)
+    wide = q.shape[2] // v.shape[2]
+    values = v.repeat_interleave(wide, 2)
+    states = []
+    for weight, lengths in ((1.0, blocks.lengths), (-1.0, (blocks.stops - blocks.starts).tolist())):
+        segments = blocks.remember(
+            ("segments", weight), lambda of=lengths: Segments(blocks.layout, of, None)
+        )
+        out, lse = linear(
+            q_features, k_features, values.to(state_dtype(v.dtype)), segments=segments, group=comm,
+            scale=1.0, normalize=True, return_lse=True,
+        )  # fmt: skip
+        states.append(State(out, lse, weight))
+    near = Part(k, v, blocks.plan(blocks.near(1)))
+    return combine(q, [near], states, comm, kernel, scale)
+
+
+def _documents(blocks: Blocks) -> Blocks:
+    """Each document as one block."""
+    return blocks.of(max(blocks.lengths, default=1))
+
+
+def _document(blocks: Blocks, at: np.ndarray) -> np.ndarray:
+    """The document of each position."""
+    return np.searchsorted(np.cumsum(blocks.lengths), at, side="right")
+
+
+def _of_documents(blocks: Blocks, documents: Blocks) -> Any:
+    """All blocks with the owner of their document."""
+    owner = np.zeros(len(blocks.lengths), np.int64)
+    owner[documents.document] = documents.owner
+    return layout_of(owner[blocks.document], blocks.world)
+
+
+def _over_memory(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Blocks,
+    slots: int,
+    comm: Comm,
+    kernel: str,
+    scale: float | None,
+) -> torch.Tensor:
+    """Every token over all ``slots`` summaries of its document."""
+    plan = documents.plan(documents.whole(slots), documents.summaries(slots))
+    return union(q, [Part(k, v, plan)], comm, kernel, scale)
+
+
+def pseudo_inverse(a: torch.Tensor, steps: int) -> torch.Tensor:
+    """The pseudo-inverse of ``[..., m, m]`` by the iteration of Razavi et al. (Nystromformer,
+    section 3.2)."""
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    sizes = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
+    z = a.mT / sizes[..., None, None]
+    for _ in range(steps):
+        az = a @ z
+        z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+    return z
