@@ -1,8 +1,11 @@
 """Attention within buckets: tokens of one bucket are brought together, wherever they lie.
 
 Every rank computes the buckets of its tokens; the numbers are exchanged, so that all agree on the
-order by bucket. Tokens move to where they are in that order, attend within chunks of it (their own
-and the one before; tokens of their bucket that are not later), and their results move back.
+order by bucket. Tokens move to where they are in that order, attend within chunks of their bucket
+(their own chunk and the one before, tokens that are not later), and their results move back.
+
+Chunks begin anew in each bucket. Were they cut across the whole order, as Reformer's are, a later
+token of another bucket would shift the cuts, and so change what earlier ones attend.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ def hashed(
     kernel: str = "auto",
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention within buckets, in chunks of ``blocks.size`` tokens of the order by bucket:
-    Reformer (Kitaev et al. 2020, arXiv:2001.04451) with :func:`lsh`, routing attention (Roy et al.
-    2020, arXiv:2003.05997) with :func:`nearest`.
+    """Causal attention within buckets, in chunks of ``blocks.size`` tokens of a bucket: Reformer
+    (Kitaev et al. 2020, arXiv:2001.04451) with :func:`lsh`, routing attention (Roy et al. 2020,
+    arXiv:2003.05997) with :func:`nearest`.
 
     buckets int64 ``[batch, local tokens, heads, rounds]``; of several rounds all keys are under one
     softmax, and one that is found twice counts twice. ``itself``: whether a token attends itself;
@@ -198,12 +201,12 @@ def _mask(buckets: np.ndarray, document: np.ndarray, chunk: int, itself: bool) -
     first = np.zeros((copies, n), np.int64)
     first[copy, begins] = begins
     first = np.maximum.accumulate(first, 1)  # of its bucket
-    cut = new | (at % chunk == 0)
+    cut = (at - first) % chunk == 0
     parts = []
     for c in range(copies):
         starts = np.flatnonzero(cut[c])
         stops = np.append(starts[1:], n)
-        low = np.maximum(first[c][starts], (starts // chunk - 1) * chunk)
+        low = np.maximum(first[c][starts], starts - chunk)
         alone = new[c][starts]
         for a, b, k, begin in zip(*(x.tolist() for x in (starts, stops, low, alone)), strict=True):
             q, keys = Run(c * n + a, c * n + b), Run(c * n + k, c * n + b)

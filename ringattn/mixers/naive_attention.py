@@ -191,12 +191,9 @@ def hashed(
     times = q.new_zeros(q.shape[0], q.shape[2], n, n)
     for b, h, r in torch.cartesian_prod(*map(torch.arange, (*buckets.shape[::2], buckets.shape[3]))
                                         ).tolist():  # fmt: skip
-        own = buckets[b, :, h, r].tolist()
-        order = sorted(range(n), key=lambda t: (int(place.document[t]), own[t], t))
-        chunk = torch.empty(n, dtype=torch.long)
-        chunk[order] = torch.arange(n) // size
-        bucket = torch.tensor(own)
+        bucket = buckets[b, :, h, r]
         mates = (bucket[:, None] == bucket) & place.earlier
+        chunk = (mates.sum(1) - 1) // size  # by the place in its bucket
         before = mates & ~torch.eye(n, dtype=torch.bool)
         apart = chunk[:, None] - chunk[None]
         seen = (mates if itself else before) & (apart >= 0) & (apart <= 1)
