@@ -72,8 +72,8 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
         raise ValueError(f"lora=adapters: {path} has none")
     if not unchanged:
         attention = Attention(**manifest.attention)
-        if attention.mixers:
-            kind, mixer = next(iter(attention.mixers.items()))
+        if others := attention.mixers | attention.sets:
+            kind, mixer = next(iter(others.items()))
             raise ValueError(
                 f"attention.kinds.{kind}: a {mixer.mixer} of this decoder has no place in a "
                 "Hugging Face config"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.prove import check
 from ringattn.planning.segments import WAYS, Segments
 from ringattn.planning.state_exchange import StateExchange, exchange_of
-from ringattn.strategy import segments_of
+from ringattn.strategy import carried
 
 if TYPE_CHECKING:
     from ringattn.models.mixer_config import Mixer
@@ -42,7 +43,8 @@ KEYS = PLAN_KEYS | {
         str,
         None,
         'in place of mask: "local: sliding_window(1024); global: causal"; or a mixer, as '
-        '"memory: gated_delta" (docs/mixers.md)',
+        '"memory: gated_delta" (docs/mixers.md), "routed: moba(block=512, top_k=8)" '
+        "(docs/families.md)",
     ),
     "pattern": Key(str, None, "with kinds: that of each layer, as local,local,local,global"),
 }
@@ -114,20 +116,27 @@ def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
         if values["pattern"] is not None:
             raise RequestError("pattern needs kinds: the mask of each kind of layer")
         return LayerPlans.alike(planned(values, values["world"], _TOKENS), 1), {}
-    from ringattn.models.mixer_config import NAMES  # here: masks alone need no pydantic
+    from ringattn.models.key_sets import KeySets  # here: masks alone need no pydantic
+    from ringattn.models.mixer_config import NAMES
 
-    masks, mixers = {}, {}
+    masks, mixers, sets = {}, {}, {}
     for part in values["kinds"].split(";"):
         name, colon, text = part.partition(":")
         if not colon:
             raise RequestError(f"kinds: {part.strip()!r} is not NAME: MASK")
         if text.strip() in NAMES:
             mixers[name.strip()] = text.strip()
+        elif (given := _sets(text.strip())) is not None:
+            try:
+                sets[name.strip()] = KeySets(**given)
+            except ValueError as error:
+                reason = "; ".join(one["msg"] for one in error.errors())
+                raise RequestError(f"kinds: {text.strip()}: {reason}") from None
         else:
             masks[name.strip()] = mask_of(text.strip(), values["n"], _TOKENS)
-    usual = ",".join([*masks, *mixers])
+    usual = ",".join([*masks, *mixers, *sets])
     layers = [name.strip() for name in (values["pattern"] or usual).split(",")]
-    if unknown := sorted(set(layers) ^ {*masks, *mixers}):
+    if unknown := sorted(set(layers) ^ {*masks, *mixers, *sets}):
         raise RequestError(f"pattern and kinds do not have the same names: {', '.join(unknown)}")
     try:
         attending = [masks[x] for x in layers if x in masks]
@@ -137,11 +146,30 @@ def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
         layout = layout_of(values["layout"], attending, values["world"], values["chunk"])
         # Documents: what no layer attends across.
         lengths = reduce(or_, masks.values()).pieces if masks else [layout.n]
-        segments = segments_of(dict.fromkeys(mixers, lengths), layout)
+        along = dict.fromkeys([*mixers, *sets], lengths)
+        kv_heads = values["kv_heads"] or values["heads"]
+        segments, of_sets = carried(along, layout, sets, values["ulysses"], kv_heads)
     except (ValueError, OverflowError, MemoryError) as error:
         raise RequestError(str(error)) from None
     plans = {kind: plan_of(values, mask, layout, None) for kind, mask in masks.items()}
-    return LayerPlans(plans, layers, segments=segments), mixers
+    return LayerPlans(plans, layers, segments=segments, sets=of_sets), mixers
+
+
+def _sets(text: str) -> dict[str, Any] | None:
+    """The keys of attention to sets of keys, "moba(block=512, top_k=8)"; None if it is none."""
+    from ringattn.models.key_sets import NAMES
+
+    name, _, inside = text.partition("(")
+    if name.strip() not in NAMES:
+        return None
+    try:
+        call = ast.parse(f"f({inside.rstrip(')')})", mode="eval").body
+        keys = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        if call.args or None in keys:
+            raise ValueError
+    except (SyntaxError, ValueError):
+        raise RequestError(f"kinds: {text!r} is not NAME(KEY=VALUE, ...)") from None
+    return keys | {"mixer": name.strip()}
 
 
 def _mixer(name: str, shape: AttentionShape) -> Mixer:

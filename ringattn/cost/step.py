@@ -115,10 +115,9 @@ class Prediction:
         for kind, count in self.plans.states.items():
             layer = received_states_of(self.model, self.setup, self.plans, kind)
             states += count * (layer.forward + layer.backward)
-        states += sum(
-            count * 2 * gathered_of(self.model, self.plans, kind)
-            for kind, count in self.plans.of_sets.items()
-        )
+        for kind, count in self.plans.of_sets.items():
+            layer = received_beside(self.model, self.setup, self.plans, kind)
+            states += count * (layer.forward + layer.backward)
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
@@ -212,10 +211,17 @@ def again_of(model: Sizes, setup: Setup, plans: LayerPlans, tokens: int) -> int:
     return times * tokens * model.heads * model.head_dim * 2 * (setup.wide + 4)
 
 
-def gathered_of(model: Sizes, plans: LayerPlans, kind: str) -> int:
-    """Bytes of the float32 summaries that every rank receives in a layer with sets of keys."""
-    rows = plans.sets[kind].gathered * (plans.world - 1) // plans.world
-    return rows * model.kv_heads * model.head_dim * 4
+def received_beside(model: Sizes, setup: Setup, plans: LayerPlans, kind: str) -> Bytes:
+    """What a rank receives in a layer with sets of keys besides the rows of its plans, at most:
+    float32 summaries to choose from; tokens on their way to another order and back."""
+    own, others = plans.sets[kind], (plans.world - 1) / plans.world
+    summaries = own.gathered * others * model.kv_heads * model.head_dim * 4
+    tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks) * own.moved * others
+    heads = tokens * model.heads
+    # q, k and v there, out and its log-sum-exp back; q, out and dout there, dq, dk and dv back.
+    forward = heads * (3 * model.head_dim * setup.wide + (model.head_dim + 1) * 4)
+    backward = heads * (3 * model.head_dim * (setup.wide + 4) + 4)
+    return Bytes(int(summaries + forward), int(backward))
 
 
 def summaries_of(model: Sizes, setup: Setup, plans: LayerPlans) -> int:
@@ -254,8 +260,10 @@ def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardwar
             each.append(again * forward + backward)
         total += count * max(each)
     for kind, count in plans.of_sets.items():
-        size = gathered_of(model, plans, kind)
-        total += count * again * float(link.seconds(size, plans.world - 1)) if size else 0.0
+        layer, peers = received_beside(model, setup, plans, kind), plans.world - 1
+        there, back = (float(link.seconds(x, peers)) if x else 0.0
+                       for x in (layer.forward, layer.backward))  # fmt: skip
+        total += count * (again * there + back)
     return total
 
 

@@ -21,6 +21,7 @@ from ringattn.typed import Count, OneOf, Whole, settings
 if TYPE_CHECKING:
     from ringattn.models.sizes import ModelConfig
 
+_CHUNK = 64  # tokens of a chunk of linear attention
 NAMES = ("pooled", "moba", "nsa", "hashed", "scatterbrain", "adaptive_span")
 
 
@@ -155,7 +156,10 @@ def _plans(sets: KeySets, layout: Layout, lengths: tuple[int, ...], ulysses: int
     if sets.mixer in ("moba", "nsa"):
         return SetPlans(blocks, plans, len(blocks), len(blocks), sets.top_k - 1)
     if sets.mixer == "hashed":
-        return SetPlans(blocks, plans, sets.rounds * sets.buckets, 0, 2 * sets.rounds)
+        rounds = sets.rounds
+        return SetPlans(blocks, plans, rounds * sets.buckets // 2, times=2 * rounds, moved=rounds)
+    if sets.mixer == "scatterbrain":  # products with features and with states, twice
+        return SetPlans(blocks, plans, scored=4 * (_CHUNK + sets.features))
     return SetPlans(blocks, plans)
 
 

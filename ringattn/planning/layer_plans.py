@@ -21,13 +21,15 @@ class SetPlans:
     """Of layers that attend several sets of keys: the ``blocks`` that they go by, and a plan for
     each set by its name. What such a layer costs besides: ``scored`` products of a query with a
     summary for each token; ``gathered`` summaries that every rank receives of the others; queries
-    that are laid out again so many ``times`` as they have choices."""
+    that are laid out again so many ``times`` as they have choices; all tokens ``moved`` to another
+    order so often."""
 
     blocks: Blocks
     plans: Mapping[str, Plan]
     scored: int = 0
     gathered: int = 0
     times: int = 0
+    moved: int = 0
 
 
 class LayerPlans(dict[str, Plan]):

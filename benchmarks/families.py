@@ -1,0 +1,274 @@
+"""Families of efficient attention side by side; draws the pictures of docs/families.md.
+
+    python benchmarks/families.py passkey [--steps 1600] [--only NAME ...]
+    python benchmarks/families.py traffic
+    python benchmarks/families.py estimate
+    python benchmarks/families.py buckets
+    python benchmarks/families.py pictures
+
+``passkey`` trains a small model of each on finding a number in a text (two runs at a time, one
+thread each) and writes results/families_passkey.json as they end; ``traffic`` counts what a choice
+moves on 64 virtual ranks; ``estimate`` is `ringattn estimate` of a layer of each at 1M tokens on 64
+GPUs; ``buckets`` times attention within buckets beside full attention; ``pictures`` draws what each
+attends.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from passkey import start
+
+import ringattn as ra
+from ringattn import mixers
+from ringattn.cli.splits_picture import COLOURS
+from ringattn.execution.carriers import VirtualWorld
+from ringattn.mixers.routed import chosen_part, moba_choice
+from ringattn.planning.blocks import Blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+def kind(keys):
+    return [f"attention.kinds={{r:{{{keys}}}}}", "attention.pattern=[r]"]
+
+
+PASSKEY = {
+    "full": [],
+    "window of 32": ["attention.window=32"],
+    "pooled": kind("mixer:pooled,block:16,near:2,how:learned"),
+    "two levels": kind("mixer:pooled,block:8,near:2,levels:2,ratio:4,how:learned"),
+    "moba": kind("mixer:moba,block:32,top_k:3"),
+    "nsa": kind("mixer:nsa,block:32,top_k:3,window:32"),
+    "hashed": kind("mixer:hashed,block:32,buckets:8,rounds:2"),
+    "scatterbrain": kind("mixer:scatterbrain,block:32,features:64"),
+    "adaptive span": kind("mixer:adaptive_span,window:32,ramp:8"),
+}
+
+
+def passkey(options):
+    """Accuracy over depth and length of a model of each family, after as many steps."""
+    jobs, names = {}, [name for name in PASSKEY if not options.only or name in options.only]
+    results = RESULTS / "families_passkey.json"
+    known = json.loads(results.read_text()) if results.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = list(names)
+        while waiting or jobs:
+            while waiting and len(jobs) < 2:
+                name = waiting.pop(0)
+                keys = ["experiment=passkey", "engine=fsdp", "seq_len=256", "model.kv_heads=2",
+                        f"train.steps={options.steps}", f"eval.every={options.steps // 4}",
+                        "eval.lengths=[128,256]", *PASSKEY[name]]  # fmt: skip
+                jobs[name] = start(f"{folder}/{name}", 1, *keys), time.monotonic()
+            time.sleep(1)
+            for name, (job, begin) in list(jobs.items()):
+                if job.poll() is None:
+                    continue
+                if job.returncode:
+                    raise SystemExit(f"exit status {job.returncode}: {' '.join(job.args)}")
+                seconds = round(time.monotonic() - begin)
+                lines = Path(folder, name, "eval.jsonl").read_text().splitlines()
+                known[name] = {
+                    "seconds": seconds,
+                    "keys": PASSKEY[name],
+                    "steps": [
+                        {"step": at["step"], "cells": at["probes"]} for at in map(json.loads, lines)
+                    ],
+                }
+                results.write_text(json.dumps(known, indent=1) + "\n")
+                accuracy = _accuracy(known[name]["steps"][-1]["cells"])
+                print(json.dumps({"run": name, "seconds": seconds, "accuracy": accuracy}),
+                      flush=True)  # fmt: skip
+                del jobs[name]
+    draw_passkey(known)
+
+
+def _accuracy(cells):
+    """By length, the mean over depths."""
+    lengths = sorted({cell["length"] for cell in cells})
+    return {n: statistics.mean(c["accuracy"] for c in cells if c["length"] == n) for n in lengths}
+
+
+def draw_passkey(known):
+    """Share of keys found by depth, at the longest length."""
+    names = [name for name in PASSKEY if name in known]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, name in enumerate(names):
+        last = known[name]["steps"][-1]["cells"]
+        longest = max(cell["length"] for cell in last)
+        cells = sorted((c["depth"], c["accuracy"]) for c in last if c["length"] == longest)
+        left.bar(place, 100 * statistics.mean(x for _, x in cells), color=f"C{place}")
+        curve = [(at["step"], 100 * _accuracy(at["cells"])[longest]) for at in known[name]["steps"]]
+        right.plot(*zip(*curve, strict=True), marker="o", color=f"C{place}", label=name)
+    left.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    left.set_ylabel(f"% of keys found, {longest} tokens")
+    right.set_xlabel("training step")
+    right.set_ylabel("%")
+    figure.savefig(ROOT / "docs/families_passkey.png", dpi=110)
+
+
+def traffic(options):
+    """Rows that a choice brings to 64 ranks, beside a ring's and those that nobody chose."""
+    n, world, size, top_k, dim = 16384, 64, 64, 4, 16
+    layout = ra.layouts.contiguous(n, world)
+    blocks = ra.make_blocks(ra.masks.causal(n), layout, size)
+    ring = ra.make_plan(ra.masks.causal(n), layout, "ring")
+    of_ring = sum(ring.recv_tokens(rank) for rank in range(world))
+    print(f"{n:,} tokens, {world} ranks, blocks of {size}, top_k {top_k}, one head")
+    for name, strength in (("random keys and queries", 0.0), ("clustered", 4.0)):
+        draw = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, n, 1, dim, generator=draw) for _ in range(2))
+        topic = torch.randn(1, n // 256, 1, dim, generator=draw).repeat_interleave(256, 1)
+        q = q + strength * topic
+
+        def work(rank, q=q, k=k):
+            own = [layout.shard(x, rank.rank) for x in (q, k, k)]
+            choice = moba_choice(*own[:2], blocks, top_k, rank)
+            return chosen_part(*own, choice, blocks, rank).plan
+
+        plan = VirtualWorld(world).run(work)[0]
+        moved = sum(plan.recv_tokens(rank) for rank in range(world))
+        needed = plan.partition.rows_needed.copy()
+        np.fill_diagonal(needed, 0)
+        earlier = sum(layout.count(a) for a in range(world) for b in range(world) if a < b)
+        print(
+            f"{name}: moved {moved:,} rows (the plan's; chosen and not own: {needed.sum():,}), a "
+            f"ring {of_ring:,}: {moved / of_ring:.3f}; earlier rows that nobody of a rank chose: "
+            f"{1 - moved / earlier:.3f}"
+        )
+
+
+ESTIMATED = {
+    "full": [],
+    "window 4,096": ["attention.window=4096"],
+    "pooled": kind("mixer:pooled,block:256,near:4"),
+    "three levels": kind("mixer:pooled,block:128,near:4,levels:3,ratio:8"),
+    "moba": kind("mixer:moba,block:512,top_k:12"),
+    "nsa": kind("mixer:nsa,block:64,top_k:16,window:512"),
+    "hashed": kind("mixer:hashed,block:256,buckets:1024,rounds:2"),
+    "scatterbrain": kind("mixer:scatterbrain,block:512,features:128"),
+    "adaptive span": kind("mixer:adaptive_span,window:4096,ramp:32"),
+    "gated delta": kind("mixer:gated_delta"),
+}
+
+
+def estimate(options):
+    """Seconds and memory of a layer of each family, 8B at 1M tokens on 64 H100s, on paper."""
+    from ringattn.cli.estimate import _as_given, _run
+    from ringattn.cost.presets import load
+
+    base = ["model=8b", "precision=bf16", "seq_len=1048576", "parallel.cp=64", "engine=fsdp",
+            "memory=long", "train.grad_accum=1", "batch_size=1"]  # fmt: skip
+    hardware, rows = load("h100"), {}
+    for name, keys in ESTIMATED.items():
+        begin = time.monotonic()
+        run, _ = _run([*base, "parallel.schedule=direct", *keys])
+        step = _as_given(run, 64, hardware).step
+        layers = run.model.layers
+        parts = {part: 1e3 * took / layers for part, took in step.parts.items()}
+        received = sum(x for part, x in step.received.items() if part.startswith(("att", "sta")))
+        rows[name] = {
+            "ms a layer": sum(
+                parts[part]
+                for part in (
+                    "attention kernel",
+                    "exposed exchange",
+                    "matrix products",
+                    "elementwise",
+                )
+            ),
+            "attention ms": parts["attention kernel"],
+            "exchange ms": parts["exposed exchange"],
+            "MB received": received / layers / 1e6,
+            "GiB a rank": step.peak_memory / 2**30,
+            "parts": parts,
+            "seconds to plan": time.monotonic() - begin,
+        }
+        shown = {k: round(v, 2) for k, v in rows[name].items() if k != "parts"}
+        print(json.dumps({"family": name, **shown}), flush=True)
+    (RESULTS / "families_estimate.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw_estimate(rows)
+
+
+def draw_estimate(rows):
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    names, at = list(rows), [0.0] * len(rows)
+    for part in ("matrix products", "elementwise", "attention kernel", "exposed exchange"):
+        colour = COLOURS[part]
+        sizes = [rows[name]["parts"][part] for name in names]
+        left.barh(names, sizes, left=at, color=colour, label=part)
+        at = [a + size for a, size in zip(at, sizes, strict=True)]
+    left.invert_yaxis()
+    left.set_xscale("symlog", linthresh=100)
+    left.set_xlabel("ms of a layer, forward and backward (linear up to 100)")
+    left.legend(fontsize=7)
+    right.barh(names, [rows[name]["GiB a rank"] for name in names], color="#7a7a7a")
+    right.set_xlabel("GiB of a rank, whole step")
+    figure.suptitle("8B, 1,048,576 tokens on 64 H100s (predicted)", fontsize=10)
+    figure.savefig(ROOT / "docs/families_estimate.png", dpi=110)
+
+
+def buckets(options):
+    """Seconds of attention within buckets beside full attention, forward and backward, one process
+    and one head's sizes; interleaved, medians of 5 and ranges."""
+    torch.set_num_threads(1)
+    for n in (2048, 4096, 8192):
+        layout = ra.layouts.contiguous(n, 1)
+        blocks = Blocks(layout, [n], 128)
+        plan = ra.make_plan(ra.masks.causal(n), layout)
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, n, 4, 32, generator=draw).requires_grad_() for _ in range(3))
+        rotations = torch.randn(2, 32, max(1, n // 256), generator=draw)
+
+        def full(q=q, k=k, v=v, plan=plan):
+            return ra.ring_attention(q, k, v, plan)
+
+        def hashed(q=q, k=k, v=v, blocks=blocks, rotations=rotations):
+            return mixers.hashed(q, k, v, mixers.lsh(q.detach(), rotations), blocks=blocks)
+
+        def windowed(q=q, k=k, v=v, blocks=blocks):
+            part = mixers.Part(k, v, blocks.plan(blocks.window(256)))
+            return mixers.union(q, [part])
+
+        seconds = {"full": [], "buckets": [], "window of 256": []}
+        for _ in range(5):
+            for name, of in (("full", full), ("buckets", hashed), ("window of 256", windowed)):
+                begin = time.perf_counter()
+                of().sum().backward()
+                seconds[name].append(time.perf_counter() - begin)
+        shown = {
+            name: f"{statistics.median(x):.3f} ({min(x):.3f}-{max(x):.3f})"
+            for name, x in seconds.items()
+        }
+        print(json.dumps({"tokens": n, **shown}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("passkey", "traffic", "estimate", "buckets", "pictures"))
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--only", nargs="*")
+    options = parser.parse_args()
+    if options.what == "pictures":
+        from families_pictures import draw
+
+        draw(ROOT / "docs/families")
+        return
+    {"passkey": passkey, "traffic": traffic, "estimate": estimate, "buckets": buckets}[
+        options.what
+    ](options)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()
