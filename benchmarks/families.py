@@ -1,6 +1,6 @@
 """Families of efficient attention side by side; draws the pictures of docs/families.md.
 
-    python benchmarks/families.py passkey [--steps 1600] [--only NAME ...]
+    python benchmarks/families.py passkey [--steps 2400] [--only NAME ...]
     python benchmarks/families.py traffic
     python benchmarks/families.py estimate
     python benchmarks/families.py buckets
@@ -45,12 +45,11 @@ PASSKEY = {
     "full": [],
     "window of 32": ["attention.window=32"],
     "pooled": kind("mixer:pooled,block:16,near:2,how:learned"),
-    "two levels": kind("mixer:pooled,block:8,near:2,levels:2,ratio:4,how:learned"),
-    "moba": kind("mixer:moba,block:32,top_k:3"),
-    "nsa": kind("mixer:nsa,block:32,top_k:3,window:32"),
-    "hashed": kind("mixer:hashed,block:32,buckets:8,rounds:2"),
     "scatterbrain": kind("mixer:scatterbrain,block:32,features:64"),
+    "moba": kind("mixer:moba,block:32,top_k:3"),
+    "hashed": kind("mixer:hashed,block:32,buckets:8,rounds:2"),
     "adaptive span": kind("mixer:adaptive_span,window:32,ramp:8"),
+    "nsa": kind("mixer:nsa,block:32,top_k:3,window:32"),
 }
 
 
@@ -256,7 +255,7 @@ def buckets(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("passkey", "traffic", "estimate", "buckets", "pictures"))
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--only", nargs="*")
     options = parser.parse_args()
     if options.what == "pictures":

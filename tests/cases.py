@@ -7,7 +7,8 @@ from ringattn.planning.schedules import BUILDERS
 
 KINDS = [
     "causal", "full", "window", "two_sided", "docs", "prefix", "mix", "global", "block_local",
-    "shifted", "dilated", "strided", "big_bird", "block_causal", "shared", "ids", "unequal",
+    "shifted", "dilated", "strided", "log_sparse", "chosen", "big_bird", "block_causal", "shared",
+    "ids", "unequal",
 ]  # fmt: skip
 
 
@@ -43,6 +44,16 @@ def masks(draw, max_n=48, kinds=KINDS):
         "dilated": lambda: m.dilated(n, draw(st.integers(1, 5)), size, causal),
         "strided": lambda: m.strided(n, size, causal),
         "big_bird": lambda: m.big_bird(n, min(size, 5), 1, 2, 1, seed=size, causal=causal),
+        "log_sparse": lambda: m.log_sparse(n, min(size, 5), causal),
+        "chosen": lambda: m.chosen_blocks(
+            n,
+            size,
+            [
+                draw(st.lists(st.integers(0, -(-n // size) - 1), max_size=3))
+                for _ in range(-(-n // size))
+            ],
+            causal,
+        ),
         "block_causal": lambda: m.block_causal(n, size),
         "shared": lambda: m.shared_question(n - size, _parts(draw, size)),
         "ids": lambda: m.from_document_ids([draw(st.integers(-1, 2)) for _ in range(n)], causal),

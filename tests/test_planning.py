@@ -95,6 +95,22 @@ def test_builders_match_their_definitions():
         (ra.masks.dilated(n, 3, 4, causal=False), ((q - k) % 4 == 0) & (abs(q - k) <= 8)),
         (ra.masks.strided(n, 4), (k <= q) & ((q - k < 4) | ((q - k) % 4 == 0))),
         (ra.masks.strided(n, 4, causal=False), (abs(q - k) < 4) | ((q - k) % 4 == 0)),
+        (
+            ra.masks.log_sparse(n, 3),
+            (k <= q) & ((q - k < 3) | np.isin(q - k, [4, 8, 16])),
+        ),
+        (
+            ra.masks.log_sparse(n, causal=False),
+            (q == k) | np.isin(abs(q - k), [1, 2, 4, 8, 16]),
+        ),
+        (
+            ra.masks.chosen_blocks(n, 6, [[0], [2, 1], [0, 2]], causal=False),
+            np.isin(q // 6 * 3 + k // 6, [0, 4, 5, 6, 8]),
+        ),
+        (
+            ra.masks.chosen_blocks(n, 6, [[0, 1], [1], [1]]),
+            (k <= q) & np.isin(q // 6 * 3 + k // 6, [0, 1, 4, 7]),
+        ),
         (ra.masks.shared_question(5, [4, 0, 8]), (k <= q) & ((k < 5) | same_answer)),
     ]
     for mask, dense in expected:

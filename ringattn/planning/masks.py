@@ -332,6 +332,37 @@ def strided(n: int, stride: int, causal: bool = True) -> Mask:
     return local | dilated(n, max(1, -(-n // stride)), stride, causal)
 
 
+def log_sparse(n: int, local: int = 1, causal: bool = True) -> Mask:
+    """The last ``local`` keys, and those 1, 2, 4, 8, ... tokens back (Li et al. 2019, "LogSparse");
+    not causal: on both sides."""
+    n, local = integer("n", n, 0), integer("local", local, 1)
+    back = [2**i for i in range(max(0, n - 1).bit_length()) if 2**i >= local]
+    bands = [(1 - local, 0 if causal else local - 1), *((-x, -x) for x in back)]
+    bands += [] if causal else [(x, x) for x in back]
+    whole = Run(0, n)
+    parts = (Slice.make(whole, whole, lo, hi) for lo, hi in bands)
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
+def chosen_blocks(n: int, block: int, chosen: Sequence[Sequence[int]], causal: bool = True) -> Mask:
+    """In blocks of ``block`` tokens: of each block of queries the blocks of keys that are listed,
+    one list for each block in order (block-sparse attention; Qiu et al. 2019, "BlockBERT"). Causal:
+    no key after its query."""
+    n, block = integer("n", n, 0), integer("block", block, 1)
+    blocks = -(-n // block)
+    if len(chosen) != blocks:
+        raise ValueError(f"chosen must list blocks for each of {blocks}, got {len(chosen)} lists")
+    parts = []
+    for row, some in enumerate(chosen):
+        some = {integer("every chosen block", x, 0) for x in _listed(some)}
+        if some and max(some) >= blocks:
+            raise ValueError(f"every chosen block must be below {blocks}, got {max(some)}")
+        q = Run(row * block, min(n, (row + 1) * block))
+        keys = union([Run(x * block, min(n, (x + 1) * block)) for x in some])
+        parts += [Slice.make(q, k, None, 0 if causal else None) for k in keys]
+    return Mask(tuple(part for part in parts if part), n, n)
+
+
 def big_bird(
     n: int,
     block: int = 64,
@@ -391,6 +422,7 @@ BUILDERS = {
     for build in (
         full, causal, sliding_window, documents, from_cu_seqlens,
         from_document_ids, prefix_lm, shared_question, sinks, global_tokens, block_local,
-        shifted_block, block_causal, dilated, strided, big_bird, from_slices,
+        shifted_block, block_causal, dilated, strided, log_sparse, chosen_blocks, big_bird,
+        from_slices,
     )
 }  # fmt: skip
