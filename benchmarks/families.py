@@ -3,14 +3,14 @@
     python benchmarks/families.py passkey [--steps 2400] [--only NAME ...]
     python benchmarks/families.py traffic
     python benchmarks/families.py estimate
+    python benchmarks/families.py planning
     python benchmarks/families.py buckets
-    python benchmarks/families.py pictures
 
 ``passkey`` trains a small model of each on finding a number in a text (two runs at a time, one
 thread each) and writes results/families_passkey.json as they end; ``traffic`` counts what a choice
 moves on 64 virtual ranks; ``estimate`` is `ringattn estimate` of a layer of each at 1M tokens on 64
-GPUs; ``buckets`` times attention within buckets beside full attention; ``pictures`` draws what each
-attends.
+GPUs; ``planning`` times the plan of a choice; ``buckets`` attention within buckets beside full
+attention. What each attends is drawn by docs/draw_families.py.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from ringattn.cli.splits_picture import COLOURS
 from ringattn.execution.carriers import VirtualWorld
 from ringattn.mixers.routed import chosen_part, moba_choice
 from ringattn.planning.blocks import Blocks
+from ringattn.planning.routing import ChoicePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -217,6 +218,31 @@ def draw_estimate(rows):
     figure.savefig(ROOT / "docs/families_estimate.png", dpi=110)
 
 
+def planning(options):
+    """Seconds that a rank takes to make the plan of a choice: blocks chosen at random."""
+    for n, world in ((65536, 8), (262144, 16), (1048576, 64)):
+        size, copies, top_k = 512, 8, 8
+        layout = ra.layouts.zigzag(n, world)
+        blocks = ra.make_blocks(ra.masks.causal(n), layout, size)
+        draw, counts = np.random.default_rng(0), np.zeros((world, copies, len(blocks)), np.int32)
+        for rank in range(world):
+            own = layout.positions(rank)[::64] // size
+            for copy in range(copies):
+                for _ in range(top_k - 1):
+                    np.add.at(counts[rank, copy], (draw.random(len(own)) * own).astype(int), 64)
+        took = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            plan = ChoicePlan(blocks, counts)
+            plan.rank(world // 2)
+            took.append(time.perf_counter() - begin)
+        bands = sum(len(step.bands) for step in plan.steps(world // 2))
+        print(json.dumps({
+            "tokens": n, "ranks": world, "K/V heads": copies, "block": size, "bands": bands,
+            "seconds": f"{statistics.median(took):.3f} ({min(took):.3f}-{max(took):.3f})",
+        }), flush=True)  # fmt: skip
+
+
 def buckets(options):
     """Seconds of attention within buckets beside full attention, forward and backward, one process
     and one head's sizes; interleaved, medians of 5 and ranges."""
@@ -252,20 +278,22 @@ def buckets(options):
         print(json.dumps({"tokens": n, **shown}), flush=True)
 
 
+WHAT = {
+    "passkey": passkey,
+    "traffic": traffic,
+    "estimate": estimate,
+    "planning": planning,
+    "buckets": buckets,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("passkey", "traffic", "estimate", "buckets", "pictures"))
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--only", nargs="*")
     options = parser.parse_args()
-    if options.what == "pictures":
-        from families_pictures import draw
-
-        draw(ROOT / "docs/families")
-        return
-    {"passkey": passkey, "traffic": traffic, "estimate": estimate, "buckets": buckets}[
-        options.what
-    ](options)
+    WHAT[options.what](options)
 
 
 if __name__ == "__main__":

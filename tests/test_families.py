@@ -212,6 +212,11 @@ def test_what_moves_is_what_the_plans_say():
         return part.plan, forward, counted.received - forward
 
     found = VirtualWorld(world, 60).run(work)
+    plan = found[0][0]
+    usual = ra.make_plan(plan.mask, plan.layout, "direct", key_layout=plan.key_layout)
+    for rank in range(world):
+        for of in (usual.area, usual.recv_tokens, usual.grad_recv_tokens):
+            assert getattr(plan, of.__name__)(rank) == of(rank)
     row = 2 * DIM * 8  # K and V of one head, float64
     for rank, (plan, forward, backward) in enumerate(found):
         assert forward == plan.recv_tokens(rank) * row > 0

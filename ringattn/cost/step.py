@@ -213,9 +213,11 @@ def again_of(model: Sizes, setup: Setup, plans: LayerPlans, tokens: int) -> int:
 
 def received_beside(model: Sizes, setup: Setup, plans: LayerPlans, kind: str) -> Bytes:
     """What a rank receives in a layer with sets of keys besides the rows of its plans, at most:
-    float32 summaries to choose from; tokens on their way to another order and back."""
+    float32 summaries to choose from, and how many rows of every rank chose each; tokens on their
+    way to another order and back."""
     own, others = plans.sets[kind], (plans.world - 1) / plans.world
     summaries = own.gathered * others * model.kv_heads * model.head_dim * 4
+    summaries += own.gathered * (plans.world - 1) * model.kv_heads * 4  # what each rank chose
     tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks) * own.moved * others
     heads = tokens * model.heads
     # q, k and v there, out and its log-sum-exp back; q, out and dout there, dq, dk and dv back.

@@ -23,7 +23,7 @@ from ringattn.mixers.pooling import gather, pool
 from ringattn.mixers.union import Part, Rows, union
 from ringattn.planning.blocks import Blocks
 from ringattn.planning.layouts import contiguous
-from ringattn.planning.routing import plan_of_choice
+from ringattn.planning.routing import ChoicePlan
 
 _SCORES = 2**24  # that exist at a time
 
@@ -282,7 +282,7 @@ def chosen_part(
     order = torch.argsort(where, stable=True)
     size = batch * kv_heads * len(blocks)
     counts = torch.bincount(where.clamp(0, max(0, size - 1)), minlength=size)
-    counts = torch.cat([counts, wrong[None].long()])  # every rank has to know
+    counts = torch.cat([counts, wrong[None].long()]).int()  # every rank has to know
     everyone = gather(counts[None], contiguous(comm.world * len(counts), comm.world), comm)
     everyone = everyone.view(comm.world, -1).cpu().numpy()
     if everyone[:, -1].any():
@@ -290,7 +290,7 @@ def chosen_part(
             "selected: a chosen block is of another document, does not exist, or has not ended "
             f"with its token (on ranks {np.flatnonzero(everyone[:, -1]).tolist()})"
         )
-    plan = plan_of_choice(blocks, everyone[:, :-1].reshape(comm.world, -1, len(blocks)))
+    plan = ChoicePlan(blocks, everyone[:, :-1].reshape(comm.world, -1, len(blocks)))
     k, v = (rearrange(x, "b t h d -> 1 (b h t) 1 d") for x in (k, v))
     return Part(k, v, plan, rows=Rows(rows[order], shared))
 

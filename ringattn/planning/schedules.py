@@ -246,21 +246,22 @@ def direct(partition: Partition, rank: int, node_size: int) -> RankPlan:
     of all that any rank receives (so compute hides them) and within the size of a block (so
     buffers are no larger than a ring's). Distances at which nobody attends take none.
     """
-    return _gathered(
-        partition, rank, partition.remember("stages", lambda: _stages(partition)), partition.rows
+    stages = partition.remember(
+        "stages", lambda: stages_of(partition.rows_needed, partition.k_layout.n)
     )
+    return _gathered(partition, rank, stages, partition.rows)
 
 
-def _stages(partition: Partition) -> list[list[int]]:
-    ranks = np.arange(partition.world)[:, None]
-    distances = np.arange(1, partition.world)
+def stages_of(rows_needed: np.ndarray, n: int) -> list[list[int]]:
+    """The distances of each stage of ``direct``, of keys ``[reader, owner]`` out of n."""
+    world = len(rows_needed)
+    ranks = np.arange(world)[:, None]
+    distances = np.arange(1, world)
     # What a rank receives in the forward, and what comes back to it in the backward.
-    read = partition.rows_needed[ranks, (ranks - distances) % partition.world]  # [rank, distance]
-    rows = np.concatenate(
-        [read, partition.rows_needed[(ranks + distances) % partition.world, ranks]]
-    )
+    read = rows_needed[ranks, (ranks - distances) % world]  # [rank, distance]
+    rows = np.concatenate([read, rows_needed[(ranks + distances) % world, ranks]])
     quarter = -(-int(rows.sum(1).max(initial=0)) // 4)
-    limit = min(quarter, -(-partition.k_layout.n // partition.world))
+    limit = min(quarter, -(-n // world))
     stages, rows_so_far = [], np.zeros(len(rows), np.int64)
     for distance in distances.tolist():
         more = rows[:, distance - 1]
