@@ -41,8 +41,10 @@ def rows() -> Iterator[Row]:
     """Of all tables of the page."""
     page = (HERE / "families.md").read_text()
     for family, text in re.findall(r"^### (.+?)$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL):
+        listed = False  # inside of a table of methods
         for line in text.splitlines():
-            if not line.startswith("|") or line.startswith(("| method", "|---")):
+            listed = line.startswith("|") and (listed or line.startswith("| method"))
+            if not listed or line.startswith(("| method", "|---")):
                 continue
             cells = [
                 cell.replace("\\|", "|").strip()
