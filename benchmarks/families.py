@@ -28,7 +28,8 @@ from passkey import start
 
 import ringattn as ra
 from ringattn import mixers
-from ringattn.cli.splits_picture import COLOURS
+from ringattn.cli.families import draw, predicted, row
+from ringattn.cost.presets import load
 from ringattn.execution.carriers import VirtualWorld
 from ringattn.mixers.routed import chosen_part, moba_choice
 from ringattn.planning.blocks import Blocks
@@ -147,75 +148,21 @@ def traffic(options):
         )
 
 
-ESTIMATED = {
-    "full": [],
-    "window 4,096": ["attention.window=4096"],
-    "pooled": kind("mixer:pooled,block:256,near:4"),
-    "three levels": kind("mixer:pooled,block:128,near:4,levels:3,ratio:8"),
-    "moba": kind("mixer:moba,block:512,top_k:12"),
-    "nsa": kind("mixer:nsa,block:64,top_k:16,window:512"),
-    "hashed": kind("mixer:hashed,block:256,buckets:1024,rounds:2"),
-    "scatterbrain": kind("mixer:scatterbrain,block:512,features:128"),
-    "adaptive span": kind("mixer:adaptive_span,window:4096,ramp:32"),
-    "gated delta": kind("mixer:gated_delta"),
-}
-
-
 def estimate(options):
-    """Seconds and memory of a layer of each family, 8B at 1M tokens on 64 H100s, on paper."""
-    from ringattn.cli.estimate import _as_given, _run
-    from ringattn.cost.presets import load
-
-    base = ["model=8b", "precision=bf16", "seq_len=1048576", "parallel.cp=64", "engine=fsdp",
-            "memory=long", "train.grad_accum=1", "batch_size=1"]  # fmt: skip
-    hardware, rows = load("h100"), {}
-    for name, keys in ESTIMATED.items():
-        begin = time.monotonic()
-        run, _ = _run([*base, "parallel.schedule=direct", *keys])
-        step = _as_given(run, 64, hardware).step
-        layers = run.model.layers
-        parts = {part: 1e3 * took / layers for part, took in step.parts.items()}
-        received = sum(x for part, x in step.received.items() if part.startswith(("att", "sta")))
-        rows[name] = {
-            "ms a layer": sum(
-                parts[part]
-                for part in (
-                    "attention kernel",
-                    "exposed exchange",
-                    "matrix products",
-                    "elementwise",
-                )
-            ),
-            "attention ms": parts["attention kernel"],
-            "exchange ms": parts["exposed exchange"],
-            "MB received": received / layers / 1e6,
-            "GiB a rank": step.peak_memory / 2**30,
-            "parts": parts,
-            "seconds to plan": time.monotonic() - begin,
-        }
-        shown = {k: round(v, 2) for k, v in rows[name].items() if k != "parts"}
-        print(json.dumps({"family": name, **shown}), flush=True)
+    """`ringattn estimate --families` of 8B at 1M tokens on 64 H100s; its picture and numbers."""
+    keys = ["model=8b", "precision=bf16", "seq_len=1048576", "parallel.cp=64", "engine=fsdp",
+            "memory=long", "parallel.schedule=direct"]  # fmt: skip
+    hardware = load("h100")
+    steps = predicted(keys, 64, hardware)
+    rows = {name: row(step) for name, step in steps.items()}
     (RESULTS / "families_estimate.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw_estimate(rows)
-
-
-def draw_estimate(rows):
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-    names, at = list(rows), [0.0] * len(rows)
-    for part in ("matrix products", "elementwise", "attention kernel", "exposed exchange"):
-        colour = COLOURS[part]
-        sizes = [rows[name]["parts"][part] for name in names]
-        left.barh(names, sizes, left=at, color=colour, label=part)
-        at = [a + size for a, size in zip(at, sizes, strict=True)]
-    left.invert_yaxis()
-    left.set_xscale("symlog", linthresh=100)
-    left.set_xlabel("ms of a layer, forward and backward (linear up to 100)")
-    left.legend(fontsize=7)
-    right.barh(names, [rows[name]["GiB a rank"] for name in names], color="#7a7a7a")
-    right.set_xlabel("GiB of a rank, whole step")
-    figure.suptitle("8B, 1,048,576 tokens on 64 H100s (predicted)", fontsize=10)
-    figure.savefig(ROOT / "docs/families_estimate.png", dpi=110)
+    draw(rows, next(iter(steps.values())), ROOT / "docs/families_estimate.png")
+    for name, own in rows.items():
+        print(
+            f"| {name} | {own['layer_ms']:,.0f} | {own['attention_kernel_ms']:,.0f} | "
+            f"{own['exposed_exchange_ms']:,.0f} | {own['received_bytes'] / 1e6:,.0f} | "
+            f"{own['peak_memory_bytes'] / 2**30:.1f} |"
+        )
 
 
 def planning(options):

@@ -233,6 +233,22 @@ def test_families_are_forecast_beside_each_other():
     assert steps["moba"].flops < steps["full"].flops
 
 
+def test_families_side_by_side(capsys, tmp_path):
+    from ringattn.cli.families import FAMILIES
+
+    keys = ["model=tiny", "seq_len=16384", "ranks=4", "parallel.cp=4"]
+    picture = tmp_path / "families.png"
+    assert cli(["estimate", *keys, "--families", "--json", "--plot", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == 4 and set(found["families"]) == set(FAMILIES)
+    for own in found["families"].values():
+        assert own["layer_ms"] > 0 and own["peak_memory_bytes"] > 0
+    received = {name: own["received_bytes"] for name, own in found["families"].items()}
+    assert 0 < received["pooled, 3 levels from 128"] < received["causal"]
+    assert picture.stat().st_size > 1000
+    assert cli(["estimate", *keys, "attention.window=8", "--families"]) == 2
+
+
 def test_spans_begin_with_the_window_and_learn():
     sizes = sizes_of("adaptive_span", ("global", "sets"))
     model = Decoder(sizes, 0)

@@ -34,6 +34,11 @@ _SEARCHED = ("parallel.", "engine.", "memory.")
 
 def _flags(parser: ArgumentParser) -> None:
     parser.add_argument("--search", action="store_true", help="try every split of the run")
+    parser.add_argument(
+        "--families",
+        action="store_true",
+        help="compare families of attention in all layers (docs/families.md)",
+    )
     parser.add_argument("--sequences", type=count, metavar="N",
                         help="of an optimizer step, by accumulation (with --search)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0.6, metavar="S",
@@ -54,17 +59,21 @@ def command(arguments: Sequence[str]) -> int:
         raise RequestError(f"--trace {options.trace}: no such folder")
     keys = [_expanded(key) for key in keys]
     try:
-        run, fixed = _run(keys)
+        run, fixed = run_of(keys)
         world = run.ranks or run.parallel.cp or 1
         hardware = load(_hardware(run))
         hardware.flops(run.precision)
         plain, run = run, replace(run, hardware=_hardware(run), ranks=None)
+        if options.families:
+            from ringattn.cli.families import compare
+
+            return compare(keys, world, hardware, options.plot, options.json)
         if options.search:
             answer = search(run, world, hardware, fixed, options.sequences, options.seconds)
             ranked = answer.ranked
         else:
             answer = None
-            ahead = _as_given(run, world, hardware)
+            ahead = as_given(run, world, hardware)
             ranked = [Split(ahead.run, ahead.step)]
     except ValueError as error:  # SettingsError, HardwareError too
         raise RequestError(str(error)) from None
@@ -91,7 +100,7 @@ def _expanded(key: str) -> str:
     return f"{name}={count(value)}" if equals and re.fullmatch(r"\d+[kKM]", value) else key
 
 
-def _run(keys: list[str]) -> tuple[TrainingRun, frozenset[str]]:
+def run_of(keys: list[str]) -> tuple[TrainingRun, frozenset[str]]:
     """The run, and the keys that somebody has chosen: on the command line, or in an experiment."""
     tree = config.composed(["data.root=null", *keys])  # data is not opened
     run = typed.read(TrainingRun, tree)
@@ -115,7 +124,7 @@ def _hardware(run: TrainingRun) -> str:
     return run.hardware
 
 
-def _as_given(run: TrainingRun, world: int, hardware: Any) -> Forecast:
+def as_given(run: TrainingRun, world: int, hardware: Any) -> Forecast:
     """The forecast of the run as it stands, on nodes of the hardware."""
     nodes = run if run.parallel.node_size else None
     resolved = config.resolved(run, world, hardware.node_size if nodes is None else None)

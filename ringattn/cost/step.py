@@ -27,6 +27,9 @@ from ringattn.cost.model import (
 from ringattn.cost.timeline import Timeline
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
+from ringattn.planning.segments import Segments
+from ringattn.planning.state_exchange import StateBytes
+from ringattn.planning.state_exchange import exchange_of as exchange_between
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,17 @@ def received_beside(model: Sizes, setup: Setup, plans: LayerPlans, kind: str) ->
     # q, k and v there, out and its log-sum-exp back; q, out and dout there, dq, dk and dv back.
     forward = heads * (3 * model.head_dim * setup.wide + (model.head_dim + 1) * 4)
     backward = heads * (3 * model.head_dim * (setup.wide + 4) + 4)
+    if own.features:
+        segments = Segments(plans.layout, own.blocks.lengths)
+        columns = model.head_dim + 1  # with the normaliser
+        state = 4 * model.heads * own.features * columns
+        token = 4 * model.heads * (2 * own.features + columns)
+        sizes = StateBytes(state, 4 * model.heads, token, 4 * model.heads * columns)
+        exchange = exchange_between(segments, sizes)
+        there, back = zip(
+            *(exchange.received(rank, sizes) for rank in ranks_of(plans)), strict=True
+        )
+        forward, backward = forward + max(there), backward + max(back)
     return Bytes(int(summaries + forward), int(backward))
 
 

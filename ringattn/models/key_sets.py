@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ringattn.models.sizes import ModelConfig
 
 _CHUNK = 64  # tokens of a chunk of linear attention
+_TILE = 128  # keys of a tile of a block kernel
 NAMES = ("pooled", "moba", "nsa", "hashed", "scatterbrain", "adaptive_span")
 
 
@@ -158,8 +159,11 @@ def _plans(sets: KeySets, layout: Layout, lengths: tuple[int, ...], ulysses: int
     if sets.mixer == "hashed":
         rounds = sets.rounds
         return SetPlans(blocks, plans, rounds * sets.buckets // 2, times=2 * rounds, moved=rounds)
+    if sets.mixer == "adaptive_span":  # each diagonal of the ramp is a tile of keys to a kernel
+        return SetPlans(blocks, plans, scored=6 * _TILE * sets.ramp)
     if sets.mixer == "scatterbrain":  # products with features and with states, twice
-        return SetPlans(blocks, plans, scored=4 * (_CHUNK + sets.features))
+        scored = 4 * (_CHUNK + sets.features)
+        return SetPlans(blocks, plans, scored=scored, features=sets.features)
     return SetPlans(blocks, plans)
 
 

@@ -22,7 +22,7 @@ class SetPlans:
     each set by its name. What such a layer costs besides: ``scored`` products of a query with a
     summary for each token; ``gathered`` summaries that every rank receives of the others; queries
     that are laid out again so many ``times`` as they have choices; all tokens ``moved`` to another
-    order so often."""
+    order so often; linear attention with so many ``features`` beside it."""
 
     blocks: Blocks
     plans: Mapping[str, Plan]
@@ -30,6 +30,7 @@ class SetPlans:
     gathered: int = 0
     times: int = 0
     moved: int = 0
+    features: int = 0
 
 
 class LayerPlans(dict[str, Plan]):
