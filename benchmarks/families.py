@@ -1,6 +1,6 @@
 """Families of efficient attention side by side; draws the pictures of docs/families.md.
 
-    python benchmarks/families.py passkey [--steps 2400] [--only NAME ...]
+    python benchmarks/families.py passkey [--steps 1500] [--only NAME ...]
     python benchmarks/families.py traffic
     python benchmarks/families.py estimate
     python benchmarks/families.py planning
@@ -45,13 +45,13 @@ def kind(keys):
 
 PASSKEY = {
     "full": [],
-    "window of 32": ["attention.window=32"],
-    "pooled": kind("mixer:pooled,block:16,near:2,how:learned"),
-    "scatterbrain": kind("mixer:scatterbrain,block:32,features:64"),
-    "moba": kind("mixer:moba,block:32,top_k:3"),
-    "hashed": kind("mixer:hashed,block:32,buckets:8,rounds:2"),
-    "adaptive span": kind("mixer:adaptive_span,window:32,ramp:8"),
-    "nsa": kind("mixer:nsa,block:32,top_k:3,window:32"),
+    "window of 16": ["attention.window=16"],
+    "moba": kind("mixer:moba,block:16,top_k:3"),
+    "pooled": kind("mixer:pooled,block:16,near:1,how:learned"),
+    "nsa": kind("mixer:nsa,block:16,top_k:3,window:16"),
+    "scatterbrain": kind("mixer:scatterbrain,block:16,features:64"),
+    "hashed": kind("mixer:hashed,block:16,buckets:4,rounds:2"),
+    "adaptive span": kind("mixer:adaptive_span,window:16,ramp:8"),
 }
 
 
@@ -65,9 +65,10 @@ def passkey(options):
         while waiting or jobs:
             while waiting and len(jobs) < 2:
                 name = waiting.pop(0)
-                keys = ["experiment=passkey", "engine=fsdp", "seq_len=256", "model.kv_heads=2",
-                        f"train.steps={options.steps}", f"eval.every={options.steps // 4}",
-                        "eval.lengths=[128,256]", *PASSKEY[name]]  # fmt: skip
+                keys = ["experiment=passkey", "engine=fsdp", "seq_len=128", "model.kv_heads=2",
+                        "batch_size=16",
+                        f"train.steps={options.steps}", f"eval.every={options.steps // 5}",
+                        "eval.lengths=[128]", *PASSKEY[name]]  # fmt: skip
                 jobs[name] = start(f"{folder}/{name}", 1, *keys), time.monotonic()
             time.sleep(1)
             for name, (job, begin) in list(jobs.items()):
@@ -237,7 +238,7 @@ WHAT = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(WHAT))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--only", nargs="*")
     options = parser.parse_args()
     WHAT[options.what](options)

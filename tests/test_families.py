@@ -1,5 +1,9 @@
 """Mixers with chosen or summarised keys, over split sequences, beside their dense definitions."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -526,3 +530,15 @@ def test_mixers_refuse_what_they_cannot():
     ):
         with pytest.raises(ValueError, match=message):
             attempt()
+
+
+def test_a_choice_compiles_for_a_gpu():
+    """In a process of its own: here Triton only interprets."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/workers/choice_ahead.py"],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "compiled 3" in done.stdout, done.stderr
