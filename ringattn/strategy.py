@@ -90,10 +90,11 @@ class Strategy:
 
     def like(self, plans: LayerPlans) -> Strategy:
         """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
-        by_kind = {kind: (plan.schedule, plan.ulysses) for kind, plan in plans.items()}
+        own = {kind: plan for kind, plan in plans.items() if kind not in plans.of_set}
+        by_kind = {kind: (plan.schedule, plan.ulysses) for kind, plan in own.items()}
         if not by_kind:
             return self
-        one = plans.heaviest
+        one = max(own.values(), key=lambda plan: plan.mask.area)
         return replace(self, schedule=one.schedule, by_kind=by_kind, ulysses=one.ulysses)
 
 

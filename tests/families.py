@@ -130,11 +130,11 @@ FAMILIES = {
     "nsa": Family(
         _with(gates=_uniform(2, -1, HEADS, 3)),
         lambda x, blocks, group: mixers.nsa(
-            *_qkv_of(x), x["gates"], blocks=blocks, compressed=blocks.of(4, 2), top_k=4, window=7,
+            *_qkv_of(x), x["gates"], blocks=blocks, compressed=blocks.of(4, 2), top_k=5, window=7,
             group=group,
         ),
         lambda x, lengths: naive_attention.nsa(
-            *_qkv_of(x), x["gates"], SIZE, (4, 2), 4, 7, lengths
+            *_qkv_of(x), x["gates"], SIZE, (4, 2), 5, 7, lengths
         ),
     ),
     "dsa": Family(

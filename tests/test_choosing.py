@@ -148,13 +148,12 @@ def test_the_self_check_reaches_summaries_and_choices(monkeypatch):
 
         def broken(tokens, positions, attend, model=model):
             """Attends its own block only."""
-            own = ra.make_plan(ra.masks.sliding_window(len(positions), 1),
-                               ra.layouts.contiguous(len(positions), 1))  # fmt: skip
+
+            def own_block(self, x, q, k, v, along, scale=None):
+                return ring_attention(q, k, v, along["blocks"].plan(along["blocks"].near(1)))
+
             with monkeypatch.context() as patch:
-                patch.setattr(
-                    Choosing, "forward",
-                    lambda self, x, q, k, v, along, scale=None: ring_attention(q, k, v, own),
-                )  # fmt: skip
+                patch.setattr(Choosing, "forward", own_block)
                 return model(tokens, positions, attend)
 
         if sizes.mixers["sets"].reaches:

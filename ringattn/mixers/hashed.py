@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.heads import split_heads
 from ringattn.mixers.pooling import gather
 from ringattn.mixers.union import Part, union
@@ -29,6 +30,7 @@ from ringattn.planning.runs import Run
 from ringattn.planning.slices import Slice
 
 
+@in_float32
 def hashed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -73,6 +75,7 @@ def hashed(
     return split_heads(mixer, blocks, connect(group), q, k, v, buckets)
 
 
+@in_float32
 def lsh(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Buckets by random rotations, of ``[batch, tokens, heads, dim]`` and ``[rounds, dim, buckets /
     2]``, alike on all ranks: where ``[x R; -x R]`` is largest, ``[batch, tokens, heads, rounds]``.
@@ -81,6 +84,7 @@ def lsh(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     return torch.cat([turned, -turned], -1).argmax(-1)
 
 
+@in_float32
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Buckets by the centroid of ``[heads, buckets, dim]`` with the largest product, one round:
     ``[batch, tokens, heads, 1]``."""
@@ -163,7 +167,7 @@ def by_bucket(
     Collective."""
     comm, device = connect(group), buckets.device
     layout = blocks.layout
-    everyone = gather(buckets, layout, comm)  # [batch, n, heads]
+    everyone = gather(buckets.int(), layout, comm)  # [batch, n, heads]
     everyone = rearrange(everyone, "b n h -> (b h) n").cpu().numpy()
     copies, n = everyone.shape
     document = np.searchsorted(np.cumsum(blocks.lengths), np.arange(n), side="right")

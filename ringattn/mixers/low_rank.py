@@ -14,6 +14,7 @@ from einops import rearrange
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.kernels import state_dtype
+from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.heads import split_heads
 from ringattn.mixers.pooling import gather, pool
 from ringattn.mixers.recurrent import linear
@@ -22,6 +23,7 @@ from ringattn.planning.blocks import Blocks, layout_of
 from ringattn.planning.segments import Segments
 
 
+@in_float32
 def linformer(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,6 +61,7 @@ def linformer(
     return _over_memory(q, k, v, documents, slots, comm, kernel, scale)
 
 
+@in_float32
 def luna(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -88,6 +91,7 @@ def luna(
     return _over_memory(q, k, v, documents, memory.shape[1], comm, kernel, scale)
 
 
+@in_float32
 def nystrom(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -150,6 +154,7 @@ def nystrom(
     return split_heads(mixer, blocks, connect(group), q, k, v)
 
 
+@in_float32
 def scatterbrain(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.heads import split_heads
 from ringattn.mixers.pooling import How, pool
 from ringattn.mixers.union import Part, union
 from ringattn.planning.blocks import Blocks
 
 
+@in_float32
 def pooled(
     q: torch.Tensor,
     k: torch.Tensor,

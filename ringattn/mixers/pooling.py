@@ -60,44 +60,54 @@ def pool(
         tables = blocks.remember(
             ("pooling", comm.rank, x.device), lambda: _Tables(blocks, comm.rank, x.device)
         )
-        parts = _merged(_chunks(x, weights, how, tables.chunks), how, tables.pieces)
+        parts = _tokens(x, weights, how)
+        for table in tables.own:
+            parts = _merged(parts, how, table)
         parts = moved(parts, blocks.move, comm)
-        value = _merged(parts, how, tables.owned)[0]  # [batch, blocks, heads, slots, dim]
+        for table in tables.owned:
+            parts = _merged(parts, how, table)
+        value = parts[0]  # [batch, blocks, heads, slots, dim]
         if how == "mean":
             value = value / tables.counts.to(dtype)[:, None, None, None]
     return value.transpose(2, 3).flatten(1, 2)
 
 
 class _Tables:
-    """Indices of a rank: tokens of chunks, chunks of pieces, pieces of the blocks that it owns;
-    each ``[groups, most]``, one past the end where there are fewer."""
+    """Of a rank: which tokens make its pieces (``own``), and which pieces its blocks (``owned``):
+    tables ``[groups, most]``, applied one after the other, and the tokens of each block."""
 
     def __init__(self, blocks: Blocks, rank: int, device: torch.device) -> None:
         pieces = blocks.pieces
         own = pieces.rank == rank
         first, size = pieces.first[own], (pieces.stop - pieces.first)[own]
-        each = -(-size // _CHUNK)
-        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
-        starts = np.repeat(first, each) + within * _CHUNK
-        sizes = np.minimum(np.repeat(size, each) - within * _CHUNK, _CHUNK)
         mine = np.flatnonzero(blocks.owner == rank)
         held = pieces.block[blocks.owner[pieces.block] == rank]
-        of_each = np.bincount(held, minlength=len(blocks))[mine]
-        tables = (
-            _padded(starts, sizes, blocks.layout.count(rank)),
-            _padded(np.cumsum(each) - each, each, int(each.sum())),
-            _padded(np.cumsum(of_each) - of_each, of_each, len(held)),
-            (blocks.stops - blocks.starts)[mine],
+        each = np.bincount(held, minlength=len(blocks))[mine]
+        self.own, self.owned = (
+            [torch.from_numpy(table).to(device) for table in tables]
+            for tables in (
+                _tables(first, size, blocks.layout.count(rank)),
+                _tables(np.cumsum(each) - each, each, len(held)),
+            )
         )
-        self.chunks, self.pieces, self.owned, self.counts = (
-            torch.from_numpy(table).to(device) for table in tables
-        )
+        self.counts = torch.from_numpy((blocks.stops - blocks.starts)[mine]).to(device)
 
 
-def _padded(starts: np.ndarray, sizes: np.ndarray, none: int) -> np.ndarray:
-    """``[groups, most]``: start, start + 1, ... of each group, then ``none``."""
-    along = np.arange(int(sizes.max(initial=1)))
-    return np.where(along < sizes[:, None], starts[:, None] + along, none)
+def _tables(starts: np.ndarray, sizes: np.ndarray, rows: int) -> list[np.ndarray]:
+    """How groups of rows, ``sizes`` from ``starts`` on, are merged: at most ``_CHUNK`` at a time,
+    so that a long one beside many short ones is not paid for by all. One past ``rows`` stands for
+    no row."""
+    tables = []
+    while True:
+        each = -(-sizes // _CHUNK)
+        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+        first = np.repeat(starts, each) + within * _CHUNK
+        size = np.minimum(np.repeat(sizes, each) - within * _CHUNK, _CHUNK)
+        along = np.arange(int(size.max(initial=1)))
+        tables.append(np.where(along < size[:, None], first[:, None] + along, rows))
+        if (each <= 1).all():
+            return tables
+        starts, sizes, rows = np.cumsum(each) - each, each, int(each.sum())
 
 
 def _taken(x: torch.Tensor, index: torch.Tensor, empty: float = 0.0) -> torch.Tensor:
@@ -105,33 +115,41 @@ def _taken(x: torch.Tensor, index: torch.Tensor, empty: float = 0.0) -> torch.Te
     return torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), empty)], 1)[:, index]
 
 
-def _chunks(
-    x: torch.Tensor, weights: torch.Tensor | None, how: How, index: torch.Tensor
-) -> list[torch.Tensor]:
-    """Of chunks of tokens: their values ``[batch, chunks, heads, slots, dim]``, and for a softmax
-    their log-sum-exp ``[..., 1]``."""
+def _tokens(x: torch.Tensor, weights: torch.Tensor | None, how: How) -> list[torch.Tensor]:
+    """What is merged of single tokens: their values ``[batch, tokens, heads, 1, dim]``; with the
+    weights ``[batch, tokens, heads, slots]`` that the first merge multiplies by; of a maximum, how
+    many have it."""
+    values = x[:, :, :, None]
     if how == "max":
-        return [_taken(x, index, -torch.inf).amax(2)[:, :, :, None]]
-    values = _taken(x, index)
-    if how == "mean":
-        return [values.sum(2)[:, :, :, None]]
-    if how == "sum":
-        return [torch.einsum("bcthd,bcthm->bchmd", values, _taken(weights, index))]
-    logits = _taken(weights, index, -torch.inf)
-    lse = logits.logsumexp(2)
-    shares = (logits - lse[:, :, None]).exp()
-    return [torch.einsum("bcthd,bcthm->bchmd", values, shares), lse[..., None]]
+        return [values, torch.ones_like(values)]
+    return [values] if weights is None else [values, weights]
 
 
 def _merged(parts: list[torch.Tensor], how: How, index: torch.Tensor) -> list[torch.Tensor]:
-    """Of groups of what :func:`_chunks` gives."""
+    """Of groups of rows. A maximum that several have is the mean of theirs, so that its gradient
+    is shared evenly however they are split."""
     if how == "max":
-        return [_taken(parts[0], index, -torch.inf).amax(2)]
-    if how != "softmax":
-        return [_taken(parts[0], index).sum(2)]
-    values, lse = _taken(parts[0], index), _taken(parts[1], index, -torch.inf)
-    total = lse.logsumexp(2)
-    return [(values * (lse - total[:, :, None]).exp()).sum(2), total]
+        values, times = _taken(parts[0], index, -torch.inf), _taken(parts[1], index)
+        times = times * (values == values.amax(2, keepdim=True)).detach()
+        total = times.sum(2)
+        values = values.masked_fill(values == -torch.inf, 0)
+        return [(values * times).sum(2) / total, total]
+    values = _taken(parts[0], index)
+    if how == "mean":
+        return [values.sum(2)]
+    if how == "sum":
+        if len(parts) == 1:
+            return [values.sum(2)]
+        weights = _taken(parts[1], index)
+        return [torch.einsum("bcthd,bcthm->bchmd", values[:, :, :, :, 0], weights)]
+    if parts[1].dim() == 5:  # log-sum-exps of what has been merged
+        lse = _taken(parts[1], index, -torch.inf)
+        total = lse.logsumexp(2)
+        return [(values * (lse - total[:, :, None]).exp()).sum(2), total]
+    logits = _taken(parts[1], index, -torch.inf)
+    total = logits.logsumexp(2)
+    shares = (logits - total[:, :, None]).exp()
+    return [torch.einsum("bcthd,bcthm->bchmd", values[:, :, :, :, 0], shares), total[..., None]]
 
 
 def gather(x: torch.Tensor, layout: Layout, group: Any = None) -> torch.Tensor:

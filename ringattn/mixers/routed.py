@@ -18,6 +18,7 @@ from einops import rearrange
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.kernels import state_dtype
+from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.heads import split_heads
 from ringattn.mixers.pooling import gather, pool
 from ringattn.mixers.union import Part, Rows, union
@@ -28,6 +29,7 @@ from ringattn.planning.routing import ChoicePlan
 _SCORES = 2**24  # that exist at a time
 
 
+@in_float32
 def moba(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -60,6 +62,7 @@ def moba(
 
 
 @torch.no_grad()
+@in_float32
 def moba_choice(
     q: torch.Tensor, k: torch.Tensor, blocks: Blocks, top_k: int, group: Any = None
 ) -> torch.Tensor:
@@ -77,6 +80,7 @@ def moba_choice(
     return torch.cat(chosen, 1) if chosen else first.new_empty(*q.shape[:3], top_k - 1)
 
 
+@in_float32
 def nsa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -96,12 +100,12 @@ def nsa(
     have ended (default: ``blocks``; they may overlap); over ``top_k`` of ``blocks``, which all
     heads of a K/V head choose together; and over a ``window`` of tokens.
 
-    Chosen are the own block, the one before it, the document's first, and those on which most of
-    the first attention lies. q ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads,
+    Of these three are always the own block, the one before it and the document's first; the others
+    are those on which most of the first attention lies. q ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads,
     gates ``[batch, local tokens, heads, 3]`` in that order. Returns what q is like. Collective over
-    ``group``. Raises ValueError for a top_k below 1, and where K/V heads would be shared by ranks.
+    ``group``. Raises ValueError for a top_k below 3, and where K/V heads would be shared by ranks.
     """
-    _check_top_k("nsa", top_k)
+    _check_top_k("nsa", top_k, 3)
     if k.shape[2] % blocks.ulysses:
         raise ValueError(
             f"nsa: heads of one K/V head choose together, so ulysses={blocks.ulysses} has to "
@@ -115,15 +119,16 @@ def nsa(
         gates: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         small = blocks.of(of, every)
-        means = pool(torch.cat([k, v], -1), small, comm).to(q.dtype)
+        # In float64: the ranks that a block lies on change the last bit otherwise, and so choices.
+        means = pool(torch.cat([k, v], -1).double(), small, comm)
+        means = means.to(state_dtype(q.dtype)).to(q.dtype)
         k_mean, v_mean = means.split([k.shape[3], v.shape[3]], 3)
         options = (comm, kernel, scale)
         seen = Part(k_mean, v_mean, small.plan(small.ended(), small.summaries()))
         first, lse = union(q, [seen], *options, return_lse=True)
         chosen = nsa_choice(q, k_mean, lse, blocks, small, top_k, comm, scale)
         parts = [Part(k, v, blocks.plan(blocks.near(1)))]
-        if top_k > 1:
-            parts.append(chosen_part(q, k, v, chosen, blocks, comm))
+        parts.append(chosen_part(q, k, v, chosen, blocks, comm))
         second = union(q, parts, *options)
         third = union(q, [Part(k, v, blocks.plan(blocks.window(window)))], *options)
         each = zip((first, second, third), gates.unbind(-1), strict=True)
@@ -133,6 +138,7 @@ def nsa(
 
 
 @torch.no_grad()
+@in_float32
 def nsa_choice(
     q: torch.Tensor,
     k_mean: torch.Tensor,
@@ -154,7 +160,7 @@ def nsa_choice(
     ended, begun = _ended(compressed, at, q.device)
     index, share = _overlaps(blocks, compressed, q.device)
     chosen = []
-    for rows, part in _tiles(q, len(compressed)):
+    for rows, part in _tiles(q, max(len(compressed), index.numel())):
         scores = _products(part, means) * scale - lse[:, :, rows].mT[..., None]
         numbers = torch.arange(len(compressed), device=q.device)
         unseen = (numbers < begun[rows, None]) | (numbers >= ended[rows, None])
@@ -171,6 +177,7 @@ def nsa_choice(
     return first.new_empty(*q.shape[:2], kv_heads, top_k - 1)
 
 
+@in_float32
 def selected(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -209,6 +216,7 @@ def selected(
     return split_heads(mixer, blocks, connect(group), q, k, v, ids)
 
 
+@in_float32
 def dsa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -295,9 +303,9 @@ def chosen_part(
     return Part(k, v, plan, rows=Rows(rows[order], shared))
 
 
-def _check_top_k(name: str, top_k: int) -> None:
-    if top_k < 1:
-        raise ValueError(f"{name}: top_k must be at least 1, got {top_k}")
+def _check_top_k(name: str, top_k: int, least: int = 1) -> None:
+    if top_k < least:
+        raise ValueError(f"{name}: top_k must be at least {least}, got {top_k}")
 
 
 def _seen(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ringattn.execution.carriers import connect
+from ringattn.kernels import state_dtype
+from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.union import Part, State, combine, union
 from ringattn.planning.blocks import Blocks
-from ringattn.planning.masks import Mask, from_slices
-from ringattn.planning.runs import Run
-from ringattn.planning.slices import Slice
+from ringattn.planning.plan import Plan
 
 
+@in_float32
 def adaptive_span(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -31,7 +33,8 @@ def adaptive_span(
 
     spans ``[heads]``, at least 0, in tokens, alike on all ranks; their gradient is this rank's
     share. Heads with the same whole part of the span go together, each such group with a window and
-    ``ramp`` diagonals of its own, under one softmax: the cost is that of the windows in use. q
+    ``ramp`` diagonals of its own, under one softmax: so many exchanges, and a tile of keys for each
+    diagonal; keep ``ramp`` short, and spans together. q
     ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads. Of ``blocks`` only the
     documents matter; its ulysses must be 1. Returns what q is like. Collective over ``group``.
     """
@@ -42,8 +45,9 @@ def adaptive_span(
         )
     comm = connect(group)
     wide = q.shape[2] // k.shape[2]
-    known = spans.detach().clamp(0, blocks.layout.n)
-    whole = known.floor().long().tolist()
+    known = spans.detach().to(state_dtype(spans.dtype)).clamp(0, blocks.layout.n)
+    beyond = known - known.floor()
+    whole = known.long().tolist()
     columns: list[tuple[list[int], torch.Tensor]] = []
     for span in sorted(set(whole)):
         heads = [head for head, own in enumerate(whole) if own == span]
@@ -52,7 +56,7 @@ def adaptive_span(
         options = (comm, kernel, scale)
         parts = [Part(k_own, v_own, _plan(blocks, 0, span))]
         for step in range(1, ramp + 1):
-            share = (ramp + known[heads] - span - step) / ramp
+            share = (ramp - step + beyond[heads]) / ramp
             weight = share.clamp_min(1e-30).log()
             parts.append(Part(k_own, v_own, _plan(blocks, span + step, span + step), weight))
         with torch.no_grad():
@@ -66,15 +70,7 @@ def adaptive_span(
     return out[:, :, [order.index(head) for head in range(len(order))]]
 
 
-def _plan(blocks: Blocks, nearest: int, furthest: int) -> Any:
-    """Keys from so many to so many tokens back."""
-    return blocks.plan(
-        blocks.remember(("back", nearest, furthest), lambda: _band(blocks, nearest, furthest))
-    )
-
-
-def _band(blocks: Blocks, nearest: int, furthest: int) -> Mask:
-    n = blocks.layout.n
-    return blocks.documents & from_slices(
-        [Slice.make(Run(0, n), Run(0, n), -furthest, -nearest)], n, n
-    )
+@lru_cache(maxsize=256)
+def _plan(blocks: Blocks, nearest: int, furthest: int) -> Plan:
+    """Keys from so many to so many tokens back. Not kept with the blocks: spans change."""
+    return blocks.new_plan(blocks.back(nearest, furthest))

@@ -156,11 +156,12 @@ class Blocks:
     def plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
         """Of the tokens' queries over ``keys`` (None: the tokens). Each rank receives the rows that
         it attends."""
-        return self.remember(
-            ("plan", mask, keys),
-            lambda: Plan(mask, self.layout, keys or self.layout, "direct", self.ulysses,
-                         self.world),
-        )  # fmt: skip
+        return self.remember(("plan", mask, keys), lambda: self.new_plan(mask, keys))
+
+    def new_plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
+        """The same, not kept."""
+        keys = keys or self.layout
+        return Plan(mask, self.layout, keys, "direct", self.ulysses, self.world)
 
     # Masks of tokens over tokens
 
@@ -190,6 +191,12 @@ class Blocks:
             ("window", window),
             lambda: self.documents & masks.sliding_window(self.layout.n, window),
         )
+
+    def back(self, nearest: int, furthest: int) -> Mask:
+        """From so many to so many tokens back, of its document."""
+        whole = Run(0, self.layout.n)
+        band = Slice.make(whole, whole, -furthest, -nearest)
+        return self.documents & Mask((band,) * bool(band), self.layout.n, self.layout.n)
 
     # Masks of tokens over summaries
 
