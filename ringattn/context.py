@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# What a state goes by, its segments and the group; or sets of keys: blocks, group and kernel.
+# What a state goes by: its segments and the group. Sets of keys: they, blocks, group and kernel.
 Along = Mapping[str, Any]
 Attends = Attend | Mapping[str, Attend | Along]  # of all layers, or by kind of layer
 
@@ -106,7 +106,7 @@ class Context:
             for kind, segments in plans.segments.items()
         }
         along |= {
-            kind: {"blocks": own.blocks, "group": group, "kernel": self.kernel}
+            kind: {"sets": own.sets, "blocks": own.blocks, "group": group, "kernel": self.kernel}
             for kind, own in plans.sets.items()
         }
         of_masks = (kind for kind in plans if kind not in plans.of_set)
@@ -169,13 +169,13 @@ def check_engaged(
     far above rounding, however many ranks there are. Of ``states``, kinds that carry one, documents
     are of two tokens that lie across segments: where all first ones are changed, the second ones
     must move, however fast the state decays (through a state or a halo, which it does not tell
-    apart); so too of kinds that attend sets of keys, with blocks of single tokens, so that the
-    first ones are reached through summaries and choices (of buckets, in which tokens may miss each
-    other, only that no others move). Raises RuntimeError on all ranks when the model ignores the
-    plan.
+    apart); so too of kinds that attend sets of keys, with blocks and windows of single tokens and
+    one bucket, so that first ones are reached through the finest summaries or a choice (of nsa,
+    which has both, it does not tell which). Raises RuntimeError on all ranks when the model ignores
+    the plan.
     """
-    sets = strategy.sets
-    strategy = replace(strategy, sets={kind: own.smallest for kind, own in sets.items()})
+    smallest = {kind: own.smallest for kind, own in strategy.sets.items()}
+    strategy = replace(strategy, sets=smallest)
     n = 4 * context.cp
     alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
     pairs = [1, *[2] * (n // 2 - 1), 1]
@@ -207,8 +207,6 @@ def check_engaged(
         should = reached[own]
         moved = torch.where(should, apart > 0, apart > noise * largest)
         wrong = (moved != should) & ~changed[own]
-        if kind in sets and not sets[kind].reaches:
-            wrong &= ~should
         if context.total(float(wrong.sum()))[0]:
             several = len(kinds) + len(states) > 1
             raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,9 +22,6 @@ class Sets(Protocol):
 
     @property
     def smallest(self) -> Sets: ...
-
-    @property
-    def reaches(self) -> bool: ...
 
     def degree(self, ulysses: int, kv_heads: int) -> int: ...
 
@@ -85,15 +82,20 @@ class Strategy:
             kind: self._plan(mask, layout, *self.by_kind.get(kind, usual))
             for kind, mask in masks.items()
         }
-        segments, sets = carried(states, layout, self.sets, self.ulysses, self.kv_heads)
+        segments, sets = carried(states, layout, self.sets, self._degree, self.kv_heads)
         return LayerPlans(plans, layers, segments=segments, sets=sets)
+
+    def _degree(self, kind: str) -> int:
+        """Ranks that heads are split over in layers that attend sets of keys, where they may be."""
+        return self.by_kind.get(kind, ("", self.ulysses))[1] or 1
 
     def like(self, plans: LayerPlans) -> Strategy:
         """This strategy with what "auto" chose for ``plans``, so that it is chosen once."""
         own = {kind: plan for kind, plan in plans.items() if kind not in plans.of_set}
         by_kind = {kind: (plan.schedule, plan.ulysses) for kind, plan in own.items()}
-        if not by_kind:
-            return self
+        by_kind |= {kind: ("direct", sets.blocks.ulysses) for kind, sets in plans.sets.items()}
+        if not own:
+            return replace(self, by_kind=by_kind)
         one = max(own.values(), key=lambda plan: plan.mask.area)
         return replace(self, schedule=one.schedule, by_kind=by_kind, ulysses=one.ulysses)
 
@@ -129,14 +131,15 @@ def carried(
     states: Mapping[str, Sequence[int]],
     layout: Layout,
     sets: Mapping[str, Sets],
-    ulysses: int | None,
+    ulysses: Callable[[str], int],
     kv_heads: int | None,
 ) -> tuple[dict[str, Segments], dict[str, SetPlans]]:
     """What the kinds of layer in ``states`` go by, over documents of these lengths: (segments of
-    those that carry a state, plans of those that attend ``sets`` of keys)."""
+    those that carry a state, plans of those that attend ``sets`` of keys). ``ulysses``: ranks that
+    a kind's heads are split over, where they may be."""
     of_states = {kind: lengths for kind, lengths in states.items() if kind not in sets}
     of_sets = {
-        kind: sets[kind].plans(layout, lengths, sets[kind].degree(ulysses or 1, kv_heads or 1))
+        kind: sets[kind].plans(layout, lengths, sets[kind].degree(ulysses(kind), kv_heads or 1))
         for kind, lengths in states.items()
         if kind in sets
     }

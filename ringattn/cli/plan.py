@@ -130,7 +130,9 @@ def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
             try:
                 sets[name.strip()] = KeySets(**given)
             except ValueError as error:
-                reason = "; ".join(one["msg"] for one in error.errors())
+                reason = "; ".join(
+                    ": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors()
+                )
                 raise RequestError(f"kinds: {text.strip()}: {reason}") from None
         else:
             masks[name.strip()] = mask_of(text.strip(), values["n"], _TOKENS)
@@ -148,7 +150,7 @@ def _planned(values: dict[str, Any]) -> tuple[LayerPlans, dict[str, str]]:
         lengths = reduce(or_, masks.values()).pieces if masks else [layout.n]
         along = dict.fromkeys([*mixers, *sets], lengths)
         kv_heads = values["kv_heads"] or values["heads"]
-        segments, of_sets = carried(along, layout, sets, values["ulysses"], kv_heads)
+        segments, of_sets = carried(along, layout, sets, lambda _: values["ulysses"] or 1, kv_heads)
     except (ValueError, OverflowError, MemoryError) as error:
         raise RequestError(str(error)) from None
     plans = {kind: plan_of(values, mask, layout, None) for kind, mask in masks.items()}
@@ -159,17 +161,19 @@ def _sets(text: str) -> dict[str, Any] | None:
     """The keys of attention to sets of keys, "moba(block=512, top_k=8)"; None if it is none."""
     from ringattn.models.key_sets import NAMES
 
-    name, _, inside = text.partition("(")
-    if name.strip() not in NAMES:
+    name = text.partition("(")[0].strip()
+    if name not in NAMES:
         return None
     try:
-        call = ast.parse(f"f({inside.rstrip(')')})", mode="eval").body
+        call = ast.parse(text if "(" in text else f"{name}()", mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise ValueError
         keys = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
         if call.args or None in keys:
             raise ValueError
     except (SyntaxError, ValueError):
         raise RequestError(f"kinds: {text!r} is not NAME(KEY=VALUE, ...)") from None
-    return keys | {"mixer": name.strip()}
+    return keys | {"mixer": name}
 
 
 def _mixer(name: str, shape: AttentionShape) -> Mixer:

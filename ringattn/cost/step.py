@@ -98,10 +98,13 @@ class Prediction:
         tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
         parts = product_flops(self.model, self.setup, tokens)
         pairs = sum(
-            count * float(plans[kind].partition.pairs_per_rank.max()) / plans[kind].ulysses
+            count
+            * float(plans[kind].partition.pairs_per_rank.max())
+            / plans[kind].ulysses
+            * (1 + BACKWARD + again_in(self.setup, plans, kind))
             for kind, count in plans.counts.items()
         )
-        parts["attention"] = pairs * self._shape.pair_flops() * (1 + BACKWARD)
+        parts["attention"] = pairs * self._shape.pair_flops()
         return {name: flops * self.setup.grad_accum for name, flops in parts.items()}
 
     @cached_property
@@ -112,15 +115,16 @@ class Prediction:
         for kind, count in self.plans.counts.items():
             plan = self.plans[kind]
             layer = cost.received(plan, cost.sample(plan)[-1], self._shape)
-            forward += count * layer.forward
+            forward += count * layer.forward * (1 + again_in(self.setup, self.plans, kind))
             backward += count * layer.backward
         states = 0
         for kind, count in self.plans.states.items():
             layer = received_states_of(self.model, self.setup, self.plans, kind)
             states += count * (layer.forward + layer.backward)
         for kind, count in self.plans.of_sets.items():
-            layer = received_beside(self.model, self.setup, self.plans, kind)
-            states += count * (layer.forward + layer.backward)
+            layer, again = received_beside(self.model, self.setup, self.plans, kind), 1
+            again += self.setup.memory.checkpoint
+            states += count * (again * layer.forward + layer.backward)
         return {
             "attention forward": float(forward * accum),
             "attention backward": float(backward * accum),
@@ -187,8 +191,9 @@ def layer_of(
     held = []
     for kind, count in plans.counts.items():
         line = timeline_of(model, setup, plans[kind], hardware, ranks)
-        compute += count / len(plans.layers) * line.compute
-        exposed += count / len(plans.layers) * line.exposed
+        again = again_in(setup, plans, kind)
+        compute += count / len(plans.layers) * line.compute * (1 + again / (1 + BACKWARD))
+        exposed += count / len(plans.layers) * line.exposed * (1 + again / 2)
         held += [cost.buffers(plans[kind].rank(rank)) for rank in ranks]
     tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks)
     rows = max((r.kv for r in held), default=0), max((r.grads for r in held), default=0)
@@ -207,22 +212,29 @@ def layer_of(
     )
 
 
+def again_in(setup: Setup, plans: LayerPlans, kind: str) -> int:
+    """How often a forward is computed again in the backward: attention of a mask is kept, that of
+    sets of keys is not."""
+    return int(setup.memory.checkpoint and kind in plans.of_set)
+
+
 def again_of(model: Sizes, setup: Setup, plans: LayerPlans, tokens: int) -> int:
     """The most bytes in which a layer lays the queries of so many tokens out again by what they
     chose: q and dout in the model's dtype, out and dq in float32."""
-    times = max((own.times for own in plans.sets.values()), default=0)
+    times = max((own.relaid for own in plans.sets.values()), default=0)
     return times * tokens * model.heads * model.head_dim * 2 * (setup.wide + 4)
 
 
 def received_beside(model: Sizes, setup: Setup, plans: LayerPlans, kind: str) -> Bytes:
     """What a rank receives in a layer with sets of keys besides the rows of its plans, at most:
     float32 summaries to choose from, and how many rows of every rank chose each; tokens on their
-    way to another order and back."""
+    way to another order and back, and what that order is made of; states beside the sets."""
     own, others = plans.sets[kind], (plans.world - 1) / plans.world
     summaries = own.gathered * others * model.kv_heads * model.head_dim * 4
     summaries += own.gathered * (plans.world - 1) * model.kv_heads * 4  # what each rank chose
     tokens = max(plans.layout.count(rank) for rank in plans.layout.ranks) * own.moved * others
     heads = tokens * model.heads
+    summaries += own.moved * plans.layout.n * others * model.heads * 4  # buckets of all tokens
     # q, k and v there, out and its log-sum-exp back; q, out and dout there, dq, dk and dv back.
     forward = heads * (3 * model.head_dim * setup.wide + (model.head_dim + 1) * 4)
     backward = heads * (3 * model.head_dim * (setup.wide + 4) + 4)

@@ -101,9 +101,10 @@ def nsa(
     heads of a K/V head choose together; and over a ``window`` of tokens.
 
     Of these three are always the own block, the one before it and the document's first; the others
-    are those on which most of the first attention lies. q ``[batch, local tokens, heads, head_dim]``, k and v with kv_heads,
-    gates ``[batch, local tokens, heads, 3]`` in that order. Returns what q is like. Collective over
-    ``group``. Raises ValueError for a top_k below 3, and where K/V heads would be shared by ranks.
+    are those on which most of the first attention lies. q ``[batch, local tokens, heads,
+    head_dim]``, k and v with kv_heads, gates ``[batch, local tokens, heads, 3]`` in that order.
+    Returns what q is like. Collective over ``group``. Raises ValueError for a top_k below 3, and
+    where K/V heads would be shared by ranks.
     """
     _check_top_k("nsa", top_k, 3)
     if k.shape[2] % blocks.ulysses:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ringattn.context import Along, Attend, Attends
 from ringattn.models import recompute
-from ringattn.models.choosing import Choosing, initial_span
+from ringattn.models.choosing import Choosing
 from ringattn.models.key_sets import KeySets
 from ringattn.models.loss import capped, chunked_cross_entropy, liger_cross_entropy
 from ringattn.models.memory import Memory
@@ -49,7 +49,7 @@ def _norm(config: ModelConfig, width: int) -> nn.RMSNorm:
 class Attention(nn.Module):
     """Over a mask; or with ``sets`` over keys that are chosen or summarised."""
 
-    def __init__(self, config: ModelConfig, sets: KeySets | None = None) -> None:
+    def __init__(self, config: ModelConfig, sets: KeySets | None = None, number: int = 0) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.options = {"scale": config.scale, "softcap": config.softcap}
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             _norm(config, width) if normed else nn.Identity() for width in widths
         )
         self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
-        self.choosing = None if sets is None else Choosing(config, sets)
+        self.choosing = None if sets is None else Choosing(config, sets, number)
 
     def forward(
         self, x: torch.Tensor, phases: torch.Tensor, attend: Attend | Along
@@ -123,6 +123,7 @@ class Block(nn.Module):
         memory: Memory,
         mixer: Mixer | None = None,
         sets: KeySets | None = None,
+        number: int = 0,
     ) -> None:
         super().__init__()
         self.memory, self.attends = memory, mixer is None
@@ -130,7 +131,7 @@ class Block(nn.Module):
         if self.places[0]:  # parameters in the order in which they are used
             self.add_module(self.places[0], _norm(config, config.dim))
         if mixer is None:
-            self.self_attn = Attention(config, sets)
+            self.self_attn = Attention(config, sets, number)
         else:
             self.mixer = make_mixer(config, mixer)
         for name in filter(None, self.places[1:]):
@@ -205,8 +206,8 @@ class Decoder(nn.Module):
         self.kinds = (ONE,) * config.layers if kinds is None else tuple(kinds)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            Block(config, self.memory, config.mixer_of(kind), config.sets_of(kind))
-            for kind in self.kinds
+            Block(config, self.memory, config.mixer_of(kind), config.sets_of(kind), number)
+            for number, kind in enumerate(self.kinds)
         )
         self.norm = _norm(config, config.dim)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
@@ -270,8 +271,8 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: torch.Size)
     generator = torch.Generator().manual_seed(number)
     if ".mixer." in name and (own := initial_mixer_weight(name, shape, generator)) is not None:
         return own
-    if name.endswith(".spans"):
-        return initial_span(config, name, shape)
+    if name.endswith(".spans"):  # half of the longest
+        return torch.full(shape, 0.5)
     if len(shape) < 2:
         zero = config.norm_offset and not name.endswith("out_norm.weight")
         zero |= name.endswith(("bias", "sinks"))

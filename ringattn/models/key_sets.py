@@ -5,7 +5,7 @@ and the plans that say ahead what they cost, without torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,9 +21,18 @@ from ringattn.typed import Count, OneOf, Whole, settings
 if TYPE_CHECKING:
     from ringattn.models.sizes import ModelConfig
 
+# The keys that mixers have; another one would be without effect.
+_USED = {
+    "pooled": ("block", "near", "levels", "ratio", "how"),
+    "moba": ("block", "top_k"),
+    "nsa": ("block", "top_k", "window"),
+    "hashed": ("block", "buckets", "rounds", "seed"),
+    "scatterbrain": ("block", "features", "seed"),
+    "adaptive_span": ("window", "ramp"),
+}
+NAMES = tuple(_USED)
 _CHUNK = 64  # tokens of a chunk of linear attention
 _TILE = 128  # keys of a tile of a block kernel
-NAMES = ("pooled", "moba", "nsa", "hashed", "scatterbrain", "adaptive_span")
 
 
 @settings
@@ -48,22 +57,30 @@ class KeySets:
     top_k: Count = 8
     """moba, nsa: blocks that a token attends, the own one among them."""
     window: Count = 512
-    """nsa: tokens of its window; adaptive_span: of the span that training begins with."""
+    """nsa: tokens of its window; adaptive_span: of the longest span, of which training begins with
+    half."""
     buckets: Count = 16
-    """hashed: of a round, an even number."""
+    """hashed: of a round, an even number, or 1."""
     rounds: Count = 2
     """hashed: rounds of buckets, under one softmax."""
-    ramp: Count = 32
-    """adaptive_span: tokens over which a span fades out."""
+    ramp: Count = 8
+    """adaptive_span: tokens over which a span fades out, each a set of keys of its own."""
     features: Count = 64
     """scatterbrain: random features of a head (Performer's)."""
     seed: Whole = 0
-    """Of rotations and random features."""
+    """Of rotations and random features: others in each layer, the same in each step."""
 
     @model_validator(mode="after")
     def _fits(self) -> KeySets:
-        if self.mixer == "hashed" and self.buckets % 2:
+        for field in fields(self):
+            given = getattr(self, field.name) != field.default
+            if field.name != "mixer" and given and field.name not in _USED[self.mixer]:
+                used = ", ".join(_USED[self.mixer])
+                raise ValueError(f"{self.mixer} has no {field.name}; its keys: {used}")
+        if self.mixer == "hashed" and self.buckets % 2 and self.buckets > 1:
             raise ValueError(f"buckets must be even, got {self.buckets}")
+        if self.mixer == "nsa" and self.top_k < 3:
+            raise ValueError(f"nsa: top_k must be at least 3, got {self.top_k}")
         if self.levels > 1 and self.ratio < 2:
             raise ValueError("levels of summaries need a ratio of at least 2")
         return self
@@ -76,17 +93,22 @@ class KeySets:
         )
 
     @property
-    def reaches(self) -> bool:
-        """Whether a token surely sees the one before it (of a document of two), whatever the
-        weights: else it is a matter of buckets."""
-        return self.mixer != "hashed"
-
-    @property
     def smallest(self) -> KeySets:
-        """The same of single tokens, as far as it goes: the token before is then reached through a
-        summary or a choice, not as a neighbour in the block."""
-        chooses = self.mixer in ("moba", "nsa") and self.top_k == 1
-        return self if chooses else replace(self, block=1)
+        """The same of single tokens, as far as it goes, for the self-check: a token sees the one
+        before it through a summary or a choice then, not as a neighbour in its block or window, and
+        through the finest summaries only. (moba of one block has nothing but neighbours.)"""
+        if self.mixer == "moba" and self.top_k == 1:
+            return self
+        less = {"block": 1}
+        if self.mixer == "pooled":
+            less |= {"near": 1, "levels": 1}
+        if self.mixer == "nsa":
+            less |= {"window": 1}
+        if self.mixer == "hashed":  # all tokens in one bucket
+            less |= {"buckets": 1, "rounds": 1}
+        if self.mixer == "adaptive_span":
+            less = {}
+        return replace(self, **less)
 
     def degree(self, ulysses: int, kv_heads: int) -> int:
         """Ranks that heads are split over where attention's are over ``ulysses``: 1 where heads
@@ -141,8 +163,10 @@ class KeySets:
         if self.mixer == "hashed":
             # As many pairs as buckets in chunks have at most; where they lie is not known.
             return [(f"round {i + 1}", (blocks.near(2),)) for i in range(self.rounds)]
-        if self.mixer == "adaptive_span":
-            return [("span", (blocks.window(self.window + self.ramp),))]
+        if self.mixer == "adaptive_span":  # at its longest
+            ramp = range(self.window + 1, self.window + self.ramp + 1)
+            found = [("span", (blocks.back(0, self.window),))]
+            return found + [(f"{back} back", (blocks.back(back, back),)) for back in ramp]
         return [own]
 
     def area(self, lengths: Sequence[int]) -> int:
@@ -155,16 +179,19 @@ def _plans(sets: KeySets, layout: Layout, lengths: tuple[int, ...], ulysses: int
     blocks = sets.blocks(layout, lengths, ulysses)
     plans = {name: blocks.plan(*of) for name, of in sets.masks(blocks)}
     if sets.mixer in ("moba", "nsa"):
-        return SetPlans(blocks, plans, len(blocks), len(blocks), sets.top_k - 1)
+        few = sets.top_k - 1
+        return SetPlans(sets, blocks, plans, scored=len(blocks), gathered=len(blocks), relaid=few)
     if sets.mixer == "hashed":
-        rounds = sets.rounds
-        return SetPlans(blocks, plans, rounds * sets.buckets // 2, times=2 * rounds, moved=rounds)
+        scored = sets.rounds * sets.buckets // 2
+        return SetPlans(
+            sets, blocks, plans, scored=scored, relaid=2 * sets.rounds, moved=sets.rounds
+        )
     if sets.mixer == "adaptive_span":  # each diagonal of the ramp is a tile of keys to a kernel
-        return SetPlans(blocks, plans, scored=6 * _TILE * sets.ramp)
+        return SetPlans(sets, blocks, plans, scored=6 * _TILE * sets.ramp)
     if sets.mixer == "scatterbrain":  # products with features and with states, twice
         scored = 4 * (_CHUNK + sets.features)
-        return SetPlans(blocks, plans, scored=scored, features=sets.features)
-    return SetPlans(blocks, plans)
+        return SetPlans(sets, blocks, plans, scored=scored, features=sets.features)
+    return SetPlans(sets, blocks, plans)
 
 
 @lru_cache(maxsize=4096)

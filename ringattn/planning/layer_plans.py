@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ringattn.planning.blocks import Blocks
 from ringattn.planning.layouts import Layout
@@ -18,17 +19,21 @@ NONE = ""  # of layers without attention
 
 @dataclass(frozen=True)
 class SetPlans:
-    """Of layers that attend several sets of keys: the ``blocks`` that they go by, and a plan for
-    each set by its name. What such a layer costs besides: ``scored`` products of a query with a
-    summary for each token; ``gathered`` summaries that every rank receives of the others; queries
-    that are laid out again so many ``times`` as they have choices; all tokens ``moved`` to another
-    order so often; linear attention with so many ``features`` beside it."""
+    """Of layers that attend several ``sets`` of keys (a ringattn.models.key_sets.KeySets): the
+    ``blocks`` that they go by, and a plan for each set by its name.
 
+    What costs read besides: ``scored``, products with summaries for each query; ``gathered``,
+    summaries that every rank receives of all others; ``relaid``, how often queries are laid out
+    again, by what they chose; ``moved``, how often all tokens move to another order and back;
+    ``features`` of linear attention beside the sets.
+    """
+
+    sets: Any
     blocks: Blocks
     plans: Mapping[str, Plan]
     scored: int = 0
     gathered: int = 0
-    times: int = 0
+    relaid: int = 0
     moved: int = 0
     features: int = 0
 
@@ -37,7 +42,8 @@ class LayerPlans(dict[str, Plan]):
     """{kind: plan}; ``layers`` are the kinds of the model's layers, in order (by default each kind
     once; NONE for those without attention), and ``shared`` the mask that they all share, where it
     is known. ``segments``: of kinds of layer that carry a state, and have no plan. ``sets``: of
-    kinds of layer with several sets of keys, whose plans are here as "kind: set".
+    kinds of layer with several sets of keys, whose plans are here too, as "kind: set", with the
+    key layouts of their summaries.
 
     Raises ValueError for plans of several layouts, or layers of which there is no plan.
     """

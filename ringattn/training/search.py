@@ -159,7 +159,7 @@ class _Search:
             for kind, mask in self.masks.items()
         }
         kv_heads, sets = self.run.model.kv_heads, self.run.attention.sets
-        segments, sets = carried(self.states, layout, sets, ulysses, kv_heads)
+        segments, sets = carried(self.states, layout, sets, lambda _: ulysses, kv_heads)
         return LayerPlans(plans, self.layers, segments=segments, sets=sets)
 
     @cached_property
