@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import ringattn as ra
@@ -103,6 +104,30 @@ def _selected_whole(x, lengths):
     return naive_attention.selected(*_qkv_of(x), ids, 1, False, lengths)
 
 
+def _picks(first, own):
+    """Of each head two earlier blocks of the document, where there are: [1, tokens, heads, 2]."""
+    back = torch.tensor([[1, 3], [2, 3], [1, 2], [4, 1]])
+    ids = torch.from_numpy(own)[:, None, None] - back
+    return torch.where(ids < torch.from_numpy(first)[:, None, None], -1, ids)[None]
+
+
+def _selected_blocks(x, blocks, group):
+    at = blocks.layout.positions(connect(group).rank)
+    own = np.searchsorted(blocks.starts, at, side="right") - 1
+    ids = _picks(blocks.firsts[blocks.document[own]], own).expand(2, -1, -1, -1)
+    return mixers.selected(*_qkv_of(x), ids, blocks=blocks, group=group)
+
+
+def _selected_blocks_whole(x, lengths):
+    first, own, count = [], [], 0
+    for n in lengths:
+        first += [count] * n
+        own += [count + t // SIZE for t in range(n)]
+        count += -(-n // SIZE)
+    ids = _picks(np.array(first), np.array(own)).expand(2, -1, -1, -1)
+    return naive_attention.selected(*_qkv_of(x), ids, SIZE, True, lengths)
+
+
 def _performer(x):
     projection = torch.randn(
         48, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64
@@ -153,6 +178,7 @@ FAMILIES = {
     "selected": Family(
         _with(ids=_past), _selected, _selected_whole, fixed=("ids",), ulysses=False, size=1
     ),
+    "selected blocks": Family(_qkv, _selected_blocks, _selected_blocks_whole),
     "linformer": Family(
         _with(project_k=_normal(64, 3), project_v=_normal(64, 3)),
         lambda x, blocks, group: mixers.linformer(

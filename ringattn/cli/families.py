@@ -33,7 +33,7 @@ FAMILIES = {
     "nsa, block 64, top_k 16": _kind("mixer:nsa,block:64,top_k:16,window:512"),
     "hashed, chunk 256, 2 rounds": _kind("mixer:hashed,block:256,buckets:1024,rounds:2"),
     "scatterbrain, block 512": _kind("mixer:scatterbrain,block:512,features:128"),
-    "adaptive_span 4,096": _kind("mixer:adaptive_span,window:4096,ramp:32"),
+    "adaptive_span 4,096": _kind("mixer:adaptive_span,window:4096"),
     "gated_delta": _kind("mixer:gated_delta"),
 }
 
