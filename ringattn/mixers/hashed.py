@@ -53,10 +53,10 @@ def hashed(
     tokens, heads, head_dim]``, k and v with kv_heads. Returns what q is like. Collective over
     ``group``.
     """
-    if buckets.shape[:3] != q.shape[:3]:
+    if buckets.shape[:3] != q.shape[:3] or buckets.dtype != torch.int64:
         raise ValueError(
-            f"hashed: buckets must be [batch, tokens, heads, rounds] of q {list(q.shape)}, got "
-            f"{list(buckets.shape)}"
+            f"hashed: buckets must be int64 [batch, tokens, heads, rounds] of q {list(q.shape)}, "
+            f"got {buckets.dtype} {list(buckets.shape)}"
         )
 
     def mixer(

@@ -200,10 +200,11 @@ def selected(
     not ended with the token or before it: on all ranks.
     """
     heads, kv_heads, shared = q.shape[2], k.shape[2], ids.shape[2]
-    if ids.shape[:2] != q.shape[:2] or shared % kv_heads or heads % shared:
+    fits = ids.shape[:2] == q.shape[:2] and shared % kv_heads == 0 and heads % shared == 0
+    if not fits or ids.dtype != torch.int64:
         raise ValueError(
-            f"selected: ids must be [batch, tokens, shared, picks] of q {list(q.shape)}, with "
-            f"{kv_heads} K/V heads dividing shared; got {list(ids.shape)}"
+            f"selected: ids must be int64 [batch, tokens, shared, picks] of q {list(q.shape)}, "
+            f"with {kv_heads} K/V heads dividing shared; got {ids.dtype} {list(ids.shape)}"
         )
 
     def mixer(
