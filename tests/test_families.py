@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch.utils.checkpoint import checkpoint
 
 import ringattn as ra
 from ringattn import mixers
+from ringattn.cli.pictures import draw_mask, draw_work
 from ringattn.execution.carriers import Counted, VirtualWorld
 from ringattn.mixers import naive_attention
 from ringattn.mixers.routed import chosen_part, moba_choice
@@ -222,6 +224,9 @@ def test_what_moves_is_what_the_plans_say():
     for rank in range(world):
         for of in (usual.area, usual.recv_tokens, usual.grad_recv_tokens):
             assert getattr(plan, of.__name__)(rank) == of(rank)
+    left, right = Figure().subplots(1, 2)  # drawn like any
+    draw_mask(left, plan)
+    draw_work(right, plan)
     row = 2 * DIM * 8  # K and V of one head, float64
     for rank, (plan, forward, backward) in enumerate(found):
         assert forward == plan.recv_tokens(rank) * row > 0
