@@ -48,7 +48,6 @@ PASSKEY = {
     "window of 16": ["attention.window=16"],
     "moba": kind("mixer:moba,block:16,top_k:3"),
     "pooled": kind("mixer:pooled,block:16,near:1,how:learned"),
-    "nsa": kind("mixer:nsa,block:16,top_k:4,window:16"),
     "scatterbrain": kind("mixer:scatterbrain,block:16,features:64"),
     "hashed": kind("mixer:hashed,block:16,buckets:4,rounds:2"),
     "adaptive span": kind("mixer:adaptive_span,window:112,ramp:8"),

@@ -553,3 +553,25 @@ def test_a_choice_compiles_for_a_gpu():
         timeout=300,
     )
     assert done.returncode == 0 and "compiled 3" in done.stdout, done.stderr
+
+
+def test_a_maximum_that_several_tokens_share_has_one_gradient():
+    """However the tokens of a block are split, in chunks too: an even share for each."""
+    n, size = 210, 100
+    x = torch.randint(0, 2, (1, n, 1, 2), generator=torch.Generator().manual_seed(0)).double()
+    shares = torch.zeros_like(x)
+    for start in range(0, n, size):
+        part = x[:, start : start + size]
+        hit = part == part.amax(1, keepdim=True)
+        shares[:, start : start + size] = hit / hit.sum(1, keepdim=True)
+    for world in (1, 3):
+        layout = ra.layouts.zigzag(n, world)
+        blocks = ra.make_blocks(ra.masks.causal(n), layout, size)
+
+        def work(rank, layout=layout, blocks=blocks):
+            own = layout.shard(x, rank.rank).requires_grad_()
+            mixers.pool(own, blocks, rank, "max").sum().backward()
+            return own.grad
+
+        got = layout.unshard(VirtualWorld(world, 60).run(work))
+        assert (got - shares).abs().max() < 1e-12
