@@ -562,7 +562,7 @@ def test_a_maximum_that_several_tokens_share_has_one_gradient():
     shares = torch.zeros_like(x)
     for start in range(0, n, size):
         part = x[:, start : start + size]
-        hit = part == part.amax(1, keepdim=True)
+        hit = (part == part.amax(1, keepdim=True)).double()
         shares[:, start : start + size] = hit / hit.sum(1, keepdim=True)
     for world in (1, 3):
         layout = ra.layouts.zigzag(n, world)
@@ -575,3 +575,51 @@ def test_a_maximum_that_several_tokens_share_has_one_gradient():
 
         got = layout.unshard(VirtualWorld(world, 60).run(work))
         assert (got - shares).abs().max() < 1e-12
+
+
+def test_linear_attention_under_one_normaliser_with_a_window():
+    """combine: the sum of both mixers' weights times values over the sum of their weights."""
+    n, window = 40, 6
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, n, 2, 8, generator=draw).double() for _ in range(4))
+    layout, mask = ra.layouts.zigzag(n, 3), ra.masks.sliding_window(n, window)
+    segments = ra.make_segments(ra.masks.causal(n), layout)
+    plan = ra.make_plan(mask, layout, "direct")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = torch.einsum("bqhd,bkhd->bhqk", *leaves[:2]) * 8**-0.5
+    features = torch.einsum("bqhd,bkhd->bhqk", *(x.exp() for x in leaves[:2]))
+    weights = scores.exp() * torch.from_numpy(mask.to_dense()) + features.tril()
+    want = torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True), leaves[2])
+    grads = torch.autograd.grad(want, leaves, d_out)
+
+    def work(rank):
+        own = [layout.shard(x, rank.rank).requires_grad_() for x in (q, k, v)]
+        state = mixers.State(*mixers.linear(
+            own[0].exp(), own[1].exp(), own[2], segments=segments, group=rank, scale=1.0,
+            normalize=True, return_lse=True,
+        ))  # fmt: skip
+        out = mixers.combine(own[0], [mixers.Part(*own[1:], plan)], [state], rank)
+        return out.detach(), *torch.autograd.grad(out, own, layout.shard(d_out, rank.rank))
+
+    found = VirtualWorld(3, 60).run(work)
+    for i, wanted in enumerate((want.detach(), *grads)):  # linear attention is float32 inside
+        assert oracle.error(layout.unshard([x[i] for x in found]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1.0, 8.0, 40.0])
+def test_features_that_are_far_from_exp_stay_finite(size):
+    """Norms at which random features are off by orders of magnitude, or underflow."""
+    n = 64
+    draw = torch.Generator().manual_seed(0)
+    q, k = (size * torch.randn(1, n, 2, 16, generator=draw) for _ in range(2))
+    v = torch.randn(1, n, 2, 16, generator=draw)
+    blocks = ra.make_blocks(ra.masks.documents([50, 14]), ra.layouts.zigzag(n, 2), 8)
+    projection = torch.randn(16, 16, generator=draw)
+
+    def work(rank):
+        own = [blocks.layout.shard(x, rank.rank).requires_grad_() for x in (q, k, v)]
+        maps = (mixers.features.performer(x * 0.5, projection) for x in own[:2])
+        out = mixers.scatterbrain(*own, *maps, blocks=blocks, group=rank)
+        return out.detach(), *torch.autograd.grad(out.sum(), own)
+
+    assert all(x.isfinite().all() for found in VirtualWorld(2, 60).run(work) for x in found)

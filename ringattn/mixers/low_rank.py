@@ -22,6 +22,9 @@ from ringattn.mixers.union import Part, State, combine, union
 from ringattn.planning.blocks import Blocks, layout_of
 from ringattn.planning.segments import Segments
 
+_DIGITS = 1e-5  # of a float32 sum, below which a difference is rounding
+_LEAST = 1e-30  # of what can be divided by
+
 
 @in_float32
 def linformer(
@@ -173,24 +176,30 @@ def scatterbrain(
 
     q_features and k_features ``[batch, local tokens, heads, features]``, positive, of q and k with
     the scale in them (see :mod:`ringattn.mixers.features`); k, v ``[batch, local tokens, kv_heads,
-    dim]``. What the features have within the block is taken off. Returns what q is like. Collective
-    over ``group``.
+    dim]``. What the features have within the block is taken off, in float32: where less than 1e-5
+    of it is left, nothing is. Returns what q is like. Collective over ``group``.
     """
     comm = connect(group)
-    wide = q.shape[2] // v.shape[2]
-    values = v.repeat_interleave(wide, 2)
-    states = []
-    for weight, lengths in ((1.0, blocks.lengths), (-1.0, (blocks.stops - blocks.starts).tolist())):
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(state_dtype(v.dtype))
+    values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], -1)
+    sums = []
+    for name, lengths in (
+        ("all", blocks.lengths),
+        ("own", (blocks.stops - blocks.starts).tolist()),
+    ):
         segments = blocks.remember(
-            ("segments", weight), lambda of=lengths: Segments(blocks.layout, of, None)
+            ("segments", name), lambda of=lengths: Segments(blocks.layout, of, None)
         )
-        out, lse = linear(
-            q_features, k_features, values.to(state_dtype(v.dtype)), segments=segments, group=comm,
-            scale=1.0, normalize=True, return_lse=True,
-        )  # fmt: skip
-        states.append(State(out, lse, weight))
+        sums.append(
+            linear(q_features, k_features, values, segments=segments, group=comm, scale=1.0)
+        )
+    rest, weight = (sums[0] - sums[1]).split([v.shape[3], 1], -1)
+    there = (weight > _DIGITS * sums[0][..., -1:]) & (weight > _LEAST)
+    weight = torch.where(there, weight, 1.0)
+    lse = torch.where(there, weight.log(), -torch.inf)[..., 0].mT
+    state = State(torch.where(there, rest / weight, 0.0), lse)
     near = Part(k, v, blocks.plan(blocks.near(1)))
-    return combine(q, [near], states, comm, kernel, scale)
+    return combine(q, [near], [state], comm, kernel, scale)
 
 
 def _documents(blocks: Blocks) -> Blocks:

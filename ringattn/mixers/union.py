@@ -99,8 +99,8 @@ class Part:
 class State:
     """What something else than softmax attention has for the same queries: ``out`` ``[batch,
     tokens, heads, v_dim]`` over a normaliser whose logarithm is ``lse`` ``[batch, heads, tokens]``;
-    both with gradients. ``weight``: a number or ``[heads]``, of which there is a gradient too; -1
-    takes it off."""
+    both with gradients. ``weight``: a number or ``[heads]``, at least 0, how often it counts; of it
+    there is a gradient too."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -146,7 +146,8 @@ def combine(
     """As :func:`union`, with the results of other mixers under the same normaliser: the sum of all
     weights times values over the sum of all weights (Chen et al. 2021, "Scatterbrain").
 
-    States that are taken off (a weight below 0) must be a part of what is there.
+    >>> state = State(*linear(q, k, v, segments=segments, normalize=True, return_lse=True))
+    >>> out = combine(q, [Part(k, v, plan)], [state], group)
     """
     if not parts:
         raise ValueError("union needs a part at least")
@@ -216,18 +217,13 @@ class _Merged:
         if sinks is not None:
             self.lse.copy_(sinks.to(dtype)[:, None].expand_as(self.lse))
 
-    def add(self, out: torch.Tensor, lse: torch.Tensor, sign: torch.Tensor | None = None) -> None:
-        """``sign``: of each head, ``[heads, 1]``; None: 1."""
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Another part of the softmax."""
         lse = lse.to(self.lse.dtype)
         total = torch.logaddexp(self.lse, lse)
-        if sign is not None:
-            taken = self.lse + torch.log1p(-torch.exp(lse - self.lse))
-            total = torch.where(sign < 0, torch.where(lse == -torch.inf, self.lse, taken), total)
         # A row without any key so far has total = -inf; 0 in its place keeps exp() free of NaN.
         finite = total.masked_fill(total == -torch.inf, 0)
         before, now = torch.exp(self.lse - finite), torch.exp(lse - finite)
-        if sign is not None:
-            now = now * sign
         self.out = self.out * _over_heads(before) + out * _over_heads(now)
         self.lse = total
 
@@ -235,12 +231,6 @@ class _Merged:
 def _over_heads(x: torch.Tensor) -> torch.Tensor:
     """``[batch, heads, tokens]`` beside ``[batch, tokens, heads, dim]``."""
     return rearrange(x, "b h t -> b t h 1")
-
-
-def _log(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log of the size, sign) of weights ``[heads or 1]``, as ``[heads or 1, 1]``."""
-    weight = weight.detach()[:, None]
-    return weight.abs().log(), weight.sign()
 
 
 def _weight(x: float | torch.Tensor) -> float | torch.Tensor:
@@ -264,8 +254,7 @@ class _Union(torch.autograd.Function):
             for out, lse in turns:
                 merged.add(out, lse + _weight(weight))
         for out, lse, weight in zip(*(tensors[count + i :: 3] for i in range(3)), strict=True):
-            log, sign = _log(weight)
-            merged.add(out, lse + log, sign)
+            merged.add(out, lse + weight.detach().log()[:, None])
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, *([sinks] if ctx.sinks else []), out, merged.lse, *tensors)
         ctx.mark_non_differentiable(merged.lse)
