@@ -50,7 +50,7 @@ PASSKEY = {
     "pooled": kind("mixer:pooled,block:16,near:1,how:learned"),
     "scatterbrain": kind("mixer:scatterbrain,block:16,features:64"),
     "hashed": kind("mixer:hashed,block:16,buckets:4,rounds:2"),
-    "adaptive span": kind("mixer:adaptive_span,window:112,ramp:8"),
+    "adaptive span": kind("mixer:adaptive_span,window:112,ramp:2"),
 }
 
 
