@@ -207,13 +207,8 @@ def make_segments(mask: Mask, layout: Layout, way: str | None = None) -> Segment
     Raises ValueError for another mask, since a state sees all tokens of a document before it; for
     a layout whose runs are not contiguous; and for an unknown way.
     """
-    lengths = mask.pieces
-    documents = masks.documents(lengths)
-    if mask.n_q != layout.n or mask.area != documents.area or (mask - documents).area:
-        raise ValueError(
-            f"make_segments: the mask must be causal(n) or documents(lengths) of the layout's "
-            f"{layout.n} tokens: a state sees all tokens of its document before it"
-        )
+    why = "a state sees all tokens of its document before it"
+    lengths = _lengths("make_segments", mask, layout, why)
     return Segments(layout, lengths, way)
 
 
@@ -229,13 +224,20 @@ def make_blocks(
     Raises ValueError for another mask, a layout whose runs are not contiguous, and degrees that do
     not divide the ranks.
     """
+    why = "what limits who attends whom besides is the mixer's"
+    lengths = _lengths("make_blocks", mask, layout, why)
+    if layout.world % integer("ulysses", ulysses, 1):
+        raise ValueError(f"ulysses={ulysses} does not divide the {layout.world} ranks")
+    return Blocks(layout, lengths, size, stride, ulysses)
+
+
+def _lengths(name: str, mask: Mask, layout: Layout, why: str) -> list[int]:
+    """Of the documents that a mask is of. Raises ValueError for any other mask."""
     lengths = mask.pieces
     documents = masks.documents(lengths)
     if mask.n_q != layout.n or mask.area != documents.area or (mask - documents).area:
         raise ValueError(
-            f"make_blocks: the mask must be causal(n) or documents(lengths) of the layout's "
-            f"{layout.n} tokens; what limits who attends whom besides is the mixer's"
+            f"{name}: the mask must be causal(n) or documents(lengths) of the layout's {layout.n} "
+            f"tokens: {why}"
         )
-    if layout.world % integer("ulysses", ulysses, 1):
-        raise ValueError(f"ulysses={ulysses} does not divide the {layout.world} ranks")
-    return Blocks(layout, lengths, size, stride, ulysses)
+    return lengths
