@@ -47,6 +47,7 @@ PASSKEY = {
     "full": [],
     "window of 16": ["attention.window=16"],
     "moba": kind("mixer:moba,block:16,top_k:3"),
+    "nsa": kind("mixer:nsa,block:16,top_k:4,window:16"),
     "pooled": kind("mixer:pooled,block:16,near:1,how:learned"),
     "scatterbrain": kind("mixer:scatterbrain,block:16,features:64"),
     "hashed": kind("mixer:hashed,block:16,buckets:4,rounds:2"),
@@ -78,7 +79,6 @@ def passkey(options):
                 seconds = round(time.monotonic() - begin)
                 lines = Path(folder, name, "eval.jsonl").read_text().splitlines()
                 known[name] = {
-                    "seconds": seconds,
                     "keys": PASSKEY[name],
                     "steps": [
                         {"step": at["step"], "cells": at["probes"]} for at in map(json.loads, lines)

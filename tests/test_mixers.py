@@ -562,5 +562,6 @@ def test_the_page(capsys):
     (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     assert capsys.readouterr().out == shown
     assert [out.shape for out in scope["outs"]] == [(1, 16, 4, 8)] * 2
+    page += (ROOT / "docs/families.md").read_text()
     for name in ra.mixers.__all__:
-        assert f"`{name}" in page or f"{name}.py" in page, name
+        assert re.search(rf"`{name}\b|\bmixers\.{name}\b|\b{name}\.py", page), name
