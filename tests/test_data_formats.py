@@ -23,7 +23,8 @@ from ringattn.data.packing import balanced, best_fit
 from ringattn.data.probes import Probe
 from ringattn.data.records import Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
-from ringattn.data.tokenizer import ByteTokenizer, make, train_bpe
+from ringattn.data import tokenizer as tokenizers
+from ringattn.data.tokenizer import ByteTokenizer, TokenizerKeys, train_bpe
 from ringattn.models.sizes import ModelConfig
 from ringattn.training import config
 from ringattn.training.attention import Attention
@@ -32,6 +33,10 @@ from ringattn.training.batch import numbers
 from .processes import TINY
 
 TEXTS = ["one", "two words", "", "drei Wörter ✓", "the ring goes round\nand round"] * 7
+
+
+def make(name, **keys):
+    return tokenizers.make(TokenizerKeys(str(name), **keys))
 
 
 def write_jsonl(path, texts=TEXTS, field="text"):
@@ -177,7 +182,7 @@ def test_bpe_round_trip_and_shards_remember_their_tokenizer(tmp_path, capsys):
     (tmp_path / "bare.json").write_text(odd)
     with pytest.raises(DataError, match=r"give data\.end=TOKEN"):
         make(f"{tmp_path}/bare.json")
-    assert make(f"{tmp_path}/bare.json", "<odd>").end == tokenizer.end
+    assert make(f"{tmp_path}/bare.json", end="<odd>").end == tokenizer.end
 
 
 def test_documents_come_whole_whatever_the_tokenizer_file_says(tmp_path):
@@ -189,6 +194,88 @@ def test_documents_come_whole_whatever_the_tokenizer_file_says(tmp_path):
     }  # fmt: skip
     (tmp_path / "short.json").write_text(json.dumps(content))
     assert make(str(tmp_path / "short.json")).encode("the ring goes round " * 9).tolist() == plain
+
+
+def bpe_with(path, **changes):
+    """A tokenizer.json with <|endoftext|>, <|begin|> and what else is given."""
+    from tokenizers import AddedToken, Tokenizer
+
+    train_bpe(TEXTS, 300, path)
+    fast = Tokenizer.from_file(str(path))
+    fast.add_special_tokens([AddedToken("<|begin|>", special=True)])
+    fast.save(str(path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return Tokenizer.from_file(str(path)).token_to_id("<|begin|>")
+
+
+def template(*around):
+    """A post-processor as Llama 3's, or with tokens at the end too."""
+    before, after = around if len(around) == 2 else (*around, None)
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}]
+    for place, token in ((0, before), (len(pieces) + 1, after)):
+        if token:
+            pieces.insert(place, {"SpecialToken": {"id": token[0], "type_id": 0}})
+    names = {t[0]: {"id": t[0], "ids": [t[1]], "tokens": [t[0]]} for t in (before, after) if t}
+    return {"post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": [
+        *pieces, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": names}}  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_that_spells_a_control_token_stays_text_unless_asked(tmp_path, workers):
+    begin = bpe_with(tmp_path / "bpe.json")
+    texts = ["quoting <|endoftext|> here", "plain", "<|begin|><|endoftext|>", "<|endof text|>"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    for asked in (False, True):
+        keys = [*TINY, f"data.root={tmp_path}", "data.glob=*.jsonl", f"data.cache={tmp_path}/cache",
+                f"data.tokenizer={tmp_path}/bpe.json", f"data.workers={workers}",
+                f"data.special_tokens={str(asked).lower()}"]  # fmt: skip
+        run = config.load(keys)
+        opened = open_data(run.data, run.seq_len, run.seed, lambda *_: None)
+        shown = "which they become" if asked else "which stay text"
+        assert f"its text spells 3 control tokens, {shown}" in opened.remarks[0]
+        found = opened.train.documents
+        end, ids = opened.tokenizer.end, documents(opened.train.documents)
+        assert [d[-1] for d in ids] == [end] * 4
+        assert [d[:-1].count(end) + d.count(begin) for d in ids] == [asked, 0, 2 * asked, 0]
+        if not asked:
+            assert [found.tokenizer.decode(d[:-1]) for d in ids] == texts
+    assert len(list((tmp_path / "cache").glob("*/tokens.json"))) == 2
+    one, other = (make(tmp_path / "bpe.json", special_tokens=x) for x in (False, True))
+    assert one.fingerprint != other.fingerprint
+
+
+def test_documents_have_what_the_template_puts_around_them(tmp_path):
+    path = tmp_path / "bpe.json"
+    begin = bpe_with(path)
+    assert make(path).before == []
+    bpe_with(path, **template(("<|begin|>", begin)))
+    text = make(path).encode("the ring").tolist()
+    end = make(path).end
+    assert make(path).document("the ring").tolist() == [begin, *text, end]
+    assert make(path, template=False).document("the ring").tolist() == [*text, end]
+    assert make(path, template=False).fingerprint != make(path).fingerprint
+    # An end that the template has as well comes once.
+    bpe_with(path, **template(None, ("<|endoftext|>", end)))
+    assert make(path).document("the ring").tolist() == [*text, end]
+    bpe_with(path, **template(("<|endoftext|>", end), ("<|begin|>", begin)))
+    assert make(path).document("the ring").tolist() == [end, *text, begin, end]
+    # What stands beside it must not say otherwise.
+    bpe_with(path, **template(("<|begin|>", begin)))
+    beside = tmp_path / "tokenizer_config.json"
+    for says in (True, False):
+        beside.write_text(json.dumps({"bos_token": "<|begin|>", "add_bos_token": says}))
+        if not says:
+            with pytest.raises(DataError, match=r"data\.template=true"):
+                make(path)
+        assert make(path, **({} if says else {"template": True})).before == [begin]
+    # Shards know how they were made; made-up texts and evaluation begin alike.
+    write_jsonl(tmp_path / "a.jsonl")
+    source = Source.open(str(tmp_path), "*.jsonl")
+    found = shards.write(source, tmp_path / "out", TokenizerKeys(str(path), template=True))
+    assert found.tokenizer.before == [begin] and found.about["control_tokens"] == 0
+    assert all(d[0] == begin for d in documents(found))
+    probe = Probe("passkey", make(path, template=True), 200, 0)
+    assert probe.tokens(probe.spans(0)[0], 0, 200, 1)[0] == begin
 
 
 def test_text_that_is_no_unicode_is_corrupt(tmp_path):

@@ -49,6 +49,13 @@ def integer(text: str) -> int:
         raise ValueError("an integer") from None
 
 
+def flag(text: str) -> bool:
+    """true or false."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError("true or false")
+    return text.lower() == "true"
+
+
 def drawable(file: str) -> None:
     """Before anything is computed: a picture can be drawn and written. Raises RequestError."""
     folder = Path(file).resolve().parent

@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ringattn.cli.request import Key, RequestError, choice, count, integer, parse
+from ringattn.cli.request import Key, RequestError, choice, count, flag, integer, parse
 from ringattn.data import shards
 from ringattn.data.formats import FORMATS
 from ringattn.data.formats.ranges import Corrupt
 from ringattn.data.records import Source
-from ringattn.data.tokenizer import train_bpe
+from ringattn.data.tokenizer import TokenizerKeys, train_bpe
 
 SOURCE = {
     "root": Key(str, None, "a folder of text, JSONL (.gz too) or Parquet, or a saved dataset"),
@@ -28,6 +28,8 @@ SOURCE = {
 TOKENIZE = SOURCE | {
     "tokenizer": Key(str, None, "a tokenizer.json or its folder; by default bytes"),
     "end": Key(str, None, "its token after a document; by default what it says itself"),
+    "template": Key(flag, None, "put around documents what it does; by default as it says itself"),
+    "special_tokens": Key(flag, False, "text that spells a control token becomes that token"),
     "max_corrupt": Key(integer, 10, "records that may be left out because they cannot be read"),
     "workers": Key(count, None, "processes; by default one per core"),
 }
@@ -40,17 +42,20 @@ BPE = SOURCE | {
 def tokenize(arguments: Sequence[str]) -> int:
     """The command; prints what it wrote as JSON."""
     values = _values("tokenize", TOKENIZE, arguments)
+    keys = TokenizerKeys(
+        values["tokenizer"], values["end"], values["template"], values["special_tokens"]
+    )
     try:
         source = _source(values)
         with _progress("tokenizing") as report:
             written = shards.write(
-                source, Path(values["out"]), values["tokenizer"], values["end"],
-                values["max_corrupt"], values["workers"], report,
+                source, Path(values["out"]), keys, values["max_corrupt"], values["workers"],
+                report,
             )  # fmt: skip
     except ValueError as error:
         raise RequestError(str(error)) from None
-    keys = ("tokens", "documents", "corrupt", "vocab_size")
-    print(json.dumps({"out": values["out"], **{key: written.about[key] for key in keys}}))
+    shown = ("tokens", "documents", "corrupt", "control_tokens", "vocab_size")
+    print(json.dumps({"out": values["out"], **{key: written.about[key] for key in shown}}))
     return 0
 
 

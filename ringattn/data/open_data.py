@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ringattn.data import settings, tokenizer
 from ringattn.data.corpus import Corpus
@@ -16,7 +17,7 @@ from ringattn.data.probes import Probe
 from ringattn.data.records import Source, has_file
 from ringattn.data.shards import MANIFEST, Shards, write
 from ringattn.data.stream import Mixture, Sequences, Stream
-from ringattn.data.tokenizer import Tokenizer
+from ringattn.data.tokenizer import Tokenizer, TokenizerKeys
 from ringattn.typed import SettingsError
 
 Progress = Callable[[int, int], None]
@@ -55,7 +56,7 @@ def open_data(
                 f"data.format={data.format} has no documents to hold out; leave out "
                 "eval.holdout and eval.root, and give eval.probes"
             )
-        loaded = tokenizer.make(data.tokenizer, data.end)
+        loaded = tokenizer.make(data.tokenizer_keys)
         # A seed that no evaluation draws from.
         task = Probe(data.format, loaded, seq_len, seed + 2**32, halvings=3)
         return Opened(loaded, task, None, [f"data: {data.format}, made on the fly"])
@@ -66,8 +67,7 @@ def open_data(
     loaded = _tokenizer(data, opened)
     evaluation = [None] * len(parts)
     if held_out_root is not None:
-        known_as, end = _tokenizer_of(opened[0])
-        other = replace(parts[0], root=held_out_root, tokenizer=known_as, end=end)
+        other = replace(parts[0], root=held_out_root, **_tokenizer_of(opened[0]))
         evaluation = [_open(other, progress)]
         if _tokenizer(data, evaluation).fingerprint != loaded.fingerprint:
             raise SettingsError(
@@ -120,7 +120,7 @@ def _open(part: settings.Data, progress: Progress) -> Documents:
 
 def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     """Token shards of a source, written by the first process of a machine that comes here."""
-    loaded = tokenizer.make(part.tokenizer, part.end)
+    loaded = tokenizer.make(part.tokenizer_keys)
     about = [loaded.fingerprint, source.format, source.field, source.split, str(source.root)]
     for each in source.parts:
         about += [each.path, str(each.start), str(each.stop), _age(each.path)]
@@ -140,7 +140,7 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
                     )
                 return shards
             return write(
-                source, cache / key, part.tokenizer, part.end, part.max_corrupt, part.workers,
+                source, cache / key, part.tokenizer_keys, part.max_corrupt, part.workers,
                 progress,
             )  # fmt: skip
     except OSError as error:
@@ -153,13 +153,13 @@ def _age(path: str) -> str:
     return " ".join(f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in below)
 
 
-def _tokenizer_of(documents: Documents) -> tuple[str | None, str | None]:
-    """``data.tokenizer`` and ``data.end`` that documents were made with."""
-    if not isinstance(documents, Shards):
-        return None, None
-    name = documents.about["tokenizer"]
-    where = None if name == tokenizer.BYTES else str(documents.root / name)
-    return where, documents.about["end_token"]
+def _tokenizer_of(documents: Documents) -> dict[str, Any]:
+    """The keys of ``data`` that documents were made with."""
+    keys = TokenizerKeys()
+    if isinstance(documents, Shards) and documents.tokenizer.fingerprint != tokenizer.BYTES:
+        keys = documents.tokenizer_keys
+    return {"tokenizer": keys.name, "end": keys.end, "template": keys.template,
+            "special_tokens": keys.special_tokens}  # fmt: skip
 
 
 def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
@@ -172,7 +172,7 @@ def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
             "data.mix: its sources have different tokenizers; tokenize them with the same one"
         )
     if data.tokenizer is not None:
-        asked = tokenizer.make(data.tokenizer, data.end)
+        asked = tokenizer.make(data.tokenizer_keys)
         if asked.fingerprint != tokenizers[0].fingerprint:
             raise DataError(
                 f"data.tokenizer={data.tokenizer}: the tokens in data.root={data.root} are "
@@ -190,4 +190,9 @@ def _remark(documents: Documents, stream: Stream) -> str:
     corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
     if corrupt:
         text += f", {corrupt} corrupt records left out ({documents.root / 'corrupt.jsonl'})"
+    if isinstance(documents, Shards) and (spelled := documents.about.get("control_tokens")):
+        become = documents.tokenizer_keys.special_tokens
+        text += f"; its text spells {spelled:,} control tokens, which "
+        text += "they become" if become else "stay text"
+        text += f" (data.special_tokens={str(become).lower()})"
     return text

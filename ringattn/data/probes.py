@@ -40,7 +40,8 @@ class Probe(Sequences):
         self.seed, self.depth, self.filler = seed, depth, tokenizer.end
         self._made = lru_cache(64)(self._make)
         self._encoded = lru_cache(8)(tokenizer.encode)
-        least = sum(map(len, self._parts(0)[:2]))
+        self._before = np.array(tokenizer.before, np.int64)
+        least = len(self._before) + sum(map(len, self._parts(0)[:2]))
         if seq_len < least:
             raise DataError(f"{task} of {seq_len} tokens: it takes at least {least}")
         self.kinds = [1 << i for i in range(halvings + 1) if seq_len >> i >= least]
@@ -68,7 +69,7 @@ class Probe(Sequences):
         length = self.seq_len // self.kinds[sequence % len(self.kinds)]
         for attempt in range(100):  # with some tokenizers, keys differ in length
             needle, question, asked, depth = self._parts(number, attempt)
-            if (room := length - len(needle) - len(question)) >= 0:
+            if (room := length - len(self._before) - len(needle) - len(question)) >= 0:
                 break
         else:
             raise DataError(f"{self.task} of {length} tokens: that is too short for most keys")
@@ -79,7 +80,7 @@ class Probe(Sequences):
         places = (room - first) // len(turn)
         before = first + min(int(depth * (places + 1)), places) * len(turn)
         hay = np.resize(np.roll(turn, first), room)
-        tokens = np.concatenate([hay[:before], needle, hay[before:], question])
+        tokens = np.concatenate([self._before, hay[:before], needle, hay[before:], question])
         labels = np.full(length, IGNORED, np.int64)
         answers = length - len(question) + np.flatnonzero(asked)
         labels[answers - 1] = tokens[answers]

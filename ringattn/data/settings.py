@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ringattn.data.formats import FORMATS
 from ringattn.data.packing import NAMES as PACKINGS
+from ringattn.data.tokenizer import TokenizerKeys
 from ringattn.typed import Count, Flag, OneOf, Positive, Text, Whole, Words, settings
 
 TASKS = ("passkey", "recall")  # made on the fly: see ringattn.data.probes
@@ -45,6 +46,11 @@ class Data:
     """A tokenizer.json or its folder; null: bytes, or that of token shards."""
     end: Text | None = None
     """The tokenizer's token after a document; null: what tokenizer_config.json says."""
+    template: Flag | None = None
+    """Put around documents what the tokenizer.json does (a token at the beginning, as of Llama 3);
+    null: so, unless tokenizer_config.json says otherwise, which is refused."""
+    special_tokens: Flag = False
+    """Text that spells a control token, as <|endoftext|>, becomes that token; false: stays text."""
     packing: Annotated[Any, OneOf(*PACKINGS)] = "cut"
     """cut: joined and cut; best_fit: whole documents, rows filled as well as can be; balanced:
     whole documents, rows of as equal work for attention as can be."""
@@ -65,3 +71,7 @@ class Data:
     """Where text is kept tokenized; null: ~/.cache/ringattn/tokens."""
     workers: Count | None = None
     """Processes that tokenize; null: one per core."""
+
+    @property
+    def tokenizer_keys(self) -> TokenizerKeys:
+        return TokenizerKeys(self.tokenizer, self.end, self.template, self.special_tokens)

@@ -26,7 +26,7 @@ from ringattn.data import tokenizer as tokenizers
 from ringattn.data.documents import DataError
 from ringattn.data.formats.ranges import Corrupt, FileRange
 from ringattn.data.records import Source
-from ringattn.data.tokenizer import Tokenizer
+from ringattn.data.tokenizer import Tokenizer, TokenizerKeys
 
 MANIFEST = "tokens.json"
 FORMAT = 1
@@ -69,9 +69,19 @@ class Shards:
     @property
     def tokenizer(self) -> Tokenizer:
         """The one that the tokens came from."""
+        return tokenizers.make(self.tokenizer_keys)
+
+    @property
+    def tokenizer_keys(self) -> TokenizerKeys:
+        """The keys of ``data`` that the tokens were made with."""
         name = self.about["tokenizer"]
-        where = name if name == tokenizers.BYTES else str(self.root / name)
-        return tokenizers.make(where, self.about["end_token"])
+        return TokenizerKeys(
+            name if name == tokenizers.BYTES else str(self.root / name),
+            self.about["end_token"],
+            # As it was before there were these keys.
+            self.about.get("template", False),
+            self.about.get("special_tokens", True),
+        )
 
     def _map(self, shard: int) -> np.ndarray:
         path = self.root / f"{self.about['shards'][shard]['name']}.tokens"
@@ -100,10 +110,13 @@ class _Written:
     name: str
     tokens: int
     documents: int
+    control: int  # tokens that its text spells
     sha256: str
+    ends_sha256: str
     corrupt: list[Corrupt]
 
 
+_BYTES = TokenizerKeys()
 _loaded = lru_cache(1)(tokenizers.make)  # once per process, not once per shard
 
 
@@ -112,31 +125,34 @@ def _start() -> None:
 
 
 def _write_unit(
-    folder: Path, number: int, parts: list[FileRange], source: Source, tokenizer_name: str | None,
-    end: str | None, most: int,
+    folder: Path, number: int, parts: list[FileRange], source: Source, keys: TokenizerKeys,
+    most: int,
 ) -> _Written:  # fmt: skip
     """One shard. Gives up after more than ``most`` corrupt records: the caller ends it."""
-    tokenizer = _loaded(tokenizer_name, end)
+    tokenizer = _loaded(keys)
     dtype, name = _dtype(tokenizer), f"{number:05}"
     corrupt: list[Corrupt] = []
-    ends, at, digest = [], 0, hashlib.sha256()
+    ends, at, control, digest = [], 0, 0, hashlib.sha256()
     with open(folder / f"{name}.tokens", "wb") as file:
         for part in parts:
             for text in source.texts(part):
                 if isinstance(text, Corrupt):
                     corrupt.append(text)
                     if len(corrupt) > most:
-                        return _Written(name, at, len(ends), "", corrupt)
+                        return _Written(name, at, len(ends), control, "", "", corrupt)
                     continue
                 if not text:
                     continue
-                tokens = np.append(tokenizer.encode(text), tokenizer.end).astype(dtype).tobytes()
+                control += tokenizer.control_tokens(text)
+                tokens = tokenizer.document(text).astype(dtype).tobytes()
                 file.write(tokens)
                 digest.update(tokens)
                 at += len(tokens) // dtype.itemsize
                 ends.append(at)
-    np.array(ends, "<i8").tofile(folder / f"{name}.ends")
-    return _Written(name, at, len(ends), digest.hexdigest(), corrupt)
+    of_ends = np.array(ends, "<i8").tobytes()
+    (folder / f"{name}.ends").write_bytes(of_ends)
+    hashes = digest.hexdigest(), hashlib.sha256(of_ends).hexdigest()
+    return _Written(name, at, len(ends), control, *hashes, corrupt)
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -146,8 +162,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 def write(
     source: Source,
     out: Path,
-    tokenizer: str | None = None,
-    end: str | None = None,
+    tokenizer: TokenizerKeys = _BYTES,
     max_corrupt: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -158,13 +173,13 @@ def write(
 
     Raises DataError; nothing is then left at ``out``.
     """
-    loaded = tokenizers.make(tokenizer, end)
+    loaded = tokenizers.make(tokenizer)
     units = source.units()
     workers = min(workers or os.cpu_count() or 1, len(units))
     draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         draft.mkdir(parents=True)
-        written = _write_units(units, draft, source, tokenizer, end, max_corrupt, workers, progress)
+        written = _write_units(units, draft, source, tokenizer, max_corrupt, workers, progress)
         tokens = sum(w.tokens for w in written)
         if not tokens:
             raise DataError(f"data.root={source.root}: no text")
@@ -183,13 +198,17 @@ def write(
             "format": FORMAT,
             "dtype": _dtype(loaded).str,
             "tokenizer": name,
-            "end_token": end,
+            "end_token": tokenizer.end,
+            "template": tokenizer.template,
+            "special_tokens": tokenizer.special_tokens,
             "vocab_size": loaded.vocab_size,
             "tokens": tokens,
             "documents": sum(w.documents for w in written),
             "corrupt": len(corrupt),
+            "control_tokens": sum(w.control for w in written),
             "shards": [
-                {"name": w.name, "tokens": w.tokens, "documents": w.documents, "sha256": w.sha256}
+                {"name": w.name, "tokens": w.tokens, "documents": w.documents,
+                 "sha256": w.sha256, "ends_sha256": w.ends_sha256}
                 for w in written
             ],
         }
@@ -203,12 +222,12 @@ def write(
 
 
 def _write_units(
-    units: list[list[FileRange]], folder: Path, source: Source, tokenizer: str | None,
-    end: str | None, most: int, workers: int, progress: Callable[[int, int], None],
+    units: list[list[FileRange]], folder: Path, source: Source, tokenizer: TokenizerKeys,
+    most: int, workers: int, progress: Callable[[int, int], None],
 ) -> list[_Written]:  # fmt: skip
     sizes = [sum(part.size for part in unit) for unit in units]
     bare = replace(source, parts=())  # a job has its own parts
-    jobs = [(folder, i, unit, bare, tokenizer, end, most) for i, unit in enumerate(units)]
+    jobs = [(folder, i, unit, bare, tokenizer, most) for i, unit in enumerate(units)]
     written: list[_Written] = []
 
     def add(result: _Written) -> None:

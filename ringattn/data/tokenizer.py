@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +19,32 @@ BYTES = "bytes"
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
+@dataclass(frozen=True)
+class TokenizerKeys:
+    """Which tokenizer, and how it is used: ``data.tokenizer``, ``end``, ``template`` and
+    ``special_tokens``."""
+
+    name: str | None = None
+    end: str | None = None
+    template: bool | None = None
+    special_tokens: bool = False
+
+
 class Tokenizer(Protocol):
     vocab_size: int  # ids are below
+    before: list[int]  # what its template puts before the text of a document
     end: int  # the token after a document's last
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64, without any that frame the text."""
+        """Token ids of the text alone, int64."""
+
+    def document(self, text: str) -> np.ndarray:
+        """Token ids of a whole document: what the tokenizer's template puts around the text, and
+        ``end`` at the end."""
+
+    def control_tokens(self, text: str) -> int:
+        """How often the text spells a control token."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -32,19 +53,29 @@ class ByteTokenizer:
     """UTF-8 bytes, and 256 at the end of a document."""
 
     vocab_size, end, fingerprint = 257, 256, BYTES
+    before: list[int] = []
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    def document(self, text: str) -> np.ndarray:
+        return np.append(self.encode(text), self.end)
+
+    def control_tokens(self, text: str) -> int:
+        return 0
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 class FileTokenizer:
-    """A ``tokenizer.json``; ``end``: its token after a document, None for the one that
-    tokenizer_config.json beside it calls eos_token, or a usual one. Raises DataError."""
+    """A ``tokenizer.json``. ``keys.end``: its token after a document, None for the one that
+    tokenizer_config.json beside it calls eos_token, or a usual one. ``keys.template``: whether
+    documents get what the file's post-processor puts around a text (a beginning, as of Llama 3);
+    None: as it says. ``keys.special_tokens``: whether text that spells a control token becomes that
+    token; it stays text otherwise. Raises DataError."""
 
-    def __init__(self, path: Path, end: str | None = None) -> None:
+    def __init__(self, path: Path, keys: TokenizerKeys) -> None:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
@@ -60,12 +91,10 @@ class FileTokenizer:
         # Settings of the file for short inputs; documents are to come whole.
         self._fast.no_truncation()
         self._fast.no_padding()
+        self._fast.encode_special_tokens = not keys.special_tokens
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        candidates = (
-            [end]
-            if end
-            else [*_end_token(self.path.with_name("tokenizer_config.json")), *USUAL_ENDS]
-        )
+        beside = _config(self.path.with_name("tokenizer_config.json"))
+        candidates = [keys.end] if keys.end else [*_named(beside, "eos_token"), *USUAL_ENDS]
         ids = [i for i in map(self._fast.token_to_id, candidates) if i is not None]
         if not ids:
             raise DataError(
@@ -73,30 +102,76 @@ class FileTokenizer:
                 "give data.end=TOKEN"
             )
         self.end = ids[0]
-        self.fingerprint = hashlib.sha256(content + bytes(str(self.end), "ascii")).hexdigest()[:16]
+        self.before, self._after = self._around(keys.template, beside)
+        used = f"{self.end} {self.before} {self._after} {keys.special_tokens}"
+        self.fingerprint = hashlib.sha256(content + used.encode()).hexdigest()[:16]
+        control = [t.content for t in self._fast.get_added_tokens_decoder().values() if t.special]
+        longest_first = sorted(filter(None, control), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def _around(
+        self, template: bool | None, beside: dict[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        """What stands before and after the text of a document, ``end`` left out."""
+        if template is False:
+            return [], []
+        bare = self._fast.encode("a", add_special_tokens=False).ids
+        framed = self._fast.encode("a", add_special_tokens=True).ids
+        places = range(len(framed) - len(bare) + 1)
+        at = next((i for i in places if framed[i : i + len(bare)] == bare), None)
+        if at is None:
+            raise DataError(
+                f"data.tokenizer={self.path}: its post-processor changes the text itself; give "
+                "data.template=false"
+            )
+        before, after = framed[:at], framed[at + len(bare) :]
+        begins = [self._fast.token_to_id(token) for token in _named(beside, "bos_token")]
+        asked = beside.get("add_bos_token")
+        if template is None and asked is not None and begins:
+            puts = before[:1] == begins
+            if puts != asked:
+                raise DataError(
+                    f"data.tokenizer={self.path} {'puts' if puts else 'does not put'} a token at "
+                    f"the beginning of a text, and add_bos_token in tokenizer_config.json is "
+                    f"{str(asked).lower()}; give data.template=true (as the tokenizer.json does) "
+                    "or false"
+                )
+        return before, after[:-1] if after[-1:] == [self.end] else after
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def document(self, text: str) -> np.ndarray:
+        return np.array([*self.before, *self.encode(text), *self._after, self.end], np.int64)
+
+    def control_tokens(self, text: str) -> int:
+        return len(self._control.findall(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._fast.decode(list(ids))
 
 
-def _end_token(path: Path) -> list[str]:
-    """The eos_token of a tokenizer_config.json, if there is one."""
+def _config(path: Path) -> dict[str, Any]:
+    """A tokenizer_config.json, if there is one."""
     try:
-        token: Any = json.loads(path.read_text()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return []
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _named(config: dict[str, Any], key: str) -> list[str]:
+    """The token of that name in a tokenizer_config.json, if it says one."""
+    token = config.get(key)
     token = token.get("content") if isinstance(token, dict) else token
     return [token] if isinstance(token, str) else []
 
 
-def make(name: str | None, end: str | None = None) -> Tokenizer:
+def make(keys: TokenizerKeys) -> Tokenizer:
     """The tokenizer of ``data.tokenizer``: bytes (or None), a tokenizer.json or its folder."""
-    if name in (None, BYTES):
+    if keys.name in (None, BYTES):
         return ByteTokenizer()
-    return FileTokenizer(Path(name).expanduser(), end)
+    return FileTokenizer(Path(keys.name).expanduser(), keys)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> int:

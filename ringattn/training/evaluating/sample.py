@@ -29,7 +29,8 @@ def generate(
     split whose layout is contiguous; the rank that owns the last position draws, and tells the
     others.
     """
-    tokens = [tokenizer.end, *tokenizer.encode(prompt).tolist()]
+    begin = tokenizer.before or [tokenizer.end]  # of another document, before this one
+    tokens = [*begin, *tokenizer.encode(prompt).tolist()]
     generator = torch.Generator().manual_seed(seed)
     engine.train(False)
     for _ in range(count):
