@@ -146,7 +146,8 @@ def test_unreadable_and_empty_files(refused, tmp_path):
     (folder / "a.txt").write_bytes(b"")
     assert "no text" in refused(f"data.root={folder}")
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
-    assert "no text" in refused(f"data.root={folder}")
+    assert "loop.txt is a link to" in refused(f"data.root={folder}")
+    assert "no text" in refused(f"data.root={folder}", "data.glob=a*")
 
 
 def test_unreadable_file_is_named(refused, tmp_path, monkeypatch):

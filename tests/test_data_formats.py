@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ringattn.cli import main as cli
 from ringattn.data import records, shards
+from ringattn.data import tokenizer as tokenizers
 from ringattn.data.corpus import Corpus
 from ringattn.data.documents import DataError, hold_out
 from ringattn.data.formats import jsonl, saved
@@ -23,7 +24,6 @@ from ringattn.data.packing import balanced, best_fit
 from ringattn.data.probes import Probe
 from ringattn.data.records import Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
-from ringattn.data import tokenizer as tokenizers
 from ringattn.data.tokenizer import ByteTokenizer, TokenizerKeys, train_bpe
 from ringattn.models.sizes import ModelConfig
 from ringattn.training import config

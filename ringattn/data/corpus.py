@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ringattn.data.contents import contents, stamp
 from ringattn.data.documents import DataError
+from ringattn.data.formats.ranges import Corrupt, check_corrupt
+from ringattn.data.listing import list_files
 
 END = 256  # the token after the last byte of a document (see tokenizer.ByteTokenizer)
 
@@ -19,11 +22,15 @@ END = 256  # the token after the last byte of a document (see tokenizer.ByteToke
 @dataclass(frozen=True)
 class Corpus:
     """Files with their sizes in bytes, as :class:`ringattn.data.documents.Documents`; nothing is
-    kept in memory but the list."""
+    kept in memory but the list. ``hashes`` and ``stamps``: of files that have been looked into
+    (:meth:`checked`); ``corrupt``: those that were no text."""
 
     root: Path
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    hashes: tuple[str, ...] = ()
+    stamps: tuple[list[int], ...] = ()
+    corrupt: tuple[Corrupt, ...] = ()
 
     @classmethod
     def open(cls, root: str | None, pattern: str) -> Corpus:
@@ -32,6 +39,38 @@ class Corpus:
         names, sizes = zip(*files, strict=True)
         return cls(base, names, sizes)
 
+    def checked(
+        self,
+        cache: Path,
+        max_corrupt: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Corpus:
+        """Without the files that are not UTF-8, of which there may be ``max_corrupt``, and known
+        by what is in them. Raises DataError, and OSError of the cache."""
+        try:
+            found, stamps = contents(self.root, self.names, cache, progress)
+        except OSError as error:
+            if error.filename is not None and str(error.filename).startswith(str(cache)):
+                raise
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
+        corrupt = [
+            Corrupt(f"{self.root / name}:{c.problem.split(':')[0]}", c.problem.split(": ", 1)[1])
+            for name, c in zip(self.names, found, strict=True)
+            if c.problem
+        ]
+        check_corrupt(corrupt, max_corrupt)
+        kept = [i for i, content in enumerate(found) if not content.problem]
+        if not kept:
+            raise DataError(f"data.root={self.root}: no text")
+        return Corpus(
+            self.root,
+            tuple(self.names[i] for i in kept),
+            tuple(stamps[i][0] for i in kept),
+            tuple(found[i].sha256 for i in kept),
+            tuple(stamps[i] for i in kept),
+            tuple(corrupt),
+        )
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64: tokens of every document, the end token included."""
@@ -39,8 +78,10 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any file's name or size."""
-        listing = "\n".join(f"{n}\t{s}" for n, s in zip(self.names, self.sizes, strict=True))
+        """Changes with any file's name, size or, where it is known, content."""
+        hashes = self.hashes or [""] * len(self.names)
+        lines = zip(self.names, self.sizes, hashes, strict=True)
+        listing = "\n".join("\t".join(map(str, line)) for line in lines)
         return hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
 
     def read(self, document: int, start: int, stop: int, step: int = 1) -> np.ndarray:
@@ -53,61 +94,13 @@ class Corpus:
         path = self.root / self.names[document]
         try:
             content = np.fromfile(path, np.uint8, count=wanted, offset=start) if wanted else []
+            same = not self.stamps or stamp(path)[:2] == self.stamps[document][:2]
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         if len(content) != wanted:
             raise DataError(f"{path} is shorter than the {size} bytes it had at the start")
+        if not same:
+            raise DataError(f"{path} has been written to since this run began")
         tokens = np.asarray(content[::step], np.int64)
         with_end = start <= size < stop and (size - start) % step == 0
         return np.append(tokens, END) if with_end else tokens
-
-
-def list_files(root: str | None, pattern: str) -> tuple[Path, list[tuple[str, int]]]:
-    """(root, [(name below it, bytes)]): all files below ``root`` (None: this Python's standard
-    library) that match ``pattern``.
-
-    Empty files are left out; for the standard library so are installed packages. Raises
-    DataError when the root is missing, a file cannot be read, or nothing matches.
-    """
-    base = Path(root or sysconfig.get_path("stdlib"))
-    try:
-        base = base.expanduser()
-        if not base.is_dir():
-            raise DataError(f"data.root={base}: not a directory")
-        if root is not None and "**" in pattern:
-            _check_readable(base)
-        paths = sorted(path for path in base.glob(pattern) if path.is_file())
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"data.root={base}: {error.strerror}") from None
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"data.glob={pattern!r}: {error}") from None
-    except RuntimeError as error:  # "~nobody"
-        raise DataError(f"data.root={base}: {error}") from None
-    if root is None:
-        skipped = {"site-packages", "dist-packages", "test", "__pycache__"}
-        paths = [path for path in paths if not skipped & set(path.relative_to(base).parts)]
-    files = []
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                file.read(1)
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"data.root={base}: cannot read {path}: {error.strerror}") from None
-        if size:
-            files.append((str(path.relative_to(base)), size))
-    if not files:
-        raise DataError(f"data.root={base}: no text in files that match data.glob={pattern!r}")
-    return base, files
-
-
-def _check_readable(base: Path) -> None:
-    """Raises DataError for a folder that cannot be listed: a glob would pass it over in silence."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"data.root={base}: cannot read {error.filename}: {error.strerror}")
-
-    for _ in os.walk(base, onerror=refuse):
-        pass

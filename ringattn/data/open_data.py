@@ -114,7 +114,11 @@ def _open(part: settings.Data, progress: Progress) -> Documents:
         return Shards(Path(os.path.expanduser(root)))
     source = Source.open(root, part.glob, part.format, part.field, part.split)
     if source.format == "text" and part.tokenizer in (None, tokenizer.BYTES):
-        return Corpus.open(root, part.glob)
+        cache = _cache(part)
+        try:
+            return Corpus.open(root, part.glob).checked(cache, part.max_corrupt, progress)
+        except OSError as error:
+            raise SettingsError(f"data.cache={cache}: {error.strerror}") from None
     return _cached(source, part, progress)
 
 
@@ -125,8 +129,7 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     for each in source.parts:
         about += [each.path, str(each.start), str(each.stop), _age(each.path)]
     key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(part.cache or usual / "ringattn" / "tokens").expanduser()
+    cache = _cache(part)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{key}.lock").open("w") as guard:
@@ -145,6 +148,11 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
             )  # fmt: skip
     except OSError as error:
         raise SettingsError(f"data.cache={cache}: {error.strerror}") from None
+
+
+def _cache(part: settings.Data) -> Path:
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(part.cache or usual / "ringattn" / "tokens").expanduser()
 
 
 def _age(path: str) -> str:
@@ -187,9 +195,11 @@ def _remark(documents: Documents, stream: Stream) -> str:
     text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
     if stream.packing != "cut":
         text += f", {stream.packing} leaves {stream.waste:.2%} of the rows empty"
-    corrupt = documents.about["corrupt"] if isinstance(documents, Shards) else 0
-    if corrupt:
+    if isinstance(documents, Shards) and (corrupt := documents.about["corrupt"]):
         text += f", {corrupt} corrupt records left out ({documents.root / 'corrupt.jsonl'})"
+    if isinstance(documents, Corpus) and (files := documents.corrupt):
+        text += f", {len(files)} corrupt records left out ({files[0].where}: {files[0].reason}"
+        text += ")" if len(files) == 1 else ", ...)"
     if isinstance(documents, Shards) and (spelled := documents.about.get("control_tokens")):
         become = documents.tokenizer_keys.special_tokens
         text += f"; its text spells {spelled:,} control tokens, which "

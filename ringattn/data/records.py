@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringattn.data.corpus import list_files
 from ringattn.data.documents import DataError
 from ringattn.data.formats import FORMATS
 from ringattn.data.formats.ranges import RANGE_BYTES, Corrupt, FileRange
+from ringattn.data.listing import list_files
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from ringattn.data import tokenizer as tokenizers
 from ringattn.data.documents import DataError
-from ringattn.data.formats.ranges import Corrupt, FileRange
+from ringattn.data.formats.ranges import Corrupt, FileRange, check_corrupt
 from ringattn.data.records import Source
 from ringattn.data.tokenizer import Tokenizer, TokenizerKeys
 
@@ -138,7 +138,7 @@ def _write_unit(
             for text in source.texts(part):
                 if isinstance(text, Corrupt):
                     corrupt.append(text)
-                    if len(corrupt) > most:
+                    if sum(c.records for c in corrupt) > most:
                         return _Written(name, at, len(ends), control, "", "", corrupt)
                     continue
                 if not text:
@@ -204,11 +204,16 @@ def write(
             "vocab_size": loaded.vocab_size,
             "tokens": tokens,
             "documents": sum(w.documents for w in written),
-            "corrupt": len(corrupt),
+            "corrupt": sum(c.records for c in corrupt),
             "control_tokens": sum(w.control for w in written),
             "shards": [
-                {"name": w.name, "tokens": w.tokens, "documents": w.documents,
-                 "sha256": w.sha256, "ends_sha256": w.ends_sha256}
+                {
+                    "name": w.name,
+                    "tokens": w.tokens,
+                    "documents": w.documents,
+                    "sha256": w.sha256,
+                    "ends_sha256": w.ends_sha256,
+                }
                 for w in written
             ],
         }
@@ -232,13 +237,7 @@ def _write_units(
 
     def add(result: _Written) -> None:
         written.append(result)
-        corrupt = [c for w in written for c in w.corrupt]
-        if len(corrupt) > most:
-            last = corrupt[most]
-            raise DataError(
-                f"{last.where}: {last.reason}; that is corrupt record {most + 1} "
-                f"(data.max_corrupt={most})"
-            )
+        check_corrupt([c for w in written for c in w.corrupt], most)
         progress(sum(sizes[: len(written)]), sum(sizes))
 
     if workers == 1:

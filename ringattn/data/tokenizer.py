@@ -53,7 +53,9 @@ class ByteTokenizer:
     """UTF-8 bytes, and 256 at the end of a document."""
 
     vocab_size, end, fingerprint = 257, 256, BYTES
-    before: list[int] = []
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
@@ -109,9 +111,7 @@ class FileTokenizer:
         longest_first = sorted(filter(None, control), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def _around(
-        self, template: bool | None, beside: dict[str, Any]
-    ) -> tuple[list[int], list[int]]:
+    def _around(self, template: bool | None, beside: dict[str, Any]) -> tuple[list[int], list[int]]:
         """What stands before and after the text of a document, ``end`` left out."""
         if template is False:
             return [], []

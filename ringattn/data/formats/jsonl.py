@@ -6,8 +6,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
-from ringattn.data.formats.ranges import RANGE_BYTES, Corrupt, FileRange
+from ringattn.data.formats.ranges import RANGE_BYTES, RECORD_BYTES, Corrupt, FileRange
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
 MARKS: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
             except (EOFError, zlib.error, OSError) as error:
                 if not compressed:
                     raise
-                yield Corrupt(f"{part.path}:{number + 1}", f"damaged archive ({error})")
+                yield _lost(part, number, file, error)
                 return
             if not line:
                 return
@@ -49,6 +50,25 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
             if before is None:  # lines are counted only if one has to be named
                 before = _lines_before(part)
             yield Corrupt(f"{part.path}:{before + number}", value.reason)
+
+
+def _lost(part: FileRange, read: int, file: Any, error: Exception) -> Corrupt:
+    """What cannot be read of an archive after so many lines, as many as came of its first part."""
+    at = min(file.fileobj.tell(), part.size)  # what has been fetched; less has been read
+    left = max(part.size - at, 0)
+    if isinstance(error, EOFError):
+        records = max(1, read)
+        what = (
+            f"the archive ends in the middle, after {read:,} lines; how much is lost it does not "
+            f"say, and counts as {records:,} records"
+        )
+    else:
+        records = max(1, left * read // max(at, 1) if read else left // RECORD_BYTES)
+        what = (
+            f"damaged archive ({error}): after {read:,} lines about {left:,} of {part.size:,} "
+            f"bytes are lost, some {records:,} records"
+        )
+    return Corrupt(f"{part.path}:{read + 1}", what, records)
 
 
 def _field(line: bytes, field: str) -> str | Corrupt:

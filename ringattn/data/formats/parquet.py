@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ringattn.data.documents import DataError, missing
-from ringattn.data.formats.ranges import Corrupt, FileRange
+from ringattn.data.formats.ranges import RECORD_BYTES, Corrupt, FileRange
 
 ENDINGS = (".parquet",)
 MARKS: tuple[str, ...] = ()
@@ -28,6 +28,7 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
+    file = None
     try:
         file = pq.ParquetFile(part.path)
         first = sum(file.metadata.row_group(g).num_rows for g in range(part.start))
@@ -38,7 +39,14 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
         values = file.read_row_group(part.start, columns=[field]).column(0)
     except (ArrowException, OSError) as error:
         reason = str(error).split(". ")[0]
-        yield Corrupt(f"{part.path}: row group {part.start}", f"not readable ({reason})")
+        if file is None:
+            lost = max(1, part.size // RECORD_BYTES)
+            said = f"the whole file, {part.size:,} bytes: its rows are not known, some {lost:,}"
+        else:
+            lost = file.metadata.row_group(part.start).num_rows
+            said = f"{lost:,} of {file.metadata.num_rows:,} rows"
+        where = f"{part.path}: row group {part.start}"
+        yield Corrupt(where, f"not readable ({reason}): {said}", lost)
         return
     for number, value in enumerate(values):
         text = value.as_py()

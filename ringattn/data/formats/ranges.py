@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ringattn.data.documents import DataError
+
 RANGE_BYTES = 32 << 20
+RECORD_BYTES = 1000  # of a record that nobody has seen
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,22 @@ class FileRange:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """A record that cannot be read."""
+    """A record that cannot be read, or where many are lost together, about how many."""
 
     where: str  # file and line, or row
     reason: str
+    records: int = 1
+
+
+def check_corrupt(corrupt: Sequence[Corrupt], most: int) -> None:
+    """Raises DataError, naming the last of too many."""
+    lost = 0
+    for each in corrupt:
+        lost += each.records
+        if lost > most:
+            which = f"record {lost}" if each.records == 1 else f"records {lost - each.records + 1}"
+            which += "" if each.records == 1 else f" to {lost}"
+            that = "that is" if each.records == 1 else "these are about"
+            raise DataError(
+                f"{each.where}: {each.reason}; {that} corrupt {which} (data.max_corrupt={most})"
+            )
