@@ -6,9 +6,11 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ringattn.data import settings, tokenizer
 from ringattn.data.corpus import Corpus
@@ -25,12 +27,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Opened:
-    """``remarks``: what a person should know of it, a line each."""
+    """``remarks``: what a person should know of it, a line each; ``files``: of tokens, whose
+    integrity is to be seen (:mod:`ringattn.data.integrity`), with ``marks`` of earlier runs."""
 
     tokenizer: Tokenizer
     train: Sequences
     held_out: Sequences | None
     remarks: list[str]
+    files: list[tuple[Path, np.dtype, str, int]] = field(default_factory=list)
+    marks: Path = Path()
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +99,9 @@ def open_data(
         tokens = sum(int(d.lengths.sum()) for d in evaluation)
         remarks.append(f"held out: {sum(len(d.lengths) for d in evaluation):,} documents, "
                        f"{tokens:,} tokens")  # fmt: skip
-    return Opened(loaded, train, held_out, remarks)
+    shards = [d for d in (*whole, *evaluation) if isinstance(d, Shards)]
+    files = [file for each in shards for file in each.files]
+    return Opened(loaded, train, held_out, remarks, files, _cache(data) / "whole")
 
 
 def _like(data: settings.Data, part: settings.Part) -> settings.Data:

@@ -49,7 +49,7 @@ class Shards:
                 path = root / shard["name"]
                 _check_size(path.with_suffix(".tokens"), self._dtype, shard["tokens"])
                 _check_size(path.with_suffix(".ends"), np.dtype("<i8"), shard["documents"])
-                self._ends.append(np.fromfile(path.with_suffix(".ends"), "<i8"))
+                self._ends.append(_ends(path.with_suffix(".ends"), shard))
         except OSError as error:
             raise DataError(f"data.root={root}: {error.filename}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -68,8 +68,25 @@ class Shards:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The one that the tokens came from."""
-        return tokenizers.make(self.tokenizer_keys)
+        """The one that the tokens came from. Raises DataError if it has changed."""
+        loaded = tokenizers.make(self.tokenizer_keys)
+        for key in ("vocab_size", "fingerprint"):
+            there, here = self.about.get(key), getattr(loaded, key)
+            if there is not None and there != here:
+                raise DataError(
+                    f"data.root={self.root}: its tokenizer is not the one that its tokens were "
+                    f"made with ({key} {here}, not {there})"
+                )
+        return loaded
+
+    @property
+    def files(self) -> list[tuple[Path, np.dtype, str, int]]:
+        """Of tokens: path, dtype, SHA-256, ids below."""
+        return [
+            (self.root / f"{s['name']}.tokens", self._dtype, s["sha256"], self.about["vocab_size"])
+            for s in self.about["shards"]
+            if s["tokens"]
+        ]
 
     @property
     def tokenizer_keys(self) -> TokenizerKeys:
@@ -103,6 +120,19 @@ def _check_size(path: Path, dtype: np.dtype, count: int) -> None:
     size = path.stat().st_size
     if size != count * dtype.itemsize:
         raise DataError(f"{path} has {size} bytes, not those of {count} {dtype}")
+
+
+def _ends(path: Path, shard: dict[str, Any]) -> np.ndarray:
+    """Where documents end. Raises DataError if that cannot be."""
+    content = path.read_bytes()
+    if "ends_sha256" in shard and hashlib.sha256(content).hexdigest() != shard["ends_sha256"]:
+        raise DataError(f"{path} is not what was written: its hash is not that of {MANIFEST}")
+    ends = np.frombuffer(content, "<i8")
+    if not (np.diff(ends, prepend=0) > 0).all() or shard["tokens"] != (
+        ends[-1] if len(ends) else 0
+    ):
+        raise DataError(f"{path}: documents do not end one after the other, the last with the file")
+    return ends
 
 
 @dataclass(frozen=True)
@@ -202,6 +232,7 @@ def write(
             "template": tokenizer.template,
             "special_tokens": tokenizer.special_tokens,
             "vocab_size": loaded.vocab_size,
+            "fingerprint": loaded.fingerprint,
             "tokens": tokens,
             "documents": sum(w.documents for w in written),
             "corrupt": sum(c.records for c in corrupt),

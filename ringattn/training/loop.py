@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 
 from ringattn.context import Context, Strategy, check_engaged, check_same_data
 from ringattn.cost.model import step_flops
+from ringattn.data.integrity import Integrity
 from ringattn.data.stream import Sequences
 from ringattn.data.tokenizer import BYTES
 from ringattn.execution.carriers import ProcessRank, Timed
@@ -48,11 +50,16 @@ from ringattn.training.observing.pictures import draw
 from ringattn.training.observing.profile import Profile
 from ringattn.training.optimizer import learning_rate
 
+PATIENCE_S = 10.0  # at the end, for what is read in the background
 PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
 
 
 class Diverged(RuntimeError):
     """Loss or gradient were not finite too many times in a row."""
+
+
+class DamagedData(RuntimeError):
+    """Tokens are not what was written; raised on all ranks."""
 
 
 class Refused(RuntimeError):
@@ -130,11 +137,11 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         display.say(f"run directory: {job.run_dir}")
         at = checkpoints.folder(job.run_dir, start.step)
         saved = resume is not None and resume[0].resolve() == at.resolve()
-        with Heartbeat(run.parallel.timeout_s) as heartbeat:
+        with Heartbeat(run.parallel.timeout_s) as heartbeat, _integrity(job) as integrity:
             evaluation = Evaluation.make(run, context, engine, split, job.data)
             end = _Steps(
                 job, context, engine, stream, split, evaluation, peak, stops, display, log,
-                heartbeat,
+                heartbeat, integrity,
             ).run(start, saved)  # fmt: skip
         if end.step < run.train.steps:
             what = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
@@ -245,6 +252,17 @@ def _self_check(
     check_same_data(context, sequences, stream.digest(sequences))
 
 
+def _integrity(job: Job) -> Integrity:
+    """Each process of a machine sees to a share of the files of tokens."""
+    rank, local, world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    own = job.data.files[local::world]
+    machines = -(-dist.get_world_size() // world)
+    return Integrity(own, job.data.marks, len(own) * (rank // world) // machines)
+
+
 @dataclass
 class _Steps:
     """The optimizer steps of one run on this rank."""
@@ -260,6 +278,7 @@ class _Steps:
     display: Display
     log: MetricsLog | None
     heartbeat: Heartbeat
+    integrity: Integrity
     skipped: int = 0  # in a row
 
     def __post_init__(self) -> None:
@@ -283,11 +302,14 @@ class _Steps:
                 with self.watch.section("data"):
                     batches, unequal = self._batches(state)
                 area = sum(batch.plans.area for batch in batches) / self.context.cp
-                supervised, area, stop, written = self.context.total(
-                    sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready
-                )
+                supervised, area, stop, written, damaged = self.context.total(
+                    sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready,
+                    bool(self.integrity.problem),
+                )  # fmt: skip
                 if written == self.context.world:
                     saver.finish()
+                if damaged:
+                    self._damaged(state.step)
                 if stop:
                     break
                 try:
@@ -319,6 +341,12 @@ class _Steps:
                     self.heartbeat.where = f"step {state.step}, checkpoint"
                     saver.save(self.engine, state)
                     at = state.step
+        self.heartbeat.where = f"step {state.step}, data read to its end"
+        (left,) = self.context.total(self.integrity.finish(0 if self.stops else PATIENCE_S))
+        self._damaged(state.step)
+        if left:
+            display.say(f"{left:.0f} files of tokens have not been seen to be whole; the next run "
+                        "goes on with them")  # fmt: skip
         self.heartbeat.where = f"step {state.step}, last checkpoint"
         if at != state.step and every is not None:
             saver.save(self.engine, state)
@@ -329,6 +357,16 @@ class _Steps:
                 f"{time.perf_counter() - began:.0f} s, {state.tokens_seen:,} tokens"
             )
         return state
+
+    def _damaged(self, step: int) -> None:
+        """Raises DamagedData on all ranks if one has found something."""
+        everyone = [""] * self.context.world
+        dist.all_gather_object(everyone, self.integrity.problem)
+        if found := next(filter(None, everyone), ""):
+            raise DamagedData(
+                f"{found}; found after step {step}, which may have trained on it: checkpoints of "
+                "this run that are older than the damage are sound"
+            )
 
     def _bits(self, loss: float) -> str:
         if self.job.data.tokenizer.fingerprint != BYTES:

@@ -83,7 +83,7 @@ def _main(arguments: list[str]) -> int:
         train(job, device)
     except loop.Refused as error:  # raised on all ranks
         return refuse(f"train.py: {error}")
-    except (loop.Diverged, SaveFailed, Damaged) as error:  # raised on all ranks
+    except (loop.Diverged, loop.DamagedData, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED
