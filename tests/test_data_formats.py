@@ -278,6 +278,24 @@ def test_documents_have_what_the_template_puts_around_them(tmp_path):
     assert probe.tokens(probe.spans(0)[0], 0, 200, 1)[0] == begin
 
 
+def test_keys_of_a_tokenizer_that_cannot_be_followed_are_refused(tmp_path):
+    bpe_with(tmp_path / "bpe.json")
+    write_jsonl(tmp_path / "a.jsonl")
+    source = Source.open(str(tmp_path), "*.jsonl")
+    shards.write(source, tmp_path / "out", TokenizerKeys(str(tmp_path / "bpe.json")))
+
+    def opened(*keys):
+        run = config.load([*TINY, f"data.cache={tmp_path}/cache", *keys])
+        return open_data(run.data, run.seq_len, run.seed, lambda *_: None)
+
+    for root in (f"data.root={tmp_path}", "data.root=" + str(tmp_path / "out")):
+        made = "were made with" if root.endswith("out") else "bytes have none"
+        for key in ("special_tokens=true", "template=true", "end=<|begin|>"):
+            with pytest.raises(DataError, match=rf"data\.{key.split('=')[0]}=.*{made}"):
+                opened(root, "data.glob=*.jsonl", f"data.{key}")
+        assert opened(root, "data.glob=*.jsonl").tokenizer.end
+
+
 def test_text_that_is_no_unicode_is_corrupt(tmp_path):
     lines = ['{"text": "\\ud83d"}', "[" * 100_000, '{"text": "fine"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -19,7 +19,7 @@ from ringattn.planning.layouts import contiguous
 from ringattn.training import config
 from ringattn.training.checkpoints.states import Saved
 from ringattn.training.engines import ENGINES
-from ringattn.training.optimizer import learning_rate
+from ringattn.training.optimizer import Schedule
 from ringattn.typed import SettingsError
 
 from .processes import train
@@ -56,7 +56,7 @@ def by_peft(arguments):
         local = stream.local(stream.batch_spans([step]), contiguous(97, 1), 0)
         ids, labels = (torch.from_numpy(x)[None] for x in (local.tokens, local.labels))
         out = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False)
-        optimizer.param_groups[0]["lr"] = learning_rate(run.optim, 97 * step, 3 * 97)
+        optimizer.param_groups[0]["lr"] = Schedule.of(run.optim, 3 * 97).rate(97 * step)
         optimizer.zero_grad()
         out.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)

@@ -14,7 +14,7 @@ from ringattn.execution.carriers import Stopwatch, Timed
 from ringattn.models.sizes import ModelConfig
 from ringattn.training.attention import Attention
 from ringattn.training.checkpoints.saver import set_aside
-from ringattn.training.optimizer import Optimizer, learning_rate
+from ringattn.training.optimizer import Optimizer, Schedule
 
 
 @given(
@@ -51,7 +51,7 @@ def test_a_mask_of_sequences_knows_their_documents():
 
 def test_learning_rate_warms_up_and_falls_to_its_share():
     keys = Optimizer(lr=2, min_lr_ratio=0.25, warmup_tokens=100)
-    rates = [learning_rate(keys, tokens, 1000) for tokens in (0, 49, 100, 550, 1000, 2000)]
+    rates = [Schedule.of(keys, 1000).rate(tokens) for tokens in (0, 49, 100, 550, 1000, 2000)]
     assert rates == pytest.approx([0.02, 1.0, 2.0, 1.25, 0.5, 0.5])
 
 

@@ -191,7 +191,20 @@ def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
         if asked.fingerprint != tokenizers[0].fingerprint:
             raise DataError(
                 f"data.tokenizer={data.tokenizer}: the tokens in data.root={data.root} are "
-                "of another one; leave it out"
+                "of another one, or used otherwise; leave it out"
+            )
+        return tokenizers[0]
+    for key in ("end", "template", "special_tokens"):
+        value = getattr(data, key)
+        if value in (None, False):
+            continue
+        shards = next((d for d in opened if isinstance(d, Shards)), None)
+        if shards is None or shards.tokenizer.fingerprint == tokenizer.BYTES:
+            raise DataError(f"data.{key}={value}: bytes have none; give data.tokenizer")
+        if getattr(shards.tokenizer_keys, key) != value:
+            raise DataError(
+                f"data.{key}={value}: the tokens in data.root={shards.root} were made with "
+                f"{getattr(shards.tokenizer_keys, key)}; make them again with `ringattn tokenize`"
             )
     return tokenizers[0]
 

@@ -33,7 +33,7 @@ from ringattn.models import hf_config
 from ringattn.models.lora_config import Lora
 from ringattn.models.rope_config import RopeConfig
 from ringattn.planning.head_split import check_degree
-from ringattn.planning.layer_plans import ONE
+from ringattn.planning.layer_plans import NONE, ONE
 from ringattn.refusal import advice
 from ringattn.training.attention import Attention
 from ringattn.training.engines import ENGINES
@@ -145,10 +145,11 @@ def _put(tree: dict[str, Any], override: str) -> None:
 
 
 def quoted(override: str) -> str:
-    """A mask as hydra's grammar takes it: between quotes, where it has none."""
+    """A mask, or a token as <|endoftext|>, as hydra's grammar takes it: between quotes, where it
+    has none."""
     key, equals, value = override.partition("=")
     kind = key.startswith("attention.kinds.") and key.count(".") == 2
-    if not (key == "attention.mask" or kind) or not equals or value[:1] in ("'", '"', "{"):
+    if not (key in ("attention.mask", "data.end") or kind) or not equals or value[:1] in ("'", '"', "{"):
         return override
     if value == "null":
         return override
@@ -293,6 +294,36 @@ def hardware_of(run: TrainingRun) -> Hardware | None:
         advice = "; run ringattn calibrate again, or give hardware=null" if name == "auto" else ""
         raise SettingsError(f"{error}{advice}") from None
     return hardware
+
+
+def without_effect(run: TrainingRun, done: int) -> list[str]:
+    """A line for each key that is given and changes nothing in this run, of which so many steps
+    are done."""
+    attention, usual = run.attention, typed.defaults(TrainingRun)
+    none_attends = set(attention.layers(run.model.layers)) <= {NONE, *attention.mixers}
+    idle = {
+        f"profile.steps={run.profile.steps}": run.profile.steps
+        and (run.profile.steps[0] > run.train.steps or run.profile.steps[1] <= done)
+        and f"this run makes steps {done + 1} to {run.train.steps}",
+        f"attention.sinks={attention.sinks}": attention.sinks
+        and attention.window in (None, "auto")
+        and "there is no attention.window, and a text is attended from its beginning anyway",
+        f"eval.probes={run.eval.probes}": run.eval.probes and not run.eval.every and "eval.every=0",
+        f"eval.root={run.eval.root}": run.eval.root and not run.eval.every and "eval.every=0",
+        f"parallel.ulysses={run.parallel.ulysses}": (run.parallel.ulysses or 1) > 1
+        and none_attends
+        and "no layer attends over a mask",
+        f"train.sample_prompt={run.train.sample_prompt!r}": not run.train.sample_tokens
+        and run.train.sample_prompt != usual["train"]["sample_prompt"]
+        and "train.sample_tokens=0",
+        f"checkpoint.keep={run.checkpoint.keep}": run.checkpoint.every is None
+        and run.checkpoint.keep != usual["checkpoint"]["keep"]
+        and "checkpoint.every=null",
+        f"memory.loss_chunk={run.memory.loss_chunk}": run.memory.loss == "liger"
+        and run.memory.loss_chunk
+        and "memory.loss=liger chooses its own",
+    }
+    return [f"{key} has no effect: {why}" for key, why in idle.items() if why]
 
 
 def as_yaml(run: TrainingRun) -> str:

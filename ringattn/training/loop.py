@@ -30,13 +30,14 @@ from ringattn.training.batch import MicroBatch, load_batch, numbers
 from ringattn.training.checkpoints import saver as checkpoints
 from ringattn.training.checkpoints import states
 from ringattn.training.checkpoints.saver import Manifest, Saver
-from ringattn.training.config import as_yaml
+from ringattn.training.config import as_yaml, without_effect
 from ringattn.training.engines import Engine, Parts
 from ringattn.training.evaluating import evaluate
 from ringattn.training.evaluating.evaluate import Evaluation
 from ringattn.training.evaluating.sample import generate
 from ringattn.training.forecast import Forecast
 from ringattn.training.job import Job
+from ringattn.training.launching import directory
 from ringattn.training.observing.display import Display, plan_table
 from ringattn.training.observing.facts import write_facts
 from ringattn.training.observing.heartbeat import Heartbeat
@@ -48,7 +49,8 @@ from ringattn.training.observing.metrics import (
 )
 from ringattn.training.observing.pictures import draw
 from ringattn.training.observing.profile import Profile
-from ringattn.training.optimizer import learning_rate
+from ringattn.training.optimizer import Schedule
+from ringattn.training.run import TrainingRun
 
 PATIENCE_S = 10.0  # at the end, for what is read in the background
 PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
@@ -91,6 +93,12 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         raise checkpoints.Damaged(f"{damaged[0]}; no other checkpoint is left")
     start = resume[1] if resume else job.manifest
     display = Display(rank == 0, run.train.steps, start.step)
+    if resume and start.step >= run.train.steps:
+        display.say(
+            f"nothing left to do: {resume[0]} is at step {start.step}, train.steps="
+            f"{run.train.steps}; give more, or checkpoint.resume=never for a run from the start"
+        )
+        return
     for remark in job.remarks + damaged:
         display.say(f"passed over: {remark}")
     if rank == 0:
@@ -98,7 +106,13 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         if aside := checkpoints.set_aside(job.run_dir, resume):
             display.say(f"what another run left in {job.run_dir} is now in {aside.name}")
         (job.run_dir / "config.yaml").write_text(as_yaml(run))
+        (job.run_dir / directory.LAUNCH).write_text(directory.launch())
     dist.barrier()
+    tokens_per_step = _per_step(run, context) * run.seq_len
+    schedule = asdict(Schedule.of(run.optim, run.train.steps * tokens_per_step))
+    for remark in [*without_effect(run, start.step), *_other_rate(start, schedule)]:
+        display.say(remark)
+    start = replace(start, schedule=schedule)
     engine = build_engine(job, context)
     if resume:
         with states.Saved([resume[0] / name for name in sorted(start.files)]) as saved:
@@ -252,6 +266,20 @@ def _self_check(
     check_same_data(context, sequences, stream.digest(sequences))
 
 
+def _per_step(run: TrainingRun, context: Context) -> int:
+    """Sequences of an optimizer step, over all ranks."""
+    return run.batch_size * context.dp * run.train.grad_accum
+
+
+def _other_rate(saved: Manifest, now: dict[str, Any]) -> list[str]:
+    """What to say of a learning rate that does not go on as the run before had it."""
+    if not saved.schedule or saved.schedule == now:
+        return []
+    before, after = Schedule(**saved.schedule), Schedule(**now)
+    rates = [f"{each.rate(saved.tokens_seen):.3g} ({each})" for each in (before, after)]
+    return [f"the learning rate changes at step {saved.step} from {rates[0]} to {rates[1]}"]
+
+
 def _integrity(job: Job) -> Integrity:
     """Each process of a machine sees to a share of the files of tokens."""
     rank, local, world = (
@@ -386,9 +414,7 @@ class _Steps:
 
     @property
     def _per_step(self) -> int:
-        """Sequences of an optimizer step, over all ranks."""
-        run = self.job.run
-        return run.batch_size * self.context.dp * run.train.grad_accum
+        return _per_step(self.job.run, self.context)
 
     def _batches(self, state: Manifest) -> tuple[list[MicroBatch], float]:
         """(The micro-steps of a step, how unequal the work of data ranks is.)"""
@@ -405,8 +431,7 @@ class _Steps:
         """One optimizer step; skipped, and counted, if its loss or gradient is not finite."""
         run, context, engine = self.job.run, self.context, self.engine
         accum, number = run.train.grad_accum, state.step + 1
-        total_tokens = run.train.steps * self._per_step * run.seq_len
-        lr = learning_rate(run.optim, state.tokens_seen, total_tokens)
+        lr = Schedule(**state.schedule).rate(state.tokens_seen)
         engine.set_lr(lr)
         local_loss, norm, router = torch.zeros((), device=context.device), None, 0.0
         for batch in batches:

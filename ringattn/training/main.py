@@ -6,14 +6,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
+from contextlib import ExitStack
 
 from ringattn.refusal import advice, refuse
 
 FAILED = 1
 OUT_OF_MEMORY = 3
-LAUNCH = "launch"  # the file of a run directory that says who started it
 
 
 def main(arguments: list[str]) -> int:
@@ -31,6 +29,7 @@ def main(arguments: list[str]) -> int:
 
 def _main(arguments: list[str]) -> int:
     from ringattn.training import config  # here: hydra is an extra
+    from ringattn.training.launching import directory
     from ringattn.training.run import with_keys
 
     if any(a in ("--multirun", "-m") for a in arguments):
@@ -50,9 +49,11 @@ def _main(arguments: list[str]) -> int:
             return 0
         run = config.resolved(config.load(overrides), world)
         with config.path_errors("run_dir", run.run_dir):
-            run_dir = _run_dir(run.run_dir)
+            run_dir = directory.named(run.run_dir)
             config.writable(run_dir)
-        if _begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
+        if rank == 0 and (who := directory.holder(run_dir)):
+            raise ValueError(f"run_dir={run_dir} is in use by another run: {who}")
+        if directory.begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
             run = with_keys(run, checkpoint={"resume": "auto"})
         # Only now torch: a mistyped key costs no second.
         from ringattn.data.documents import DataError
@@ -113,49 +114,28 @@ def train(job, device) -> None:
 
     from ringattn.context import Context
     from ringattn.training import loop
+    from ringattn.training.launching import directory
 
-    with loop.stop_requests() as stops:
-        # Also the hardware: on each machine it may be another, and all must choose one schedule.
-        names = ("run_dir", "resume", "remarks", "hardware")
-        shared = [{name: getattr(job, name) for name in names}]
-        dist.broadcast_object_list(shared)
-        job = replace(job, **shared[0])
-        run_dir = job.run_dir
+    with loop.stop_requests() as stops, ExitStack() as held:
+        problem, run_dir = "", job.run_dir
         if dist.get_rank() == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / LAUNCH).write_text(_launch())
+            new = job.run.run_dir is None and not directory.begun(run_dir)
+            try:
+                run_dir = directory.create(run_dir, new)
+                held.enter_context(directory.Lock(run_dir))
+            except (directory.InUse, OSError) as error:
+                problem = str(error)
+        # Also the hardware: on each machine it may be another, and all must choose one schedule.
+        names = ("resume", "remarks", "hardware")
+        shared = [{name: getattr(job, name) for name in names} | {"run_dir": run_dir}, problem]
+        dist.broadcast_object_list(shared)
+        if shared[1]:
+            raise loop.Refused(shared[1])
+        job = replace(job, **shared[0])
         context = Context.create(
             job.run.parallel.cp, device, job.run.kernel, job.run.parallel.timeout_s
         )
         loop.train(job, context, stops)
-
-
-def _run_dir(run_dir: str | None) -> Path:
-    """``run_dir``; where it is not given, a new one, or after a restart by torchrun the one that
-    this launch began with."""
-    if run_dir is not None:
-        return Path(run_dir).expanduser().absolute()
-    runs = Path("runs").absolute()
-    for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
-        if _begun(path.parent):
-            return path.parent
-    return runs / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-
-
-def _begun(run_dir: Path) -> bool:
-    """Whether a checkpoint is there that an earlier start of this launch has written. (torchrun's
-    count of restarts does not tell: it leaves out those that other machines asked for.)"""
-    path = run_dir / LAUNCH
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not path.is_file():
-        return False
-    finished = any(run_dir.glob("checkpoints/step_*/ringattn.json"))
-    return finished and path.read_text() == _launch()
-
-
-def _launch() -> str:
-    """Stands for one launch on this machine: its torchrun, however often that restarts us."""
-    names = (os.environ.get("TORCHELASTIC_RUN_ID", ""), socket.gethostname(), str(os.getppid()))
-    return " ".join(names)
 
 
 def _tokenizing() -> Callable[[int, int], None]:

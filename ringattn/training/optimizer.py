@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -34,10 +35,31 @@ class Optimizer:
     """Of the global gradient norm; 0: off."""
 
 
-def learning_rate(settings: Optimizer, tokens_seen: int, total_tokens: int) -> float:
-    """Linear warm-up, then a cosine to ``min_lr_ratio * lr``, both in tokens."""
-    if tokens_seen < settings.warmup_tokens:
-        return settings.lr * (tokens_seen + 1) / settings.warmup_tokens
-    rest = max(1, total_tokens - settings.warmup_tokens)
-    falling = (1 + math.cos(math.pi * min(1, (tokens_seen - settings.warmup_tokens) / rest))) / 2
-    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * falling)
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run: linear warm-up, then a cosine to ``min_lr_ratio * lr``, both in
+    tokens."""
+
+    lr: float
+    min_lr_ratio: float
+    warmup_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, keys: Optimizer, total_tokens: int) -> Schedule:
+        return cls(keys.lr, keys.min_lr_ratio, keys.warmup_tokens, total_tokens)
+
+    def rate(self, tokens_seen: int) -> float:
+        """Of the step after so many tokens."""
+        if tokens_seen < self.warmup_tokens:
+            return self.lr * (tokens_seen + 1) / self.warmup_tokens
+        rest = max(1, self.total_tokens - self.warmup_tokens)
+        fallen = min(1, (tokens_seen - self.warmup_tokens) / rest)
+        left = (1 + math.cos(math.pi * fallen)) / 2
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.lr:g} after {self.warmup_tokens:,} tokens, {self.lr * self.min_lr_ratio:g} "
+            f"after {self.total_tokens:,}"
+        )

@@ -55,6 +55,7 @@ class Manifest:
     model: dict[str, Any]
     attention: dict[str, Any]
     written_by: str  # engine and world, for people
+    schedule: dict[str, Any] = field(default_factory=dict)  # of the learning rate; none: not known
     files: dict[str, list[Any]] = field(default_factory=dict)  # name: [bytes, SHA-256]
     format: int = FORMAT
 

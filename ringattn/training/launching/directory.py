@@ -1,0 +1,215 @@
+"""The directory of a run: its name, who started the run, and that only one lives in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+LAUNCH = "launch"  # the file that says who started the run
+LOCK = "lock"  # the file that is there while it lives
+PERIOD_S = 5.0  # in which a living run writes its lock anew
+
+
+class InUse(RuntimeError):
+    """Another run lives in the directory."""
+
+
+def named(run_dir: str | None) -> Path:
+    """``run_dir``; where it is not given, a new one, or after a restart by torchrun the one that
+    this launch began with."""
+    if run_dir is not None:
+        return Path(run_dir).expanduser().absolute()
+    runs = Path("runs").absolute()
+    for path in sorted(runs.glob(f"*/{LAUNCH}"), reverse=True):
+        if begun(path.parent):
+            return path.parent
+    return runs / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def begun(run_dir: Path) -> bool:
+    """Whether a checkpoint is there that an earlier start of this launch has written. (torchrun's
+    count of restarts does not tell: it leaves out those that other machines asked for.)"""
+    path = run_dir / LAUNCH
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not path.is_file():
+        return False
+    finished = any(run_dir.glob("checkpoints/step_*/ringattn.json"))
+    return finished and path.read_text() == launch()
+
+
+def launch() -> str:
+    """Stands for one launch on this machine: its torchrun, however often that restarts us."""
+    names = (os.environ.get("TORCHELASTIC_RUN_ID", ""), socket.gethostname(), str(os.getppid()))
+    return " ".join(names)
+
+
+def create(run_dir: Path, exclusive: bool) -> Path:
+    """Makes the directory; if ``exclusive``, under another name where somebody has just made it.
+    Raises OSError."""
+    if not exclusive:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        path = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise FileExistsError(f"{run_dir} and 999 more are there")
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who lives in the directory; None if nobody does.
+
+    On this machine the process that its lock names tells. Of another machine the lock has to be
+    written anew for some periods, which takes so long; no file system's own locks are needed. What
+    an earlier start of the same launch has left there is no living run.
+    """
+    record = _read(run_dir / LOCK)
+    if record is None:
+        return None
+    who = f"process {record.get('pid')} on {record.get('host')}, since {record.get('since')}"
+    if record.get("place") == _place():
+        started = _started(record.get("pid"))
+        return who if started is not None and started == record.get("started") else None
+    if (own := _run_id()) and record.get("run_id") == own:
+        return None
+    until = time.monotonic() + 3 * PERIOD_S
+    while time.monotonic() < until:
+        time.sleep(PERIOD_S / 5)
+        now = _read(run_dir / LOCK)
+        if now is None:
+            return None
+        if now != record:
+            return who
+    return None
+
+
+class Lock:
+    """Holds ``run_dir``; use as a context manager. Raises InUse, and OSError."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path, self.token = run_dir / LOCK, secrets.token_hex(8)
+        self._draft = run_dir / f".lock-{self.token}"
+        self._record: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "place": _place(),
+            "started": _started(os.getpid()),
+            "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+            "run_id": _run_id(),
+            "token": self.token,
+        }
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
+
+    def __enter__(self) -> Lock:
+        while not self._taken():
+            if who := holder(self.path.parent):
+                raise InUse(
+                    f"{self.path.parent} is in use by another run ({who}); give another run_dir, "
+                    "or end that run"
+                )
+            self._remove_stale()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if (_read(self.path) or {}).get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()  # if nothing was written
+
+    def _taken(self) -> bool:
+        """Puts the lock there, whole and only where none is."""
+        self._draft.write_text(json.dumps(self._record | {"beat": 0}))
+        try:
+            os.link(self._draft, self.path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with self.path.open("x") as file:
+                    file.write(self._draft.read_text())
+                return True
+            except FileExistsError:
+                return False
+        finally:
+            self._draft.unlink(missing_ok=True)
+
+    def _remove_stale(self) -> None:
+        """Of two that come here at once, only one moves it away."""
+        before = _read(self.path)
+        with suppress(FileNotFoundError):
+            self.path.rename(self._draft)
+            if _read(self._draft) != before:  # the other one's new lock
+                with suppress(OSError):
+                    os.link(self._draft, self.path)
+            self._draft.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._stop.wait(PERIOD_S):
+            beat += 1
+            now = _read(self.path)
+            if now is not None and now.get("token") != self.token:
+                print(
+                    f"train.py: {self.path.parent}: another run has taken it ({now.get('host')}, "
+                    f"process {now.get('pid')}) while this one was not heard of; this one ends",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(1)
+            with suppress(OSError):  # a full disk, or no directory any more: saving will tell
+                self._draft.write_text(json.dumps(self._record | {"beat": beat}))
+                if now is not None:
+                    self._draft.replace(self.path)
+            with suppress(OSError):
+                self._draft.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None if there is no file; what cannot be read changes with its content."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        record = json.loads(content)
+        return record if isinstance(record, dict) else {"content": repr(record)}
+    except ValueError:
+        return {"content": repr(content)}
+
+
+def _place() -> str:
+    """Where process ids mean the same: this boot of this machine, and its container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return secrets.token_hex(8)  # nowhere else is the same
+
+
+def _started(pid: Any) -> str | None:
+    """When a process of this machine began; None if it is gone. An id may be another's later."""
+    try:
+        after_name = Path(f"/proc/{int(pid)}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, TypeError, ValueError, IndexError):
+        return None
+    return None if after_name[0] in "ZX" else after_name[19]
+
+
+def _run_id() -> str:
+    """torchrun's name of a launch over several machines, if it has one of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
