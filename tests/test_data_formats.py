@@ -293,7 +293,7 @@ def test_keys_of_a_tokenizer_that_cannot_be_followed_are_refused(tmp_path):
         for key in ("special_tokens=true", "template=true", "end=<|begin|>"):
             with pytest.raises(DataError, match=rf"data\.{key.split('=')[0]}=.*{made}"):
                 opened(root, "data.glob=*.jsonl", f"data.{key}")
-        assert opened(root, "data.glob=*.jsonl").tokenizer.end
+        assert opened(root, "data.glob=*.jsonl").train.rows
 
 
 def test_text_that_is_no_unicode_is_corrupt(tmp_path):
