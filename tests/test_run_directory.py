@@ -97,7 +97,7 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path, quick, monkeypatch):
     for links in (True, False):
         if not links:
             monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(PermissionError()))
-        for _ in range(20):
+        for _ in range(30):
             (tmp_path / "kept").touch()
             (tmp_path / "lock").write_text(json.dumps({"place": directory._place(), "pid": 0}))
             got, gate = [], threading.Barrier(4)
@@ -116,6 +116,15 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path, quick, monkeypatch):
             [t.join() for t in threads]
             assert len(got) == 1, links
             got[0].__exit__()
+
+
+def test_one_that_died_while_it_replaced_a_lock_blocks_nobody(tmp_path, quick):
+    for place in (directory._place(), "elsewhere"):
+        (tmp_path / "kept").touch()
+        for name in ("lock", ".taking"):
+            (tmp_path / name).write_text(json.dumps({"place": place, "pid": 0}))
+        with Lock(tmp_path):
+            assert not (tmp_path / ".taking").exists()
 
 
 def test_a_run_that_lost_its_directory_ends(tmp_path):

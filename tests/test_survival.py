@@ -183,3 +183,77 @@ def test_a_run_directory_that_cannot_be_written(tmp_path, text):
     status, output = train(1, *TINY, text, f"run_dir={run_dir}", "train.steps=1")
     assert status != 0 and "ringattn/training" not in output, output
     assert f"(run directory: {run_dir})" in output
+
+
+@pytest.mark.parametrize(
+    "engine", [["engine.zero_stage=2"], ["engine.zero_stage=3"], ["engine=fsdp"]]
+)
+def test_a_stop_between_micro_steps_keeps_the_step_before(tmp_path, text, engine):
+    """Half a step is thrown away, on all ranks; the run then goes on as if nothing had been."""
+    keys = ["train.steps=5", "train.grad_accum=3", "checkpoint.every=0", *engine]
+    listing = tmp_path / "cases.json"
+    cases = [job(tmp_path / name, text, *keys) for name in ("stopped", "whole")]
+    listing.write_text(json.dumps(cases))
+    # The second micro-step of step 3.
+    status, output = launch(2, ROOT / "tests/workers/stopping.py", "forward", "8", listing)
+    assert status == 0 and "stopped on request at step 2; checkpoint saved" in output, output
+    assert [m["step"] for m in metrics(tmp_path / "stopped")] == [1, 2]
+    status, output = train(2, *cases[0])
+    assert status == 0 and "at step 2" in output, output
+    got, want = (
+        [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(tmp_path / name)]
+        for name in ("stopped", "whole")
+    )
+    assert got == want
+
+
+def test_a_stop_ends_an_evaluation_and_what_was_saved_before_it_counts(tmp_path, text):
+    keys = ["train.steps=4", "checkpoint.every=2", "eval.every=2", "eval.probes=[passkey]",
+            "eval.samples=6", "eval.lengths=[110]", "eval.depths=[0.5]"]  # fmt: skip
+    listing = tmp_path / "cases.json"
+    listing.write_text(json.dumps([job(tmp_path / "run", text, *keys)]))
+    status, output = launch(2, ROOT / "tests/workers/stopping.py", "evaluation", "3", listing)
+    assert status == 0 and "evaluation at step 2 left out" in output, output
+    assert "stopped on request at step 2" in output
+    assert not (tmp_path / "run/eval.jsonl").exists()
+    assert (tmp_path / "run/checkpoints/step_2/ringattn.json").exists()
+    status, output = train(2, *job(tmp_path / "run", text, *keys))
+    lines = (tmp_path / "run/eval.jsonl").read_text().splitlines()
+    assert status == 0 and [json.loads(line)["step"] for line in lines] == [4]
+
+
+def test_a_last_evaluation_comes_after_the_last_checkpoint(tmp_path, text):
+    keys = ["train.steps=2", "eval.every=2", "eval.probes=[passkey]", "eval.samples=40",
+            "eval.lengths=[110]", "eval.depths=[0.5]"]  # fmt: skip
+    listing = tmp_path / "cases.json"
+    listing.write_text(json.dumps([job(tmp_path / "run", text, *keys)]))
+    status, output = launch(2, ROOT / "tests/workers/stopping.py", "evaluation", "20", listing)
+    assert status == 0 and "evaluation at step 2 left out" in output, output
+    assert (tmp_path / "run/checkpoints/step_2/ringattn.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "grace"),
+    [([], None, 30), ([], "45", 45), (["--shutdown-timeout", "50"], "45", 50),
+     (["--shutdown_timeout=60"], None, 60), ([], "no number", 30)],
+)  # fmt: skip
+def test_the_grace_is_torchruns(arguments, variable, grace):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    ask = "from ringattn.training.launching.limit import grace_s; print(grace_s())"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": variable} if variable else {}
+    said = subprocess.run(
+        [sys.executable, "-c", code, ask, *arguments], env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE_S,
+    ).stdout  # fmt: skip
+    assert int(said) == grace
+
+
+def test_a_step_that_outlasts_the_grace_is_said_once(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    keys = ("train.steps=4",)
+    for grace, said in (("0", 1), ("9999", 0)):
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", grace)
+        status, output = train(2, *job(tmp_path / grace, text, *keys))
+        shown = " ".join(output.split())
+        assert status == 0 and shown.count("torchrun --shutdown-timeout 60") == said, output

@@ -149,7 +149,11 @@ def quoted(override: str) -> str:
     has none."""
     key, equals, value = override.partition("=")
     kind = key.startswith("attention.kinds.") and key.count(".") == 2
-    if not (key in ("attention.mask", "data.end") or kind) or not equals or value[:1] in ("'", '"', "{"):
+    if (
+        not (key in ("attention.mask", "data.end") or kind)
+        or not equals
+        or value[:1] in ("'", '"', "{")
+    ):
         return override
     if value == "null":
         return override

@@ -65,6 +65,7 @@ def _main(arguments: list[str]) -> int:
         from ringattn.training.launching.limit import out_of_memory, set_limit, write_failure
         from ringattn.training.launching.world import pick_device, start_distributed
         from ringattn.training.observing.metrics import DTYPES
+        from ringattn.training.steps import DamagedData, Diverged
 
         job = prepare(run, run_dir, world, _tokenizing())
         device = pick_device(run.device)
@@ -84,7 +85,7 @@ def _main(arguments: list[str]) -> int:
         train(job, device)
     except loop.Refused as error:  # raised on all ranks
         return refuse(f"train.py: {error}")
-    except (loop.Diverged, loop.DamagedData, SaveFailed, Damaged) as error:  # raised on all ranks
+    except (Diverged, DamagedData, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED

@@ -5,6 +5,7 @@ training.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,24 +47,28 @@ class Evaluation:
         probes = make_probes(run.eval, run.seq_len, run.seed, data)
         return cls(run, context, engine, split, held_out, probes)
 
-    def run(self, step: int) -> dict[str, Any]:
-        """The line of eval.jsonl, the same on all ranks."""
+    def run(self, step: int, go_on: Callable[[], bool]) -> dict[str, Any] | None:
+        """The line of eval.jsonl, the same on all ranks. ``go_on()`` is asked before each batch;
+        None once it says no."""
         self.engine.train(False)
-        result: dict[str, Any] = {"step": step}
-        with torch.no_grad():
-            if self.held_out is not None:
-                result |= self._loss()
-            if self.probes:
-                result["probes"] = self._accuracies()
+        result: dict[str, Any] | None = {"step": step}
+        try:
+            with torch.no_grad():
+                if self.held_out is not None:
+                    result |= self._loss(go_on)
+                if self.probes:
+                    result["probes"] = self._accuracies(go_on)
+        except _Interrupted:
+            result = None
         self.engine.train(True)
         return result
 
-    def _loss(self) -> dict[str, Any]:
+    def _loss(self, go_on: Callable[[], bool]) -> dict[str, Any]:
         """Loss and perplexity of held-out tokens, and the loss of those at positions below 1, 2,
         4, 8...: if more context helps, it falls."""
         size = 2 + max(1, self.training.seq_len - 1).bit_length()
         sums = torch.zeros(2, size, dtype=torch.float64)  # loss, tokens
-        for numbers in self._rounds(self.training.eval.sequences):
+        for numbers in self._rounds(self.training.eval.sequences, go_on):
             batch = load_batch(
                 self.training.attention, self.training.model.layers, self.held_out, self.context,
                 self.split, numbers,
@@ -92,7 +97,7 @@ class Evaluation:
             "loss_by_position": by_position,
         }
 
-    def _accuracies(self) -> list[dict[str, Any]]:
+    def _accuracies(self, go_on: Callable[[], bool]) -> list[dict[str, Any]]:
         """Of passkey: the share of samples with every token of the key right; of recall: the share
         of queries."""
         cells = []
@@ -100,7 +105,7 @@ class Evaluation:
             samples = self.training.eval.samples
             # Per sample, tokens that are right and tokens that are asked for.
             counts = torch.zeros(2, samples + self.context.dp * self.training.batch_size)
-            for numbers in self._rounds(samples):
+            for numbers in self._rounds(samples, go_on):
                 batch = load_batch(
                     self.training.attention, self.training.model.layers, probe, self.context,
                     self.split, numbers,
@@ -123,14 +128,20 @@ class Evaluation:
             cells.append({"task": task, "length": length, "depth": depth, "accuracy": accuracy})
         return cells
 
-    def _rounds(self, count: int) -> list[list[int]]:
+    def _rounds(self, count: int, go_on: Callable[[], bool]) -> Iterator[list[int]]:
         """The sequences of this rank's data coordinate, a batch at a time: all coordinates have
         as many batches, as sharded weights need; what is then too much is other sequences."""
         size = self.training.batch_size
         per_round = size * self.context.dp
         first = self.context.dp_rank * size
-        rounds = range(0, count, per_round)
-        return [list(range(start + first, start + first + size)) for start in rounds]
+        for start in range(0, count, per_round):
+            if not go_on():
+                raise _Interrupted
+            yield list(range(start + first, start + first + size))
+
+
+class _Interrupted(Exception):
+    """Somebody wants the run to end."""
 
 
 def make_probes(

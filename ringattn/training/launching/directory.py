@@ -16,6 +16,7 @@ from typing import Any
 
 LAUNCH = "launch"  # the file that says who started the run
 LOCK = "lock"  # the file that is there while it lives
+TAKING = ".taking"  # the file that is there while a dead run's lock is replaced
 PERIOD_S = 5.0  # in which a living run writes its lock anew
 
 
@@ -78,8 +79,7 @@ def holder(run_dir: Path) -> str | None:
         return None
     who = f"process {record.get('pid')} on {record.get('host')}, since {record.get('since')}"
     if record.get("place") == _place():
-        started = _started(record.get("pid"))
-        return who if started is not None and started == record.get("started") else None
+        return who if _alive(record) else None
     if (own := _run_id()) and record.get("run_id") == own:
         return None
     until = time.monotonic() + 3 * PERIOD_S
@@ -108,6 +108,7 @@ class Lock:
             "run_id": _run_id(),
             "token": self.token,
         }
+        self._waited = 0.0  # for another that replaces the lock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
 
@@ -118,7 +119,8 @@ class Lock:
                     f"{self.path.parent} is in use by another run ({who}); give another run_dir, "
                     "or end that run"
                 )
-            self._remove_stale()
+            if self._replaced():
+                break
         self._thread.start()
         return self
 
@@ -131,32 +133,30 @@ class Lock:
             self.path.parent.rmdir()  # if nothing was written
 
     def _taken(self) -> bool:
-        """Puts the lock there, whole and only where none is."""
-        self._draft.write_text(json.dumps(self._record | {"beat": 0}))
-        try:
-            os.link(self._draft, self.path)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            try:
-                with self.path.open("x") as file:
-                    file.write(self._draft.read_text())
-                return True
-            except FileExistsError:
-                return False
-        finally:
-            self._draft.unlink(missing_ok=True)
+        """Puts the lock there, where none is."""
+        return _put(self.path, self._record | {"beat": 0}, self._draft)
 
-    def _remove_stale(self) -> None:
-        """Of two that come here at once, only one moves it away."""
-        before = _read(self.path)
-        with suppress(FileNotFoundError):
-            self.path.rename(self._draft)
-            if _read(self._draft) != before:  # the other one's new lock
-                with suppress(OSError):
-                    os.link(self._draft, self.path)
-            self._draft.unlink(missing_ok=True)
+    def _replaced(self) -> bool:
+        """Puts the lock in the place of one that nobody holds. Of several that want to, one may at
+        a time; it looks again first."""
+        guard = self.path.with_name(TAKING)
+        if not _put(guard, self._record, self._draft):
+            before = _read(guard) or {}
+            self._waited += 0.02
+            if self._waited > 3 * PERIOD_S or (
+                before.get("place") == _place() and not _alive(before)
+            ):
+                guard.unlink(missing_ok=True)  # it died there
+            time.sleep(0.02)
+            return False
+        try:
+            if self.path.exists() and holder(self.path.parent):
+                return False
+            self._draft.write_text(json.dumps(self._record | {"beat": 0}))
+            self._draft.replace(self.path)
+            return True
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _run(self) -> None:
         beat = 0
@@ -176,6 +176,31 @@ class Lock:
                     self._draft.replace(self.path)
             with suppress(OSError):
                 self._draft.unlink(missing_ok=True)
+
+
+def _put(path: Path, record: dict[str, Any], draft: Path) -> bool:
+    """Makes a file, whole and only where none is."""
+    draft.write_text(json.dumps(record))
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(record))
+            return True
+        except FileExistsError:
+            return False
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _alive(record: dict[str, Any]) -> bool:
+    """Whether the process that wrote it is, which was on this machine."""
+    started = _started(record.get("pid"))
+    return started is not None and started == record.get("started")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

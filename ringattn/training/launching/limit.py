@@ -1,14 +1,35 @@
-"""Running out of memory: an earlier end of it on request, and telling it from other failures."""
+"""What a process may take: memory, an earlier end of it on request, and time to end in."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
 import torch
 
 FAILURE = "failure.json"  # of a run directory: why it ended, for who started it
+
+
+def grace_s() -> int | None:
+    """Seconds from SIGTERM to SIGKILL under the torchrun that started this process; None without
+    one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+    except (OSError, ValueError):
+        command = []
+    text = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == "--shutdown-timeout":
+            text = value if equals else following
+    try:
+        return int(text)
+    except ValueError:
+        return 30
 
 
 def set_limit(gib: float | None, device: torch.device) -> None:

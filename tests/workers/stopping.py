@@ -1,0 +1,42 @@
+"""Trains a configuration; at one moment rank 1 gets SIGTERM.
+
+Arguments: where (forward, evaluation), of which call, and a JSON file with a list of lists of
+overrides, of which the moment is in the first.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from ringattn.models.decoder import Decoder
+from ringattn.training import config, steps
+from ringattn.training.engines.deepspeed import DeepSpeed
+from ringattn.training.job import prepare
+from ringattn.training.launching.world import pick_device, start_distributed
+from ringattn.training.main import train
+
+where, call, listing = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+steps.LONG_S = -1.0  # all steps are long
+device = pick_device("cpu")
+start_distributed(device, 60, DeepSpeed())
+calls, forward = {"forward": 0, "evaluation": 0}, Decoder.forward
+
+
+def counting(self, tokens, positions, attend, labels=None):
+    if labels is not None:
+        kind = "forward" if torch.is_grad_enabled() else "evaluation"
+        calls[kind] += 1
+        if kind == where and calls[kind] == call and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, tokens, positions, attend, labels)
+
+
+Decoder.forward = counting
+for overrides in json.loads(listing.read_text()):
+    world = int(os.environ["WORLD_SIZE"])
+    run = config.resolved(config.load(overrides), world)
+    train(prepare(run, Path(run.run_dir), world), device)
