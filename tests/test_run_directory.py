@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from ringattn import living
 from ringattn.training.config import load, resolved, without_effect
 from ringattn.training.launching import directory
 from ringattn.training.launching.directory import InUse, Lock, create, holder
@@ -99,7 +100,7 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path, quick, monkeypatch):
             monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(PermissionError()))
         for _ in range(30):
             (tmp_path / "kept").touch()
-            (tmp_path / "lock").write_text(json.dumps({"place": directory._place(), "pid": 0}))
+            (tmp_path / "lock").write_text(json.dumps({"place": living.place(), "pid": 0}))
             got, gate = [], threading.Barrier(4)
 
             def come(got=got, gate=gate):
@@ -119,7 +120,7 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path, quick, monkeypatch):
 
 
 def test_one_that_died_while_it_replaced_a_lock_blocks_nobody(tmp_path, quick):
-    for place in (directory._place(), "elsewhere"):
+    for place in (living.place(), "elsewhere"):
         (tmp_path / "kept").touch()
         for name in ("lock", ".taking"):
             (tmp_path / name).write_text(json.dumps({"place": place, "pid": 0}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from ringattn import living
 from ringattn.cli.request import Key, RequestError, choice, parse
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
@@ -62,9 +64,7 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     if out.exists():
         raise ValueError(f"out={out} is already there")
     tokenizer = _tokenizer_files(values["tokenizer"])
-    sound, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]))
-    if not sound:
-        raise ValueError(f"checkpoint={values['checkpoint']}: no finished checkpoint there")
+    sound, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]), "checkpoint")
     path, manifest = sound[0]
     unchanged = manifest.model.get("unchanged", False)
     lora = Lora(**manifest.model["lora"]) if "lora" in manifest.model else None
@@ -85,8 +85,9 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
         if states.digest(path / name) != digest:
             raise ValueError(f"{path / name} has changed since it was written")
     dtype = getattr(torch, values["dtype"])
-    draft = out.with_name(out.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = living.draft(out)
+    for left in living.abandoned(out.parent, f"{glob.escape(out.name)}.*"):
+        shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     shard = int(values["shard_gb"] * 1e9)
     with states.Saved([path / name for name in sorted(manifest.files)]) as saved:

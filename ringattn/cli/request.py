@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +58,27 @@ def flag(text: str) -> bool:
 
 def drawable(file: str) -> None:
     """Before anything is computed: a picture can be drawn and written. Raises RequestError."""
-    folder = Path(file).resolve().parent
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError(f"--plot {advice('matplotlib')}")
-    if not os.access(folder, os.W_OK) or Path(file).suffix.lower() not in _PICTURES:
-        raise RequestError(
-            f"--plot {file}: a file ending in {', '.join(_PICTURES)} in a folder that can be "
-            "written is needed"
-        )
+    if Path(file).suffix.lower() not in _PICTURES:
+        raise RequestError(f"--plot {file}: a file ending in {', '.join(_PICTURES)} is needed")
+    if not Path(file).resolve().parent.is_dir():
+        raise RequestError(f"--plot {file}: there is no folder {Path(file).resolve().parent}")
+    writable("--plot", file)
+
+
+def writable(key: str, path: str) -> None:
+    """Before anything is computed: something can be written at the path. Raises RequestError."""
+    try:
+        parent = Path(path).expanduser().absolute().parent
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        # Only a real attempt tells: access bits say nothing of read-only or special file systems.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{key}={path} cannot be written: {reason}") from None
 
 
 def choice(*legal: str) -> Callable[[str], str]:

@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ringattn.cli.request import Key, RequestError, choice, count, flag, integer, parse
+from ringattn.cli.request import Key, RequestError, choice, count, flag, integer, parse, writable
 from ringattn.data import shards
 from ringattn.data.formats import FORMATS
 from ringattn.data.formats.ranges import Corrupt
 from ringattn.data.records import Source
-from ringattn.data.tokenizer import TokenizerKeys, train_bpe
+from ringattn.data.tokenizer import LEAST_BPE, TokenizerKeys, train_bpe
 
 SOURCE = {
     "root": Key(str, None, "a folder of text, JSONL (.gz too) or Parquet, or a saved dataset"),
@@ -97,6 +97,11 @@ def _values(command: str, keys: dict[str, Key], arguments: Sequence[str]) -> dic
         raise RequestError(f"max_corrupt must be at least 0; got {values['max_corrupt']}")
     if Path(values["out"]).exists():
         raise RequestError(f"out={values['out']} is already there")
+    if values.get("vocab_size", LEAST_BPE) < LEAST_BPE:
+        raise RequestError(
+            f"vocab_size must be at least {LEAST_BPE}, bytes and an end; got {values['vocab_size']}"
+        )
+    writable("out", values["out"])
     return values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ringattn import living
 from ringattn.data import settings, tokenizer
 from ringattn.data.corpus import Corpus
 from ringattn.data.documents import DataError, Documents, hold_out
@@ -139,6 +141,8 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     cache = _cache(part)
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in living.abandoned(cache):
+            shutil.rmtree(left, ignore_errors=True)
         with (cache / f"{key}.lock").open("w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if (cache / key / MANIFEST).is_file():

@@ -7,11 +7,14 @@ record that was left out, and the tokenizer.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ringattn import living
 from ringattn.data import tokenizer as tokenizers
 from ringattn.data.documents import DataError
 from ringattn.data.formats.ranges import Corrupt, FileRange, check_corrupt
@@ -150,8 +154,16 @@ _BYTES = TokenizerKeys()
 _loaded = lru_cache(1)(tokenizers.make)  # once per process, not once per shard
 
 
-def _start() -> None:
+def _start(parent: int) -> None:
+    """Of a process that tokenizes: it ends with the one that started it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_unit(
@@ -206,9 +218,11 @@ def write(
     loaded = tokenizers.make(tokenizer)
     units = source.units()
     workers = min(workers or os.cpu_count() or 1, len(units))
-    draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    draft = living.draft(out)
     try:
         draft.mkdir(parents=True)
+        for left in living.abandoned(out.parent, f"{glob.escape(out.name)}.*"):
+            shutil.rmtree(left, ignore_errors=True)
         written = _write_units(units, draft, source, tokenizer, max_corrupt, workers, progress)
         tokens = sum(w.tokens for w in written)
         if not tokens:
@@ -277,7 +291,7 @@ def _write_units(
         return written
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (os.getpid(),)) as pool:
         futures = [pool.submit(_write_unit, *job) for job in jobs]
         try:
             for future in futures:

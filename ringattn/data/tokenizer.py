@@ -15,6 +15,7 @@ import numpy as np
 from ringattn.data.documents import DataError, missing
 
 BYTES = "bytes"
+LEAST_BPE = 257
 # The end of a document, where a tokenizer does not say it itself.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -176,13 +177,18 @@ def make(keys: TokenizerKeys) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> int:
     """Trains a byte-level BPE of ``vocab_size`` tokens, <|endoftext|> among them, and writes it as
-    a tokenizer.json; returns the size it reached (less, where the text has no more pairs)."""
+    a tokenizer.json; returns the size it reached (less, where the text has no more pairs). Raises
+    DataError."""
     try:
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise missing("tokenizers", "training a tokenizer") from None
 
+    if vocab_size < LEAST_BPE:
+        raise DataError(
+            f"vocab_size={vocab_size}: bytes and {USUAL_ENDS[0]} are {LEAST_BPE} tokens already"
+        )
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()

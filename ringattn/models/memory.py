@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from ringattn.typed import Count, Flag, Positive, settings
+from ringattn.typed import Count, Flag, settings
 
 
 @settings
@@ -25,8 +25,9 @@ class Memory:
     states."""
     loss: Literal["chunked", "liger"] = "chunked"
     """Whose loss: ours, or liger-kernel's (on a GPU)."""
-    limit: Positive | None = None
-    """GiB that a rank may hold; more is an error, as on a smaller device."""
+    limit: Annotated[float, Field(strict=True, ge=0.2)] | None = None
+    """GiB that a rank may hold; more is an error, as on a smaller device. (With less than that,
+    libraries wait for threads that they cannot start.)"""
 
     @model_validator(mode="after")
     def _offloads_what_is_kept(self) -> Memory:

@@ -88,7 +88,11 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         if any(f"{key}.".startswith(f"{name}.") for name in typed.free_names(TrainingRun)):
             free.append(override)
         else:
-            typed.check_keys(TrainingRun, [key], {*typed.groups(TrainingRun), "experiment"})
+            groups = {*typed.groups(TrainingRun), "experiment"}
+            typed.check_keys(TrainingRun, [key], groups)
+            value = override.partition("=")[2].strip()
+            if key in groups and value.startswith("["):
+                raise SettingsError(f"{key}={value}: give one of: {', '.join(_choices(key))}")
     register()
     overrides = [quoted(override) for override in overrides if override not in free]
     try:

@@ -41,6 +41,7 @@ from ringattn.training.observing.metrics import (
 )
 from ringattn.training.optimizer import Schedule
 from ringattn.training.steps import Steps, micro_batches, sequences_per_step
+from ringattn.typed import SettingsError
 
 LONG_S = 5.0  # of a step whose micro-steps are worth asking whether to go on
 PATIENCE_S = 10.0  # at the end, for what is read in the background
@@ -105,7 +106,17 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
     if run.model.unchanged:
         fill_buffers(engine, job.source)
     stream = job.data.train
-    log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step) if rank == 0 else None
+    log, problem = None, ""
+    if rank == 0:
+        try:
+            log = MetricsLog(job.run_dir, run.logger, asdict(run), start.step)
+        except (OSError, SettingsError) as error:
+            problem = str(error)
+    shared = [problem]
+    dist.broadcast_object_list(shared)
+    if shared[0]:
+        engine.close()
+        raise Refused(shared[0])
     try:
         split = run.parallel.strategy(job.model, job.hardware, run.attention.sets)
         sequences = micro_batches(job, context, stream, start.sequences_seen)[0][0]

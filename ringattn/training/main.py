@@ -61,6 +61,7 @@ def _main(arguments: list[str]) -> int:
         from ringattn.kernels import select
         from ringattn.training import loop
         from ringattn.training.checkpoints.saver import Damaged, SaveFailed
+        from ringattn.training.checkpoints.states import NotFinite
         from ringattn.training.job import prepare
         from ringattn.training.launching.limit import out_of_memory, set_limit, write_failure
         from ringattn.training.launching.world import pick_device, start_distributed
@@ -85,11 +86,15 @@ def _main(arguments: list[str]) -> int:
         train(job, device)
     except loop.Refused as error:  # raised on all ranks
         return refuse(f"train.py: {error}")
-    except (Diverged, DamagedData, SaveFailed, Damaged) as error:  # raised on all ranks
+    except (Diverged, DamagedData, NotFinite, SaveFailed, Damaged) as error:  # raised on all ranks
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError, OSError, DataError) as error:
+        if isinstance(error, OSError | DataError) and not out_of_memory(error):
+            where = f"rank {rank}: {error} (run directory: {job.run_dir})"
+            print(f"train.py: {where}", file=sys.stderr)
+            return FAILED
         if not out_of_memory(error):
             raise
         lines = str(error).strip().splitlines()
@@ -99,9 +104,6 @@ def _main(arguments: list[str]) -> int:
         # Peers wait in an exchange that will not come: no orderly end. torchrun stops them.
         sys.stderr.flush()
         os._exit(OUT_OF_MEMORY)
-    except (OSError, DataError) as error:
-        print(f"train.py: rank {rank}: {error} (run directory: {job.run_dir})", file=sys.stderr)
-        return FAILED
     finally:
         end_distributed()
     return 0

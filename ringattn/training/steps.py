@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,7 @@ from ringattn.training.job import Job
 from ringattn.training.launching.limit import grace_s
 from ringattn.training.observing.display import Display
 from ringattn.training.observing.heartbeat import Heartbeat
-from ringattn.training.observing.metrics import (
-    MetricsLog,
-    peak_memory_bytes,
-)
+from ringattn.training.observing.metrics import MetricsLog, append, peak_memory_bytes
 from ringattn.training.observing.pictures import draw
 from ringattn.training.observing.profile import Profile
 from ringattn.training.optimizer import Schedule
@@ -200,7 +196,7 @@ class Steps:
             return
         self.display.say(evaluate.summary(values))
         if self.log:
-            evaluate.write(self.job.run_dir, values)
+            append(self.job.run_dir / "eval.jsonl", values)
             self.log.write_evaluation(values, draw(self.job.run_dir, values))
 
     @property
@@ -297,10 +293,8 @@ class Steps:
         most = self.job.run.train.max_skipped
         path = self.job.run_dir / "skipped.jsonl"
         if self.log:
-            # Python's JSON would write NaN, which others do not read.
             line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "sequences": ids}
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(path, line)
         self.display.say(
             f"step {step} skipped: loss {loss}, gradient norm {norm}; its sequences are in "
             f"{path.name}"

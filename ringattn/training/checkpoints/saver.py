@@ -67,17 +67,20 @@ def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
 
 
-def find(resume: str, run_dir: Path) -> tuple[list[Found], list[str]]:
+def find(
+    resume: str, run_dir: Path, key: str = "checkpoint.resume"
+) -> tuple[list[Found], list[str]]:
     """Checkpoints to continue, the newest first, and what is wrong with those that are damaged:
-    of the run (auto), none (never), or at the path named.
+    of the run (auto), none (never), or at the path named by ``key``.
 
     Sizes are compared here, hashes in :func:`first_sound`. Raises SettingsError when a named path
     holds no finished checkpoint, or all are damaged.
     """
-    if resume == "never":
+    runs_own = key == "checkpoint.resume"  # then it may be auto or never
+    if runs_own and resume == "never":
         return [], []
-    with path_errors("checkpoint.resume", resume):
-        where = run_dir if resume == "auto" else Path(resume).expanduser()
+    with path_errors(key, resume):
+        where = run_dir if runs_own and resume == "auto" else Path(resume).expanduser()
         candidates = [where, *where.glob("step_*"), *where.glob("checkpoints/step_*")]
         finished = [path for path in candidates if (path / MANIFEST).is_file()]
     sound, damaged = [], []
@@ -90,13 +93,13 @@ def find(resume: str, run_dir: Path) -> tuple[list[Found], list[str]]:
             damaged.append(str(error))
     if damaged and not sound:
         raise SettingsError(
-            f"checkpoint.resume={resume}: {damaged[0]}; no other is left "
-            "(checkpoint.resume=never starts anew)"
+            f"{key}={resume}: {damaged[0]}; no other is left"
+            + (" (checkpoint.resume=never starts anew)" if runs_own else "")
         )
-    if not finished and resume != "auto":
+    if not finished and not (runs_own and resume == "auto"):
         raise SettingsError(
-            f"checkpoint.resume={resume}: no finished checkpoint there "
-            "(give auto, never, a run directory or a checkpoints/step_N folder)"
+            f"{key}={resume}: no finished checkpoint there (give {'auto, never, ' * runs_own}"
+            "a run directory or a checkpoints/step_N folder)"
         )
     return sorted(sound, key=lambda checkpoint: -checkpoint[1].step), damaged
 

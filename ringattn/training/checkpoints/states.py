@@ -8,6 +8,7 @@ other's files, each rank only the runs that it needs; nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from bisect import bisect_right
 from collections import defaultdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -90,14 +92,29 @@ class Saved:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
+class NotFinite(RuntimeError):
+    """Weights that are to be started from are not numbers; raised on all ranks."""
+
+
 def fill(engine: Engine, source: Source, frozen: Source, adam_steps: int) -> None:
     """Collective: the engine's weights and optimizer state, each rank its own part; ``frozen``:
-    where frozen parameters come from."""
+    where frozen parameters come from. Raises NotFinite."""
+    bad: list[str] = []
     with torch.no_grad():
         for f in engine.fragments():
             origin = source if f.trained else frozen
             for kind in f.kinds:
-                f.write(kind, origin.read(kind, f.name, f.shape, f.start, f.count))
+                value = origin.read(kind, f.name, f.shape, f.start, f.count)
+                if not math.isfinite(float(value.sum(dtype=torch.float64))):  # takes no memory
+                    bad.append(f"{f.name} ({kind})")
+                f.write(kind, value)
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, bad[:3])
+        if found := sorted({name for names in everyone for name in names}):
+            raise NotFinite(
+                f"the weights to start from are not all finite: {', '.join(found[:3])}; a model "
+                "that was trained so is lost"
+            )
         engine.fragments_written(adam_steps)
 
 

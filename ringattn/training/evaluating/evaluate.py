@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from ringattn.data.stream import Sequences
 from ringattn.training.batch import load_batch
 from ringattn.training.engines import Engine
 from ringattn.training.evaluating.settings import Eval
-from ringattn.training.observing.metrics import as_json
 from ringattn.training.run import TrainingRun
 
 
@@ -154,12 +152,6 @@ def make_probes(
         for length in keys.lengths or [seq_len]
         for depth in keys.depths
     }
-
-
-def write(run_dir: Path, values: dict[str, Any]) -> None:
-    """Adds a line to eval.jsonl."""
-    with (run_dir / "eval.jsonl").open("a") as file:
-        file.write(as_json(values) + "\n")
 
 
 def summary(values: dict[str, Any]) -> str:

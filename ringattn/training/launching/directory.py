@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ringattn import living
+
 LAUNCH = "launch"  # the file that says who started the run
 LOCK = "lock"  # the file that is there while it lives
 TAKING = ".taking"  # the file that is there while a dead run's lock is replaced
@@ -78,7 +80,7 @@ def holder(run_dir: Path) -> str | None:
     if record is None:
         return None
     who = f"process {record.get('pid')} on {record.get('host')}, since {record.get('since')}"
-    if record.get("place") == _place():
+    if record.get("place") == living.place():
         return who if _alive(record) else None
     if (own := _run_id()) and record.get("run_id") == own:
         return None
@@ -102,13 +104,13 @@ class Lock:
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "place": _place(),
-            "started": _started(os.getpid()),
+            "place": living.place(),
+            "started": living.started(os.getpid()),
             "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
             "run_id": _run_id(),
             "token": self.token,
         }
-        self._waited = 0.0  # for another that replaces the lock
+        self._waits_since = 0.0  # for another that replaces the lock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
 
@@ -121,6 +123,10 @@ class Lock:
                 )
             if self._replaced():
                 break
+        for left in self.path.parent.glob(".lock-*"):  # by those that were killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
         self._thread.start()
         return self
 
@@ -142,9 +148,9 @@ class Lock:
         guard = self.path.with_name(TAKING)
         if not _put(guard, self._record, self._draft):
             before = _read(guard) or {}
-            self._waited += 0.02
-            if self._waited > 3 * PERIOD_S or (
-                before.get("place") == _place() and not _alive(before)
+            self._waits_since = self._waits_since or time.monotonic()
+            if time.monotonic() - self._waits_since > 3 * PERIOD_S or (
+                before.get("place") == living.place() and not _alive(before)
             ):
                 guard.unlink(missing_ok=True)  # it died there
             time.sleep(0.02)
@@ -198,9 +204,7 @@ def _put(path: Path, record: dict[str, Any], draft: Path) -> bool:
 
 
 def _alive(record: dict[str, Any]) -> bool:
-    """Whether the process that wrote it is, which was on this machine."""
-    started = _started(record.get("pid"))
-    return started is not None and started == record.get("started")
+    return living.alive(record.get("pid"), record.get("started"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -214,24 +218,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return record if isinstance(record, dict) else {"content": repr(record)}
     except ValueError:
         return {"content": repr(content)}
-
-
-def _place() -> str:
-    """Where process ids mean the same: this boot of this machine, and its container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return secrets.token_hex(8)  # nowhere else is the same
-
-
-def _started(pid: Any) -> str | None:
-    """When a process of this machine began; None if it is gone. An id may be another's later."""
-    try:
-        after_name = Path(f"/proc/{int(pid)}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, TypeError, ValueError, IndexError):
-        return None
-    return None if after_name[0] in "ZX" else after_name[19]
 
 
 def _run_id() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -50,10 +51,13 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, torch or CUDA raise where memory ends."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in message or "can't start new thread" in message
-    )
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return True
+    messages = (
+        "can't allocate memory", "can't start new thread", "Resource temporarily unavailable",
+        "Cannot allocate memory", "failed to map segment",
+    )  # fmt: skip
+    return isinstance(error, RuntimeError | ImportError) and any(m in str(error) for m in messages)
 
 
 def write_failure(run_dir: Path, kind: str, reason: str) -> None:

@@ -56,6 +56,15 @@ def as_json(value: Any) -> str:
     return json.dumps(legal(value))
 
 
+def append(path: Path, values: dict[str, Any]) -> None:
+    """Adds a line to a file of a run directory. Raises OSError, which names it."""
+    try:
+        with path.open("a") as file:
+            file.write(as_json(values) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class MetricsLog:
     """metrics.jsonl and, if asked for, a logger; made on rank 0 only. ``config``: the run's keys as
     plain data."""
@@ -69,11 +78,12 @@ class MetricsLog:
                 lines = path.read_text().splitlines()
                 kept = [line for line in lines if _step(line) <= resumed_step]
                 path.write_text("".join(line + "\n" for line in kept))
-        self.file = (run_dir / LINES[0]).open("a", buffering=1)
+        self.path = run_dir / LINES[0]
+        self.path.touch()
         self.log = logger.open(run_dir, config)
 
     def write(self, values: dict[str, Any]) -> None:
-        self.file.write(as_json(values) + "\n")
+        append(self.path, values)
         if self.log:
             self.log.write(values["step"], values)
 
@@ -95,7 +105,6 @@ class MetricsLog:
             self.log.describe(facts)
 
     def close(self) -> None:
-        self.file.close()
         if self.log:
             self.log.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,7 @@ class Wandb:
 
 
 class WandbLog:
-    """A :class:`ringattn.training.observing.loggers.Log`."""
+    """A :class:`ringattn.training.observing.loggers.Log`. Raises SettingsError."""
 
     def __init__(self, keys: Wandb, run_dir: Path, config: dict[str, Any]) -> None:
         import wandb
@@ -53,8 +54,22 @@ class WandbLog:
         path = run_dir / ID
         if not path.exists():
             path.write_text(secrets.token_hex(4))
-        self.run = wandb.init(
-            id=path.read_text(),
+        name = path.read_text().strip()
+        if not re.fullmatch(r"[^:;,#?/'\s]{1,64}", name):
+            raise SettingsError(
+                f"{path} holds {name[:40]!r}, which is no id of a wandb run; write the id there, "
+                "or remove the file for a new run"
+            )
+        try:
+            self.run = self._init(keys, run_dir, name, config)
+        except wandb.errors.Error as error:
+            raise SettingsError(f"logger=wandb: {' '.join(str(error).split())}") from None
+
+    def _init(self, keys: Wandb, run_dir: Path, name: str, config: dict[str, Any]) -> Any:
+        import wandb
+
+        return wandb.init(
+            id=name,
             resume="allow" if keys.mode == "online" else None,
             project=keys.project,
             group=keys.group,
