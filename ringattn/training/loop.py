@@ -66,7 +66,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(job: Job, context: Context, stops: list[int]) -> None:
+def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) -> None:
     """Runs the job on this rank. Returns normally after the last step, or once any rank's
     ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
     """
@@ -144,12 +144,13 @@ def train(job: Job, context: Context, stops: list[int]) -> None:
         display.say(f"run directory: {job.run_dir}")
         at = checkpoints.folder(job.run_dir, start.step)
         saved = resume is not None and resume[0].resolve() == at.resolve()
-        with Heartbeat(run.parallel.timeout_s) as heartbeat, _integrity(job) as integrity:
+        with _integrity(job) as integrity:
             evaluation = Evaluation.make(run, context, engine, split, job.data)
             end = Steps(
                 job, context, engine, stream, split, evaluation, peak, stops, display, log,
                 heartbeat, integrity,
             ).run(start, saved)  # fmt: skip
+        heartbeat.where = f"the end, after step {end.step}"
         if end.step < run.train.steps:
             what = "no checkpoint" if run.checkpoint.every is None else "checkpoint saved"
             display.say(f"stopped on request at step {end.step}; {what}")

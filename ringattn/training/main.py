@@ -118,27 +118,51 @@ def train(job, device) -> None:
     from ringattn.context import Context
     from ringattn.training import loop
     from ringattn.training.launching import directory
+    from ringattn.training.observing.heartbeat import Heartbeat
 
     with loop.stop_requests() as stops, ExitStack() as held:
-        problem, run_dir = "", job.run_dir
+        problem, run_dir, token = "", job.run_dir, ""
         if dist.get_rank() == 0:
             new = job.run.run_dir is None and not directory.begun(run_dir)
             try:
                 run_dir = directory.create(run_dir, new)
-                held.enter_context(directory.Lock(run_dir))
+                token = held.enter_context(directory.Lock(run_dir)).token
             except (directory.InUse, OSError) as error:
                 problem = str(error)
         # Also the hardware: on each machine it may be another, and all must choose one schedule.
         names = ("resume", "remarks", "hardware")
-        shared = [{name: getattr(job, name) for name in names} | {"run_dir": run_dir}, problem]
+        values = {name: getattr(job, name) for name in names} | {"run_dir": run_dir}
+        shared = [values, problem, token]
         dist.broadcast_object_list(shared)
-        if shared[1]:
-            raise loop.Refused(shared[1])
-        job = replace(job, **shared[0])
+        values, problem, token = shared
+        if problem:
+            raise loop.Refused(problem)
+        job = replace(job, **values)
+        _see_run_dir(job, token)
         context = Context.create(
             job.run.parallel.cp, device, job.run.kernel, job.run.parallel.timeout_s
         )
-        loop.train(job, context, stops)
+        with Heartbeat(job.run.parallel.timeout_s) as heartbeat:
+            loop.train(job, context, stops, heartbeat)
+
+
+def _see_run_dir(job, token: str) -> None:
+    """Collective. Raises loop.Refused if checkpoints are to be written to a directory that another
+    machine does not see: each rank writes its part of them there."""
+    import torch.distributed as dist
+
+    from ringattn.training import loop
+    from ringattn.training.launching import directory
+
+    blind = job.run.checkpoint.every is not None and not directory.shared(job.run_dir, token)
+    where: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(where, socket.gethostname() if blind else "")
+    if names := sorted({f"rank {r} on {name}" for r, name in enumerate(where) if name}):
+        raise loop.Refused(
+            f"run_dir={job.run_dir} is not the same directory for all machines: {names[0]} does "
+            "not see what rank 0 writes there; give one on a file system that all share, or "
+            "checkpoint.every=null for a run without checkpoints"
+        )
 
 
 def _tokenizing() -> Callable[[int, int], None]:

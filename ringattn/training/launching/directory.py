@@ -95,6 +95,19 @@ def holder(run_dir: Path) -> str | None:
     return None
 
 
+def shared(run_dir: Path, token: str, patience_s: float = 10.0) -> bool:
+    """Whether this process sees the lock that another has just made, of that token; file systems
+    over a network show it some seconds later."""
+    until = time.monotonic() + patience_s
+    while (_read(run_dir / LOCK) or {}).get("token") != token:
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):
+            os.listdir(run_dir)  # some show new names to those that ask for all
+        time.sleep(0.1)
+    return True
+
+
 class Lock:
     """Holds ``run_dir``; use as a context manager. Raises InUse, and OSError."""
 
