@@ -296,6 +296,25 @@ def test_keys_of_a_tokenizer_that_cannot_be_followed_are_refused(tmp_path):
         assert opened(root, "data.glob=*.jsonl").train.rows
 
 
+def test_a_tokenizer_beside_older_shards_is_used_as_they_were_made(tmp_path):
+    begin = bpe_with(tmp_path / "bpe.json", **template(("<|begin|>", 300)))
+    write_jsonl(tmp_path / "a.jsonl")
+    old = TokenizerKeys(str(tmp_path / "bpe.json"), template=False, special_tokens=True)
+    out = tmp_path / "out"
+    shards.write(Source.open(str(tmp_path), "*.jsonl"), out, old)
+    about = json.loads((out / "tokens.json").read_text())
+    for key in ("template", "special_tokens", "fingerprint", "control_tokens"):
+        del about[key]
+    (out / "tokens.json").write_text(json.dumps(about))
+    keys = [*TINY, f"data.root={out}", f"data.tokenizer={tmp_path}/bpe.json"]
+    run = config.load(keys)
+    opened = open_data(run.data, run.seq_len, run.seed, lambda *_: None)
+    assert opened.tokenizer.before == [] and begin is not None
+    run = config.load([*keys, "data.template=true"])
+    with pytest.raises(DataError, match="of another one, or used otherwise"):
+        open_data(run.data, run.seq_len, run.seed, lambda *_: None)
+
+
 def test_text_that_is_no_unicode_is_corrupt(tmp_path):
     lines = ['{"text": "\\ud83d"}', "[" * 100_000, '{"text": "fine"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

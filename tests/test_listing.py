@@ -53,6 +53,13 @@ def test_links_are_followed_once_and_cycles_end(tmp_path):
     assert names(tmp_path / "hub", "data/*.jsonl") == ["data/x.jsonl"]
 
 
+def test_a_folder_may_match_in_two_ways(tmp_path):
+    put(tmp_path / "a/b/sub/f.txt")
+    put(tmp_path / "a/b/g.txt")
+    (tmp_path / "c").symlink_to(tmp_path / "a/b")
+    assert names(tmp_path, "*/*/*.txt") == ["a/b/g.txt", "c/sub/f.txt"]
+
+
 def test_links_that_lead_nowhere_are_named(tmp_path):
     put(tmp_path / "a.txt")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "missing")
@@ -153,6 +160,14 @@ def test_bytes_that_are_no_text_are_counted_and_limited(tmp_path):
     (root / "a.txt").unlink()
     with pytest.raises(DataError, match="no text"):
         opened(root)
+
+
+def test_a_cache_that_cannot_be_written_is_gone_without(tmp_path):
+    put(tmp_path / "text/a.txt")
+    want = opened(tmp_path / "text").fingerprint
+    (tmp_path / "file").touch()
+    for where in ("/proc/nowhere", f"{tmp_path}/file"):
+        assert opened(tmp_path / "text", f"data.cache={where}").fingerprint == want
 
 
 def test_a_character_may_straddle_blocks(tmp_path):

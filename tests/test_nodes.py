@@ -13,7 +13,6 @@ from .processes import ROOT, TINY, metrics, train, wait_until
 WHY_NOT = missing()
 pytestmark = [
     pytest.mark.skipif(bool(WHY_NOT), reason=f"no second node: {WHY_NOT}"),
-    pytest.mark.xdist_group("ranks"),
 ]
 
 

@@ -81,16 +81,17 @@ def test_a_run_on_another_machine_is_heard(tmp_path, quick, monkeypatch):
     thread.start()
     try:
         assert "process 5 on other" in holder(tmp_path)
+        assert holder(tmp_path, listen=False) is None
+        # Whatever their torchruns are called.
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-job")
+        with pytest.raises(InUse, match="process 5 on other"), Lock(tmp_path):
+            pass
     finally:
         stop.set()
         thread.join()
     assert holder(tmp_path) is None  # it is silent now
-    # An earlier start of this launch, from which torchrun has moved rank 0 here, is not waited for.
-    change(lock, run_id="a-job")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-job")
-    monkeypatch.setattr(directory, "PERIOD_S", 1e9)
-    assert holder(tmp_path) is None
-    monkeypatch.undo()
+    with Lock(tmp_path):
+        assert f"process {os.getpid()}" in holder(tmp_path)
 
 
 def test_of_many_that_come_at_once_one_gets_it(tmp_path, quick, monkeypatch):

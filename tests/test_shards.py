@@ -55,10 +55,26 @@ def test_shards_are_read_once_and_again_when_they_change(tokens, monkeypatch):
     assert read[3:] == ["00001.tokens"]
 
 
+def test_what_cannot_be_read_is_left_and_what_is_torn_is_damage(tokens, monkeypatch):
+    path = tokens / "00001.tokens"
+    found = shards.Shards(tokens)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with Integrity(found.files, tokens.parent / "marks") as integrity:
+        integrity.finish(60)
+    assert "00001.tokens ends in the middle of a token" in integrity.problem
+    path.unlink()  # as a server that does not answer; training will hear of it
+    with Integrity(found.files, tokens.parent / "marks") as integrity:
+        assert integrity.finish(60) == 1
+    assert integrity.problem == ""
+
+
 def test_ids_ends_and_tokenizer_of_shards_are_checked(tokens):
     about = json.loads((tokens / "tokens.json").read_text())
     edit(tokens / "00002.tokens", 10, b"\xff\xff")
     assert "has token 65535; the vocabulary ends at 256" in integrity_of(tokens)[0]
+    with pytest.raises(DataError, match=r"00002\.tokens has token 65535"):  # whoever is first
+        shards.Shards(tokens).read(60, 0, 100)
     ends = np.fromfile(tokens / "00000.ends", "<i8")
     edit(tokens / "00000.ends", 0, (int(ends[0]) + 1).to_bytes(8, "little"))
     with pytest.raises(DataError, match=r"00000\.ends is not what was written"):

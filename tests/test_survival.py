@@ -219,17 +219,27 @@ def test_a_stop_ends_an_evaluation_and_what_was_saved_before_it_counts(tmp_path,
     assert (tmp_path / "run/checkpoints/step_2/ringattn.json").exists()
     status, output = train(2, *job(tmp_path / "run", text, *keys))
     lines = (tmp_path / "run/eval.jsonl").read_text().splitlines()
-    assert status == 0 and [json.loads(line)["step"] for line in lines] == [4]
+    # The one that was left out comes first.
+    assert status == 0 and [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
-def test_a_last_evaluation_comes_after_the_last_checkpoint(tmp_path, text):
+def test_a_kill_in_the_last_evaluation_costs_neither_it_nor_the_training(tmp_path, text):
     keys = ["train.steps=2", "eval.every=2", "eval.probes=[passkey]", "eval.samples=40",
             "eval.lengths=[110]", "eval.depths=[0.5]"]  # fmt: skip
     listing = tmp_path / "cases.json"
     listing.write_text(json.dumps([job(tmp_path / "run", text, *keys)]))
-    status, output = launch(2, ROOT / "tests/workers/stopping.py", "evaluation", "20", listing)
-    assert status == 0 and "evaluation at step 2 left out" in output, output
-    assert (tmp_path / "run/checkpoints/step_2/ringattn.json").exists()
+    worker = ROOT / "tests/workers/stopping.py"
+    status, output = launch(2, worker, "evaluation", "20", listing, "SIGKILL")
+    assert status != 0, output
+    saved = tmp_path / "run/checkpoints/step_2/ringattn.json"
+    written = saved.stat().st_mtime_ns
+    assert not (tmp_path / "run/eval.jsonl").exists()
+    for lines in (1, 1):
+        status, output = train(2, *job(tmp_path / "run", text, *keys))
+        assert status == 0, output
+        assert len((tmp_path / "run/eval.jsonl").read_text().splitlines()) == lines
+        assert saved.stat().st_mtime_ns == written
+    assert "nothing left to do" in output
 
 
 @pytest.mark.parametrize(

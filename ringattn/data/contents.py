@@ -11,8 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def read(path: Path) -> Content:
     lines = 1
     with path.open("rb") as file:
         while True:
-            block = file.read(BLOCK)
+            try:
+                block = file.read(BLOCK)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
             digest.update(block)
             if not problem:
                 held = decoder.getstate()[0]
@@ -58,31 +62,44 @@ def contents(
     root: Path, names: Sequence[str], cache: Path, progress: Callable[[int, int], None]
 ) -> tuple[list[Content], list[list[int]]]:
     """Of the files, in order, and the stamps that they had. ``progress(done, total)`` in bytes,
-    where there is much to read. Raises OSError."""
-    cache.mkdir(parents=True, exist_ok=True)
+    where there is much to read. A cache that cannot be written is gone without. Raises OSError of
+    the files."""
     key = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
     file = cache / f"contents-{key}.json"
-    with file.with_suffix(".lock").open("w") as guard:  # the first process of a machine reads
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        known = _known(file)
-        stamps = [stamp(root / name) for name in names]
-        new = [
-            i for i, name in enumerate(names)
-            if known.get(_text(name), [None])[0] != stamps[i]
-        ]  # fmt: skip
-        done, total = 0, sum(stamps[i][0] for i in new)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            paths = [root / names[i] for i in new]
-            for i, content in zip(new, pool.map(read, paths), strict=True):
-                known[_text(names[i])] = [stamps[i], content.sha256, content.problem]
-                done += stamps[i][0]
-                if total >= LARGE:
-                    progress(done, total)
-        if new:
-            draft = file.with_suffix(".tmp")
-            draft.write_text(json.dumps(known))
-            draft.replace(file)
-    return [Content(*known[_text(name)][1:]) for name in names], stamps
+    stamps = [stamp(root / name) for name in names]
+    texts = list(map(_text, names))
+    known = _known(file)
+    if _new(known, texts, stamps):
+        with _alone(file.with_suffix(".lock")):  # the first process of a machine reads
+            known = _known(file)
+            if new := _new(known, texts, stamps):
+                done, total = 0, sum(stamps[i][0] for i in new)
+                with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                    found = pool.map(read, (root / names[i] for i in new))
+                    for i, content in zip(new, found, strict=True):
+                        known[texts[i]] = [stamps[i], content.sha256, content.problem]
+                        done += stamps[i][0]
+                        if total >= LARGE:
+                            progress(done, total)
+                with suppress(OSError):
+                    draft = file.with_suffix(".tmp")
+                    draft.write_text(json.dumps(known))
+                    draft.replace(file)
+    return [Content(*known[text][1:]) for text in texts], stamps
+
+
+def _new(known: dict[str, list], texts: list[str], stamps: list[list[int]]) -> list[int]:
+    return [i for i, text in enumerate(texts) if known.get(text, [None])[0] != stamps[i]]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock, where that is possible."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(path.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _text(name: str) -> str:

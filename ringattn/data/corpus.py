@@ -46,12 +46,10 @@ class Corpus:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Corpus:
         """Without the files that are not UTF-8, of which there may be ``max_corrupt``, and known
-        by what is in them. Raises DataError, and OSError of the cache."""
+        by what is in them. Raises DataError."""
         try:
             found, stamps = contents(self.root, self.names, cache, progress)
         except OSError as error:
-            if error.filename is not None and str(error.filename).startswith(str(cache)):
-                raise
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
         corrupt = [
             Corrupt(f"{self.root / name}:{c.problem.split(':')[0]}", c.problem.split(": ", 1)[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -69,15 +70,15 @@ def _walk(base: Path, wanted: list[str], strict: bool) -> Iterator[str]:
     """Names of matching files. First what is there itself, then what links add to it."""
     start = _closed({0}, wanted)
     folders = [("", os.path.realpath(base), start)]
-    visited, found = {folders[0][1]}, set()
-    links: list[tuple[str, str, set[int]]] = []  # name, target, how far its pattern has come
+    visited, found = {(folders[0][1], frozenset(start))}, set()
+    # Shorter names first: (depth, name, target, how far the pattern has come).
+    links: list[tuple[int, str, str, frozenset[int]]] = []
     while folders or links:
-        if not folders:  # shorter names first, so that one which leads to another comes before it
-            links.sort(key=lambda link: (link[0].count("/"), link[0]), reverse=True)
-            name, target, states = links.pop()
+        if not folders:
+            _, name, target, states = heapq.heappop(links)
             if os.path.isdir(target):
-                if target not in visited:
-                    visited.add(target)
+                if (target, states) not in visited:
+                    visited.add((target, states))
                     folders.append((name + "/", target, states))
             elif len(wanted) in states and target not in found:
                 found.add(target)
@@ -97,15 +98,15 @@ def _walk(base: Path, wanted: list[str], strict: bool) -> Iterator[str]:
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
                 if os.path.exists(target):
-                    links.append((name, target, after))
+                    heapq.heappush(links, (name.count("/"), name, target, frozenset(after)))
                 elif strict:
                     raise DataError(
                         f"data.root={base}: {base / name} is a link to {os.readlink(entry.path)}, "
                         "which leads nowhere; remove it, or give a data.glob without it"
                     )
             elif entry.is_dir():
-                if after != {len(wanted)} and entry.path not in visited:
-                    visited.add(entry.path)
+                if after != {len(wanted)} and (entry.path, frozenset(after)) not in visited:
+                    visited.add((entry.path, frozenset(after)))
                     folders.append((name + "/", entry.path, after))
             elif len(wanted) in after and entry.is_file() and entry.path not in found:
                 found.add(entry.path)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,11 +124,7 @@ def _open(part: settings.Data, progress: Progress) -> Documents:
         return Shards(Path(os.path.expanduser(root)))
     source = Source.open(root, part.glob, part.format, part.field, part.split)
     if source.format == "text" and part.tokenizer in (None, tokenizer.BYTES):
-        cache = _cache(part)
-        try:
-            return Corpus.open(root, part.glob).checked(cache, part.max_corrupt, progress)
-        except OSError as error:
-            raise SettingsError(f"data.cache={cache}: {error.strerror}") from None
+        return Corpus.open(root, part.glob).checked(_cache(part), part.max_corrupt, progress)
     return _cached(source, part, progress)
 
 
@@ -162,7 +159,10 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
 
 
 def _cache(part: settings.Data) -> Path:
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # nobody's home
+        usual = Path(tempfile.gettempdir())
     return Path(part.cache or usual / "ringattn" / "tokens").expanduser()
 
 
@@ -191,7 +191,8 @@ def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
             "data.mix: its sources have different tokenizers; tokenize them with the same one"
         )
     if data.tokenizer is not None:
-        asked = tokenizer.make(data.tokenizer_keys)
+        shards = next((d for d in opened if isinstance(d, Shards)), None)
+        asked = tokenizer.make(_as_in(data.tokenizer_keys, shards))
         if asked.fingerprint != tokenizers[0].fingerprint:
             raise DataError(
                 f"data.tokenizer={data.tokenizer}: the tokens in data.root={data.root} are "
@@ -211,6 +212,18 @@ def _tokenizer(data: settings.Data, opened: list[Documents]) -> Tokenizer:
                 f"{getattr(shards.tokenizer_keys, key)}; make them again with `ringattn tokenize`"
             )
     return tokenizers[0]
+
+
+def _as_in(keys: TokenizerKeys, shards: Shards | None) -> TokenizerKeys:
+    """What is not asked for is as the tokens were made."""
+    if shards is None:
+        return keys
+    made = shards.tokenizer_keys
+    return replace(
+        keys,
+        template=made.template if keys.template is None else keys.template,
+        special_tokens=keys.special_tokens or made.special_tokens,
+    )
 
 
 def _remark(documents: Documents, stream: Stream) -> str:

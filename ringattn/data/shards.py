@@ -116,8 +116,14 @@ class Shards:
         index = document - int(self._first[shard])
         end = int(self._ends[shard][index])
         first = int(self._ends[shard][index - 1]) if index else 0
-        part = self._tokens(shard)[first + start : min(first + stop, end) : step]
-        return part.astype(np.int64)
+        part = self._tokens(shard)[first + start : min(first + stop, end) : step].astype(np.int64)
+        if len(part) and int(part.max()) >= self.about["vocab_size"]:
+            name = self.about["shards"][shard]["name"]
+            raise DataError(
+                f"{self.root / name}.tokens has token {int(part.max())}; the vocabulary ends at "
+                f"{self.about['vocab_size'] - 1}"
+            )
+        return part
 
 
 def _check_size(path: Path, dtype: np.dtype, count: int) -> None:

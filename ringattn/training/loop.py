@@ -36,10 +36,13 @@ from ringattn.training.observing.facts import write_facts
 from ringattn.training.observing.heartbeat import Heartbeat
 from ringattn.training.observing.metrics import (
     DTYPES,
+    EVALUATIONS,
     MetricsLog,
     measured_peak,
+    recorded,
 )
 from ringattn.training.optimizer import Schedule
+from ringattn.training.run import TrainingRun
 from ringattn.training.steps import Steps, micro_batches, sequences_per_step
 from ringattn.typed import SettingsError
 
@@ -76,7 +79,10 @@ def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) ->
         raise checkpoints.Damaged(f"{damaged[0]}; no other checkpoint is left")
     start = resume[1] if resume else job.manifest
     display = Display(rank == 0, run.train.steps, start.step)
-    if resume and start.step >= run.train.steps:
+    at = checkpoints.folder(job.run_dir, start.step)
+    saved = resume is not None and resume[0].resolve() == at.resolve()
+    evaluate_first = saved and _lacks_evaluation(run, job.run_dir, start.step)
+    if resume and start.step >= run.train.steps and not evaluate_first:
         display.say(
             f"nothing left to do: {resume[0]} is at step {start.step}, train.steps="
             f"{run.train.steps}; give more, or checkpoint.resume=never for a run from the start"
@@ -142,13 +148,11 @@ def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) ->
         for remark in job.data.remarks:
             display.say(remark)
         display.say(f"run directory: {job.run_dir}")
-        at = checkpoints.folder(job.run_dir, start.step)
-        saved = resume is not None and resume[0].resolve() == at.resolve()
         with _integrity(job) as integrity:
             evaluation = Evaluation.make(run, context, engine, split, job.data)
             end = Steps(
                 job, context, engine, stream, split, evaluation, peak, stops, display, log,
-                heartbeat, integrity,
+                heartbeat, integrity, evaluate_first,
             ).run(start, saved)  # fmt: skip
         heartbeat.where = f"the end, after step {end.step}"
         if end.step < run.train.steps:
@@ -257,6 +261,18 @@ def _other_rate(saved: Manifest, now: dict[str, Any]) -> list[str]:
     before, after = Schedule(**saved.schedule), Schedule(**now)
     rates = [f"{each.rate(saved.tokens_seen):.3g} ({each})" for each in (before, after)]
     return [f"the learning rate changes at step {saved.step} from {rates[0]} to {rates[1]}"]
+
+
+def _lacks_evaluation(run: TrainingRun, run_dir: Path, step: int) -> bool:
+    """Collective. Whether the run was to be evaluated at this step, and was not: the checkpoint
+    comes first."""
+    due = run.eval.every and (step % run.eval.every == 0 or step == run.train.steps)
+    shared = [False]
+    if due and dist.get_rank() == 0:
+        shared = [step not in recorded(run_dir / EVALUATIONS)]
+    if due:
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def _integrity(job: Job) -> Integrity:

@@ -51,7 +51,7 @@ def _main(arguments: list[str]) -> int:
         with config.path_errors("run_dir", run.run_dir):
             run_dir = directory.named(run.run_dir)
             config.writable(run_dir)
-        if rank == 0 and (who := directory.holder(run_dir)):
+        if rank == 0 and (who := directory.holder(run_dir, listen=False)):
             raise ValueError(f"run_dir={run_dir} is in use by another run: {who}")
         if directory.begun(run_dir):  # by this launch, which torchrun has restarted: it goes on
             run = with_keys(run, checkpoint={"resume": "auto"})

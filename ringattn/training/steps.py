@@ -24,13 +24,13 @@ from ringattn.training.job import Job
 from ringattn.training.launching.limit import grace_s
 from ringattn.training.observing.display import Display
 from ringattn.training.observing.heartbeat import Heartbeat
-from ringattn.training.observing.metrics import MetricsLog, append, peak_memory_bytes
+from ringattn.training.observing.metrics import EVALUATIONS, MetricsLog, append, peak_memory_bytes
 from ringattn.training.observing.pictures import draw
 from ringattn.training.observing.profile import Profile
 from ringattn.training.optimizer import Schedule
 from ringattn.training.run import TrainingRun
 
-LONG_S = 5.0  # of a step whose micro-steps are worth asking whether to go on
+LONG_S = 5.0  # of micro-steps, after which it is asked whether to go on
 PATIENCE_S = 10.0  # at the end, for what is read in the background
 
 PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
@@ -77,6 +77,8 @@ class Steps:
     log: MetricsLog | None
     heartbeat: Heartbeat
     integrity: Integrity
+    evaluate_first: bool  # what a run before has left out, at the step where this one begins
+    stopping: bool = False  # the same on all ranks
     skipped: int = 0  # in a row
     seconds: float = math.inf  # of the last step, the mean of all ranks
     grace: int | None = field(default_factory=grace_s)
@@ -91,10 +93,12 @@ class Steps:
         run, display = self.job.run, self.display
         saver = Saver(self.job.run_dir, run.checkpoint.keep, run.checkpoint.background)
         every, at = run.checkpoint.every, state.step if saved else -1
-        first, loss, began = None, None, time.perf_counter()
+        first, loss, began, seconds = None, None, time.perf_counter(), math.inf
         profile = Profile(run.profile.steps, self.job.run_dir, self.context.device)
         with display.progress, profile:
-            while state.step < run.train.steps:
+            if self.evaluate_first:
+                self._evaluate(state.step, saver)
+            while state.step < run.train.steps and not self.stopping:
                 profile.before(state.step + 1)
                 self.watch.read()  # forgets what lies between steps
                 begin = time.perf_counter()
@@ -102,15 +106,18 @@ class Steps:
                 with self.watch.section("data"):
                     batches, unequal = self._batches(state)
                 area = sum(batch.plans.area for batch in batches) / self.context.cp
-                supervised, area, stop, written, damaged = self.context.total(
+                supervised, area, stop, written, damaged, took = self.context.total(
                     sum(batch.supervised for batch in batches), area, len(self.stops), saver.ready,
-                    bool(self.integrity.problem),
+                    bool(self.integrity.problem), seconds,
                 )  # fmt: skip
+                self.seconds = took / self.context.world
                 if written == self.context.world:
                     saver.finish()
                 if damaged:
+                    saver.finish()  # what was saved before it was seen is a person's to judge
                     self._damaged(state.step)
                 if stop:
+                    self.stopping = True
                     break
                 try:
                     after = self._step(state, batches, supervised)
@@ -118,6 +125,7 @@ class Steps:
                     saver.finish()  # the last sound state may still be on its way
                     raise
                 if after is None:
+                    self.stopping = True
                     break
                 state, values = after
                 seconds = time.perf_counter() - begin
@@ -139,23 +147,23 @@ class Steps:
                 display.update(values)
                 if self.log:
                     self.log.write(values)
-                self._mind_the_grace(state.step, seconds)
+                self._mind_the_grace(seconds)
                 last = run.eval.every and state.step == run.train.steps  # before evaluating
                 if every is not None and (last or (every and state.step % every == 0)):
                     self.heartbeat.where = f"step {state.step}, checkpoint"
                     saver.save(self.engine, state)
                     at = state.step
                 self._evaluate(state.step, saver)
-        self.heartbeat.where = f"step {state.step}, data read to its end"
-        (left,) = self.context.total(self.integrity.finish(0 if self.stops else PATIENCE_S))
-        self._damaged(state.step)
-        if left:
-            display.say(f"{left:.0f} files of tokens have not been seen to be whole; the next run "
-                        "goes on with them")  # fmt: skip
         self.heartbeat.where = f"step {state.step}, last checkpoint"
         if at != state.step and every is not None:
             saver.save(self.engine, state)
         saver.finish()
+        self.heartbeat.where = f"step {state.step}, data read to its end"
+        (left,) = self.context.total(self.integrity.finish(0 if self.stopping else PATIENCE_S))
+        self._damaged(state.step)
+        if left:
+            display.say(f"{left:.0f} files of tokens have not been seen to be whole; the next run "
+                        "goes on with them")  # fmt: skip
         if first is not None:
             display.say(
                 f"loss {first:.3f} -> {loss:.3f}{self._bits(loss)} in "
@@ -188,6 +196,7 @@ class Steps:
             stop, written = self.context.total(len(self.stops), saver.ready)
             if written == self.context.world:
                 saver.finish()
+            self.stopping = bool(stop)
             return not stop
 
         values = self.evaluation.run(step, go_on)
@@ -196,7 +205,7 @@ class Steps:
             return
         self.display.say(evaluate.summary(values))
         if self.log:
-            append(self.job.run_dir / "eval.jsonl", values)
+            append(self.job.run_dir / EVALUATIONS, values)
             self.log.write_evaluation(values, draw(self.job.run_dir, values))
 
     @property
@@ -222,8 +231,10 @@ class Steps:
         lr = Schedule(**state.schedule).rate(state.tokens_seen)
         engine.set_lr(lr)
         local_loss, norm, router = torch.zeros((), device=context.device), None, 0.0
+        asking = 1 if self.seconds == math.inf else math.ceil(LONG_S * accum / self.seconds)
         for i, batch in enumerate(batches):
-            if i and self.seconds > LONG_S and self.context.total(len(self.stops))[0]:
+            # Rarely: ranks that need not meet between micro-steps have their slack.
+            if i and i % max(1, asking) == 0 and self.context.total(len(self.stops))[0]:
                 return None  # nothing but gradients has changed since the last step
             self.heartbeat.where = f"step {number}, forward"
             loss, *more = engine.forward(
@@ -271,22 +282,19 @@ class Steps:
             "skipped_steps": number - state.adam_steps,
         }
 
-    def _mind_the_grace(self, step: int, seconds: float) -> None:
-        """Collective. Says, once, that a request to stop may come too late."""
-        first = self.seconds == math.inf
-        self.seconds = self.context.total(seconds)[0] / self.context.world
-        # The first step of a process takes longer than others.
-        if first or self.grace is None:
+    def _mind_the_grace(self, seconds: float) -> None:
+        """Says, once, that a request to stop may come too late; of steps after the first, which
+        takes longer."""
+        micro_step = seconds / self.job.run.train.grad_accum
+        if self.grace is None or self.seconds == math.inf or micro_step <= self.grace:
             return
-        micro_step = self.seconds / self.job.run.train.grad_accum
-        if micro_step > self.grace:
-            self.display.say(
-                f"a micro-step takes {micro_step:.0f} s, and torchrun kills {self.grace} s after "
-                "SIGTERM: a request to stop would lose what came after the last checkpoint; start "
-                f"with torchrun --shutdown-timeout {60 * math.ceil(micro_step / 30)} (or "
-                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
-            )
-            self.grace = None
+        self.display.say(
+            f"a micro-step takes {micro_step:.0f} s, and torchrun kills {self.grace} s after "
+            "SIGTERM: a request to stop would lose what came after the last checkpoint; start "
+            f"with torchrun --shutdown-timeout {60 * math.ceil(micro_step / 30)} (or "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
+        )
+        self.grace = None
 
     def _report_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
         """Writes down which sequences it was. Raises Diverged after too many in a row."""

@@ -1,7 +1,7 @@
-"""Trains a configuration; at one moment rank 1 gets SIGTERM.
+"""Trains a configuration; at one moment rank 1 gets a signal.
 
-Arguments: where (forward, evaluation), of which call, and a JSON file with a list of lists of
-overrides, of which the moment is in the first.
+Arguments: where (forward, evaluation), of which call, a JSON file with a list of lists of
+overrides, of which the moment is in the first, and the signal (SIGTERM).
 """
 
 import json
@@ -20,6 +20,7 @@ from ringattn.training.launching.world import pick_device, start_distributed
 from ringattn.training.main import train
 
 where, call, listing = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+number = getattr(signal, [*sys.argv, "SIGTERM"][4])
 steps.LONG_S = -1.0  # all steps are long
 device = pick_device("cpu")
 start_distributed(device, 60, DeepSpeed())
@@ -31,7 +32,7 @@ def counting(self, tokens, positions, attend, labels=None):
         kind = "forward" if torch.is_grad_enabled() else "evaluation"
         calls[kind] += 1
         if kind == where and calls[kind] == call and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
     return forward(self, tokens, positions, attend, labels)
 
 

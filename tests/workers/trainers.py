@@ -156,10 +156,16 @@ def quantized(model, folder):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     attention = model.config._attn_implementation
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    made = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "base", quantization_config=four_bits, attn_implementation=attention,
         dtype=torch.float32,
     )  # fmt: skip
+    for module in made.modules():
+        # Of CPUs with bf16 instructions, bitsandbytes packs weights anew for evaluations, in bf16
+        # and not for so small ones.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return made
 
 
 def make_trainer(case, folder):

@@ -29,6 +29,10 @@ from ringattn.typed import SettingsError
 
 MANIFEST = "ringattn.json"
 FORMAT = 2
+OTHER_DATA = (
+    " (fingerprints of the data: other text, another tokenizer or its keys, another packing; or a "
+    "checkpoint of a version before 2026-11-30, which knew text by the names and sizes of files)"
+)
 HISTORY = (*LINES, "config.yaml", "facts.json", ID)
 
 
@@ -180,7 +184,7 @@ def check(path: Path, saved: Manifest, now: Manifest) -> None:
         if getattr(saved, key) != getattr(now, key):
             raise SettingsError(
                 f"checkpoint.resume: {path} was written with {name}={getattr(saved, key)}, "
-                f"this run has {getattr(now, key)}"
+                f"this run has {getattr(now, key)}" + (OTHER_DATA if key == "corpus" else "")
             )
 
 

@@ -69,22 +69,22 @@ def create(run_dir: Path, exclusive: bool) -> Path:
     raise FileExistsError(f"{run_dir} and 999 more are there")
 
 
-def holder(run_dir: Path) -> str | None:
-    """Who lives in the directory; None if nobody does.
+def holder(run_dir: Path, listen: bool = True) -> str | None:
+    """Who lives in the directory; None if nobody does, or if only listening could tell and is not
+    wanted.
 
     On this machine the process that its lock names tells. Of another machine the lock has to be
-    written anew for some periods, which takes so long; no file system's own locks are needed. What
-    an earlier start of the same launch has left there is no living run.
+    written anew for some periods, which takes so long; no file system's own locks are needed.
     """
     record = _read(run_dir / LOCK)
-    if record is None:
-        return None
+    return _living(run_dir, record, listen) if record is not None else None
+
+
+def _living(run_dir: Path, record: dict[str, Any], listen: bool = True) -> str | None:
     who = f"process {record.get('pid')} on {record.get('host')}, since {record.get('since')}"
     if record.get("place") == living.place():
         return who if _alive(record) else None
-    if (own := _run_id()) and record.get("run_id") == own:
-        return None
-    until = time.monotonic() + 3 * PERIOD_S
+    until = time.monotonic() + 3 * PERIOD_S * listen
     while time.monotonic() < until:
         time.sleep(PERIOD_S / 5)
         now = _read(run_dir / LOCK)
@@ -120,7 +120,6 @@ class Lock:
             "place": living.place(),
             "started": living.started(os.getpid()),
             "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-            "run_id": _run_id(),
             "token": self.token,
         }
         self._waits_since = 0.0  # for another that replaces the lock
@@ -129,12 +128,15 @@ class Lock:
 
     def __enter__(self) -> Lock:
         while not self._taken():
-            if who := holder(self.path.parent):
+            record = _read(self.path)
+            if record is None:
+                continue
+            if who := _living(self.path.parent, record):
                 raise InUse(
                     f"{self.path.parent} is in use by another run ({who}); give another run_dir, "
                     "or end that run"
                 )
-            if self._replaced():
+            if self._replaced(record):
                 break
         for left in self.path.parent.glob(".lock-*"):  # by those that were killed
             with suppress(OSError):
@@ -155,9 +157,9 @@ class Lock:
         """Puts the lock there, where none is."""
         return _put(self.path, self._record | {"beat": 0}, self._draft)
 
-    def _replaced(self) -> bool:
+    def _replaced(self, dead: dict[str, Any]) -> bool:
         """Puts the lock in the place of one that nobody holds. Of several that want to, one may at
-        a time; it looks again first."""
+        a time; it looks first whether the dead one is still there."""
         guard = self.path.with_name(TAKING)
         if not _put(guard, self._record, self._draft):
             before = _read(guard) or {}
@@ -169,7 +171,7 @@ class Lock:
             time.sleep(0.02)
             return False
         try:
-            if self.path.exists() and holder(self.path.parent):
+            if _read(self.path) != dead:
                 return False
             self._draft.write_text(json.dumps(self._record | {"beat": 0}))
             self._draft.replace(self.path)
@@ -231,9 +233,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return record if isinstance(record, dict) else {"content": repr(record)}
     except ValueError:
         return {"content": repr(content)}
-
-
-def _run_id() -> str:
-    """torchrun's name of a launch over several machines, if it has one of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if name == "none" else name

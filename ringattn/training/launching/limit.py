@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 FAILURE = "failure.json"  # of a run directory: why it ended, for who started it
 
@@ -51,7 +52,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, torch or CUDA raise where memory ends."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
+    if isinstance(error, dist.DistBackendError):  # a network's, whatever it says
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     messages = (
         "can't allocate memory", "can't start new thread", "Resource temporarily unavailable",

@@ -34,7 +34,7 @@ class Heartbeat:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._guard = threading.Thread(target=self._mind_the_store, name="guard", daemon=True)
-        self._answered, self._lost = time.monotonic(), False
+        self._answers, self._lost = 0, False
 
     def __enter__(self) -> Heartbeat:
         if self.world > 1:
@@ -49,7 +49,6 @@ class Heartbeat:
             shared = [f"ringattn/beat/{secrets.token_hex(8)}"]
             dist.broadcast_object_list(shared)
             self._prefix = shared[0]
-            self._answered = time.monotonic()
             self._thread.start()
             self._guard.start()
         return self
@@ -70,14 +69,16 @@ class Heartbeat:
             self._beat_and_watch()
             self._store.set(self._key(self.rank), DONE)
         except RuntimeError:
-            self._answered, self._lost = time.monotonic(), True
+            self._answers, self._lost = -1, True
 
     def _mind_the_store(self) -> None:
         """A call of the store that does not return, or a store that is lost and this rank is not at
         its end, is an end of this process: no other would ever be heard of again."""
+        answers, silent = 0, 0.0  # in this thread's own time: a suspended process hears nothing
         while not self._stop.wait(PERIOD_S):
-            silent = time.monotonic() - self._answered
-            if silent > (1.0 if self._lost else 0.5) * self.timeout_s + PERIOD_S:
+            silent = silent + PERIOD_S if self._answers == answers else 0.0
+            answers = self._answers
+            if silent > (1.0 if self._lost else 0.5) * self.timeout_s:
                 self._end(f"the store of all ranks, on {os.environ['MASTER_ADDR']}, has not been "
                           f"heard of for {silent:.0f} s; this rank is at {self.where}")  # fmt: skip
 
@@ -95,12 +96,12 @@ class Heartbeat:
         while count == 0 or not self._stop.wait(PERIOD_S):
             count += 1
             self._store.set(self._key(self.rank), f"{count}|{self.where}")
-            self._answered = time.monotonic()
+            self._answers += 1
             if heard == DONE:
                 continue  # one is still watched by the rank before
             present = self._store.check([self._key(peer)])
             beat = self._store.get(self._key(peer)).decode() if present else ""
-            now = self._answered = time.monotonic()
+            now, self._answers = time.monotonic(), self._answers + 1
             if beat != heard:
                 heard, since = beat, now
             elif now - since > 0.5 * self.timeout_s:

@@ -14,7 +14,8 @@ import torch
 
 from ringattn.training.observing.loggers import LoggerSettings
 
-LINES = ("metrics.jsonl", "eval.jsonl", "skipped.jsonl")  # of a run directory; a step each
+EVALUATIONS = "eval.jsonl"
+LINES = ("metrics.jsonl", EVALUATIONS, "skipped.jsonl")  # of a run directory; a step each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -107,6 +108,11 @@ class MetricsLog:
     def close(self) -> None:
         if self.log:
             self.log.close()
+
+
+def recorded(path: Path) -> set[float]:
+    """The steps that a file of lines has."""
+    return {_step(line) for line in path.read_text().splitlines()} if path.exists() else set()
 
 
 def _step(line: str) -> float:
