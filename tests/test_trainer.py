@@ -103,8 +103,8 @@ def runs(tmp_path_factory):
     return folder
 
 
-def same(a, b, name):
-    assert math.isclose(a, b, rel_tol=1e-5, abs_tol=2e-6), (name, a, b)
+def same(a, b, name, tolerance=1e-5):
+    assert math.isclose(a, b, rel_tol=tolerance, abs_tol=2e-6), (name, a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,10 +126,13 @@ def test_what_is_logged_and_trained_is_that_of_one_process(runs, name):
             )
             if data_ranks and (mean_of_ratios or (key.startswith("eval") and "moe" in name)):
                 continue
-            same(value, right[key], f"{name} {key}")
+            # TRL keeps adapters beside quantised weights in bfloat16: a CPU with instructions for
+            # it rounds products of other shapes otherwise, to the last of its 8 bits.
+            bf16 = name == "qlora"
+            rounding = 2**-7 if bf16 and key == "grad_norm" else 1e-4 if bf16 else 1e-5
+            same(value, right[key], f"{name} {key}", rounding)
     assert wanted.keys() == weights.keys()
     for key, value in wanted.items():
-        # TRL keeps adapters beside quantised weights in bfloat16.
         most = 1e-3 if name == "qlora" else 1e-5
         assert (value - weights[key]).abs().max() <= most, (name, key)
     for key in ("logits", "generated"):
