@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +128,22 @@ def test_one_that_died_while_it_replaced_a_lock_blocks_nobody(tmp_path, quick):
             (tmp_path / name).write_text(json.dumps({"place": place, "pid": 0}))
         with Lock(tmp_path):
             assert not (tmp_path / ".taking").exists()
+
+
+def test_a_lock_that_may_not_be_read_is_not_nobodys(tmp_path, quick, monkeypatch):
+    """As of another user; root reads everything, so it is pretended."""
+    lock, read = tmp_path / "lock", Path.read_bytes
+    lock.touch()
+
+    def forbidden(path):
+        if path == lock:
+            lock.touch()  # its owner goes on writing it
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(InUse), Lock(tmp_path):
+        pass
 
 
 def test_a_run_that_lost_its_directory_ends(tmp_path):

@@ -223,11 +223,16 @@ def _alive(record: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None if there is no file; what cannot be read changes with its content."""
+    """None if there is no file; what cannot be read changes with its content, or its time."""
     try:
         content = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:  # another user's: not nobody's
+        try:
+            return {"content": f"{error.strerror} {path.stat().st_mtime_ns}"}
+        except OSError:
+            return None
     try:
         record = json.loads(content)
         return record if isinstance(record, dict) else {"content": repr(record)}
