@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import secrets
+import signal
 from pathlib import Path
 
 
@@ -45,3 +47,17 @@ def abandoned(folder: Path, name: str = "*") -> list[Path]:
         if where == place() and not alive(pid, since):
             found.append(path)
     return found
+
+
+def end_with_parent() -> None:
+    """From here on this process is asked to stop, by SIGTERM, when its parent is gone: the kernel
+    says so (Linux; elsewhere nothing happens). For a rank, whose torchrun may be killed: what
+    started the run anew would otherwise meet it."""
+    parent = os.getppid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    set_parent_death_signal = 1
+    prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # in between
+        os.kill(os.getpid(), signal.SIGTERM)

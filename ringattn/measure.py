@@ -28,8 +28,9 @@ from ringattn.cost.model import EngineCost, Setup, operators
 from ringattn.cost.step import predict
 from ringattn.cost.timeline import block_size
 from ringattn.execution.attention import ring_attention
-from ringattn.execution.carriers import ProcessRank, end_distributed
+from ringattn.execution.carriers import end_distributed
 from ringattn.make import make_plan
+from ringattn.measure_links import Links, large, median_seconds, unlaunched
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
 from ringattn.planning import layouts, masks
@@ -38,10 +39,8 @@ from ringattn.planning.slices import Band, Bands
 
 _BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
-_BYTES = tuple(2**k for k in range(12, 26))  # of an exchange
 _CROWDS = (2048, 4096, 8192)  # tokens of the rings that share cores
 _STEADY = 0.1  # change of the peak while measuring that is worth a word
-_SECONDS = 0.15  # that one figure is measured for, at least
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Heads = tuple[int, int, int]  # heads, kv_heads, head_dim
 
@@ -53,9 +52,11 @@ def machine(
     precisions: list[str],
     engine: EngineCost,
     say: Callable[[str], None],
+    links: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The description as plain data. ``shape``: heads, kv_heads and head_dim of the attention
-    that is timed; ``engine``: what train.py has by default. Nothing else should run meanwhile."""
+    that is timed; ``engine``: what train.py has by default; ``links``: what is known of them
+    already. Nothing else should run meanwhile."""
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     os.environ["OMP_NUM_THREADS"] = threads
     say(f"{ranks} ranks measure together on {device}, {threads} threads each")
@@ -67,7 +68,7 @@ def machine(
             multiprocessing.spawn(_rank, arguments, nprocs=ranks)
             return torch.load(out, weights_only=True)
 
-    description = spawned(precisions, False)
+    description = spawned(precisions, False) | (links or {})
     if device == "cpu":
         description |= _training(description, ranks, precisions[0], engine, say)
         say("and now more ranks than cores, which take turns")
@@ -164,7 +165,8 @@ class _Bench:
         peaks = self.peaks()
         self.peak = peaks[self.precisions[0]]
         forward, backward = self._attention()
-        link = self._exchange()
+        links = Links(self.device, dist.group.WORLD)
+        link = links.exchange()
         cpu = self.device.type == "cpu"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         here = memory if cpu else torch.cuda.get_device_properties(self.device).total_memory
@@ -179,11 +181,11 @@ class _Bench:
             "memory": float(here),
             "memory_bandwidth": bandwidth,
             "intra_node": link,
-            "inter_node": link,
-            "collective": self._collective(link),
+            "inter_node": None,  # nothing has been seen of another machine
+            "collective": links.collective(large(link)),
             "host": {"bandwidth": self._host(), "latency": 1e-5},
             "host_memory": float(memory / (1 if cpu else dist.get_world_size())),
-            "overlap_efficiency": self._hidden(),
+            "overlap_efficiency": links.overlap_efficiency(),
             "dispatch": 0.0,  # a GPU is fed ahead
             "step": 0.02,
             "framework": 2.5e9,
@@ -192,28 +194,8 @@ class _Bench:
     def peaks(self) -> dict[str, float]:
         return {name: self._peak(DTYPES[name]) for name in self.precisions}
 
-    def _time(self, work: Callable[[], Any], together: bool = False) -> float:
-        """Median seconds of ``work``. ``together``: it exchanges, so all ranks repeat alike."""
-        times: list[float] = []
-        begin = time.perf_counter()
-        work()
-        self._wait()
-        once = time.perf_counter() - begin
-        repeat = max(5, min(200, int(_SECONDS / max(once, 1e-9))))
-        if together:
-            agreed = torch.tensor(float(repeat), device=self.device)
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
-            repeat = int(agreed)
-        for _ in range(repeat):
-            begin = time.perf_counter()
-            work()
-            self._wait()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _time(self, work: Callable[[], Any]) -> float:
+        return median_seconds(work, self.device)
 
     def _random(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)
@@ -286,70 +268,6 @@ class _Bench:
         seconds.append(self._time(backward))
         return sum(band.area for band in bands), seconds
 
-    def _ring(self, size: int, parts: int = 2) -> Callable[[], Any]:
-        """Starts an exchange of ``size`` bytes in ``parts`` messages with the neighbours."""
-        comm = ProcessRank(dist.group.WORLD)
-        if comm.world == 1:
-            return lambda: None
-        after, before = (comm.rank + 1) % comm.world, (comm.rank - 1) % comm.world
-        each = max(1, size // 4 // parts)
-        kind = torch.float32
-        sends = [(self._random(each, dtype=kind), after) for _ in range(parts)]
-        recvs = [(self._random(each, dtype=kind), before) for _ in range(parts)]
-        return lambda: comm.start(sends, recvs, "calibration")
-
-    def _exchange(self) -> dict[str, Any]:
-        def took(size: int, parts: int = 2) -> float:
-            start = self._ring(size, parts)
-            pending = start()
-            if pending is None:
-                return 1e-6
-            pending.wait()
-            return self._time(lambda: start().wait(), together=True)
-
-        few, many = took(64), took(64 * 16, 32)
-        message = max(0.0, (many - few) / 30)
-        latency = max(0.0, few - 2 * message)
-        times = {size: took(size) for size in _BYTES}
-        bandwidth = {n: n / max(t - few, 0.05 * t) for n, t in times.items()}
-        return {"bandwidth": bandwidth, "latency": latency, "message": message}
-
-    def _collective(self, link: dict[str, Any]) -> float:
-        world = dist.get_world_size()
-        if world == 1:
-            return 1.0
-        size = 2**25
-        x = self._random(size // 4, dtype=torch.float32)
-        took = self._time(lambda: dist.all_reduce(x), together=True)
-        moved = 2 * size * (world - 1) / world
-        return moved / took / link["bandwidth"][2**24]
-
-    def _hidden(self) -> float:
-        """Share of an exchange that does not lengthen a kernel which takes as long."""
-        if dist.get_world_size() == 1:
-            return 1.0
-        size = 2**23
-        start = self._ring(size)
-        start().wait()
-        alone = self._time(lambda: start().wait(), together=True)
-        a = self._random(512, 512)
-        product = self._time(lambda: a @ a)
-        agreed = torch.tensor(max(1.0, alone / product), device=self.device)
-        dist.all_reduce(agreed)
-        count = round(float(agreed) / dist.get_world_size())
-
-        def kernel() -> None:
-            for _ in range(count):
-                torch.mm(a, a)
-
-        def both() -> None:
-            pending = start()
-            kernel()
-            pending.wait()
-
-        only, together = self._time(kernel, together=True), self._time(both, together=True)
-        return min(1.0, max(0.0, 1 - (together - only) / alone))
-
     def _bandwidth(self) -> float:
         """Bytes/s of an elementwise operation on more than a cache holds."""
         x, y = (self._random(2**24, dtype=torch.float32) for _ in range(2))
@@ -406,7 +324,7 @@ def _train(ranks: int, n: int, precision: str, keys: list[str]) -> tuple[float, 
             "checkpoint.every=null", "hardware=null", "peak_flops=1e9", "device=cpu",
             f'run_dir="{folder}/run"',
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=unlaunched())
         if done.returncode:
             raise RuntimeError(f"a short training run failed:\n{done.stdout}{done.stderr}")
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()

@@ -104,10 +104,13 @@ class Nodes:
 
     def start(
         self, node: int, command: list[str], environment: dict[str, str] | None = None,
-        hidden: Path | None = None, cwd: Path | None = None,
+        hidden: Path | None = None, cwd: Path | None = None, core: int | None = None,
     ) -> subprocess.Popen:  # fmt: skip
-        """A process on a node, which sees nothing of ``hidden`` that others write there."""
+        """A process on a node, which sees nothing of ``hidden`` that others write there, and runs
+        on one ``core`` only if that is given."""
         line = ["ip", "netns", "exec", self.names[node]]
+        if core is not None:
+            line += ["taskset", "-c", str(core)]
         if hidden is not None:
             script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
             line += ["unshare", "-m", "sh", "-c", script, "sh", str(hidden)]
@@ -127,12 +130,14 @@ class Nodes:
         return job
 
     def torchrun(
-        self, script: Path, *arguments: str, ranks: int = 1, c10d: bool = False, restarts: int = 0,
-        hidden: Path | None = None, more: tuple[str, ...] = (),
+        self, script: Path | str, *arguments: str, ranks: int = 1, c10d: bool = False,
+        restarts: int = 0, hidden: Path | None = None, more: tuple[str, ...] = (),
+        pinned: bool = False, only: int | None = None,
     ) -> list[subprocess.Popen]:  # fmt: skip
-        """One torchrun on each node; ``hidden``: of the second."""
+        """One torchrun on each node, or ``only`` one's, of a script or, by name, of a module;
+        ``hidden``: of the second. ``pinned``: each node has a core of its own, and no other."""
         jobs = []
-        for node in (0, 1):
+        for node in (0, 1) if only is None else (only,):
             where = (
                 ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.hosts[0]}:{PORT}",
                  "--rdzv-id=two-nodes", f"--local-addr={self.hosts[node]}",
@@ -144,9 +149,10 @@ class Nodes:
             command = [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
                 f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *where, *more,
-                str(script), *arguments,
+                *(["-m", script] if isinstance(script, str) else [str(script)]), *arguments,
             ]  # fmt: skip
-            jobs.append(self.start(node, command, hidden=hidden if node else None))
+            core = node if pinned else None
+            jobs.append(self.start(node, command, hidden=hidden if node else None, core=core))
         return jobs
 
 

@@ -339,10 +339,10 @@ def test_calibration_describes_the_machine_in_the_models_terms(monkeypatch, tmp_
     """One rank, few sizes: what it writes is read again, and predicts what it has measured."""
     import torch.distributed as dist
 
-    from ringattn import measure
+    from ringattn import measure, measure_links
     from ringattn.cost.presets import write
 
-    monkeypatch.setattr(measure, "_SECONDS", 0.02)
+    monkeypatch.setattr(measure_links, "SECONDS", 0.02)
     monkeypatch.setattr(measure, "_BLOCKS", (64, 128, 256, 512))
     monkeypatch.setattr(measure, "_SIDES", (64, 256))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)

@@ -1,6 +1,7 @@
 """Two machines: network namespaces with a link between them. One machine's losses, whatever
 happens to the link."""
 
+import signal
 import time
 
 import pytest
@@ -90,5 +91,27 @@ def test_a_cut_link_ends_every_rank_with_a_line_and_a_restart_goes_on(nodes, tmp
     assert "rank 1 has not been heard of" in done[0][1]
     assert f"the store of all ranks, on {nodes.hosts[0]}" in done[1][1]
     assert "resumed" in done[0][1]
+    assert train(2, *keys(tmp_path / "whole", text, *more))[0] == 0
+    assert losses(run_dir) == losses(tmp_path / "whole")
+
+
+def test_a_machine_that_is_taken_away_comes_back(nodes, tmp_path, text):
+    """SIGTERM to one torchrun, as a drained node's gets: all save, the other one does not end as if
+    it were done, and waits; together they go on."""
+    run_dir = tmp_path / "run"
+    more = ("train.steps=60", "seq_len=1500", "batch_size=4")
+    arguments = (ROOT / "train.py", *keys(run_dir, text, *more))
+    stays, leaves = nodes.torchrun(*arguments, c10d=True, restarts=3)
+    file = run_dir / "metrics.jsonl"
+    wait_until(lambda: file.exists() and file.read_text().count("\n") > 4, stays)
+    leaves.send_signal(signal.SIGTERM)
+    status, output = finish([leaves])[0]
+    assert status != 0, output
+    wait_until(lambda: not nodes.ranks(), stays)
+    assert stays.poll() is None and len(metrics(run_dir)) < 60
+    done = finish([stays, nodes.torchrun(*arguments, c10d=True, restarts=3, only=1)[0]])
+    assert [status for status, _ in done] == [0, 0], done
+    assert "stopped on request" in done[0][1] and "resumed" in done[0][1]
+    assert "stopped by a request to another machine" in done[0][1]
     assert train(2, *keys(tmp_path / "whole", text, *more))[0] == 0
     assert losses(run_dir) == losses(tmp_path / "whole")

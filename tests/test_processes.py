@@ -213,6 +213,11 @@ def undisturbed(tmp_path_factory, text):
     return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(run_dir)]
 
 
+def test_gradients_on_one_rank_only_are_refused_on_all():
+    status, output = launch(2, ROOT / "tests/workers/one_wants.py")
+    assert status == 0 and output.count("is done") == 2, output
+
+
 def _resumed(run_dir, text, *more):
     status, output = train(2, *_job(run_dir, text, *more))
     assert status == 0 and "resumed" in output, output

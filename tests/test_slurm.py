@@ -1,14 +1,17 @@
 """The documented batch script under a real Slurm: two tasks, preempted, queued again, whole."""
 
+import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from .processes import ROOT, TINY, metrics, train
+from .processes import PATIENCE_S, ROOT, TINY, metrics, train
 from .slurm import Slurm, missing
 
 WHY_NOT = missing()
@@ -69,3 +72,72 @@ def test_a_job_that_is_queued_again_goes_on(slurm, tmp_path, text, how):
     assert slurm.wait(job) == "COMPLETED", log.read_text()
     assert train(2, *keys(tmp_path / "whole", text, *more))[0] == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def sweep(slurm, folder, text, *more):
+    """train.py --multirun, whose points are jobs of two tasks."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    batch = f"--open-mode=append {ROOT / 'examples/slurm.sbatch'}"
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--multirun", *TINY, text, "ranks=2",
+         f"hydra.launcher.sbatch='{batch}'", "hydra.launcher.node_ranks=1",
+         f"hydra.sweep.dir={folder}", *more],
+        env=slurm.environment | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def jobs(slurm):
+    return slurm.run("squeue", "-h", "-o", "%i").stdout.split()
+
+
+def test_a_sweep_runs_as_jobs_of_slurm(slurm, tmp_path, text):
+    """The same command as on one machine: all points in the queue at once, each its own end; one
+    that is queued again is still the point's job."""
+    folder = tmp_path / "sweep"
+    more = ("train.steps=40", "seq_len=1500", "batch_size=4", "optim.lr=0.001,0.002,fast")
+    job = sweep(slurm, folder, text, *more)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 2 and "optim.lr must be" in output and not jobs(slurm)
+    job = sweep(slurm, folder, text, *more[:3], "optim.lr=0.001,0.002")
+    first = folder / "optim.lr-0.001" / "metrics.jsonl"
+    slurm.until(lambda: first.exists() and first.read_text().count("\n") > 5)
+    both = jobs(slurm)
+    assert len(both) == 2
+    assert slurm.run("scontrol", "requeue", both[0]).returncode == 0
+    slurm.until(lambda: slurm.state(both[0]) == "PENDING")
+    time.sleep(3)
+    slurm.run("scontrol", "update", f"JobId={both[0]}", "StartTime=now")
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0 and "2/2" in output, output
+    ends = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/point.json")}
+    assert {end["status"] for end in ends.values()} == {"finished"} and len(ends) == 2, ends
+    for path in folder.glob("optim.lr-*"):
+        assert [m["step"] for m in metrics(path)] == list(range(1, 41))
+        assert json.loads((path / "facts.json").read_text())["setup"]["world"] == 2
+    assert "resumed" in (folder / "optim.lr-0.001" / "log.txt").read_text()
+    assert (folder / "report" / "index.html").exists() and not jobs(slurm)
+
+
+def test_a_sweep_that_is_interrupted_cancels_its_jobs(slurm, tmp_path, text):
+    folder = tmp_path / "sweep"
+    job = sweep(slurm, folder, text, "train.steps=2000", "optim.lr=0.001,0.002")
+    first = folder / "optim.lr-0.001" / "metrics.jsonl"
+    slurm.until(lambda: first.exists() and first.read_text().count("\n") > 2)
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 130 and "interrupted" in output, output
+    slurm.until(lambda: not jobs(slurm))
+    ends = [json.loads(p.read_text())["status"] for p in folder.glob("*/point.json")]
+    assert ends == ["interrupted"] * 2
+
+
+def test_what_slurm_refuses_is_said(slurm, tmp_path, text):
+    more = ("train.steps=1,2", "hydra.launcher.sbatch=--no-such-option")
+    job = sweep(slurm, tmp_path / "sweep", text, *more)
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0 and output.count("no-such-option") == 2, output
+    job = sweep(slurm, tmp_path / "sweep", text, "ranks=3,4", "hydra.launcher.node_ranks=2")
+    output, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 2 and "ranks=3: cannot be as many on each of 2 machines" in output

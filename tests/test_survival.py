@@ -185,17 +185,21 @@ def test_a_run_directory_that_cannot_be_written(tmp_path, text):
     assert f"(run directory: {run_dir})" in output
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "engine", [["engine.zero_stage=2"], ["engine.zero_stage=3"], ["engine=fsdp"]]
-)
-def test_a_stop_between_micro_steps_keeps_the_step_before(tmp_path, text, engine):
-    """Half a step is thrown away, on all ranks; the run then goes on as if nothing had been."""
-    keys = ["train.steps=5", "train.grad_accum=3", "checkpoint.every=0", *engine]
+    "engine",
+    [["engine.zero_stage=1", "memory=long"], ["engine.zero_stage=2"],
+     ["engine.zero_stage=3", "memory=long"], ["engine=fsdp"], ["engine=fsdp", "memory=long"]],
+)  # fmt: skip
+def test_a_stop_within_a_micro_step_keeps_the_step_before(tmp_path, text, engine, where):
+    """It is served after the next layer, of the forward, the recomputation or the backward: half a
+    step is thrown away, on all ranks; the run then goes on as if nothing had been."""
+    keys = ["train.steps=5", "train.grad_accum=2", "checkpoint.every=0", *engine]
     listing = tmp_path / "cases.json"
     cases = [job(tmp_path / name, text, *keys) for name in ("stopped", "whole")]
     listing.write_text(json.dumps(cases))
-    # The second micro-step of step 3.
-    status, output = launch(2, ROOT / "tests/workers/stopping.py", "forward", "8", listing)
+    # The last micro-step of step 3.
+    status, output = launch(2, ROOT / "tests/workers/stopping.py", where, "6", listing)
     assert status == 0 and "stopped on request at step 2; checkpoint saved" in output, output
     assert [m["step"] for m in metrics(tmp_path / "stopped")] == [1, 2]
     status, output = train(2, *cases[0])

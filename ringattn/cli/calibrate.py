@@ -1,14 +1,17 @@
-"""``ringattn calibrate``: measures this machine and writes a hardware description."""
+"""``ringattn calibrate``: measures this machine, or under torchrun several and the links between
+them, and writes a hardware description."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from ringattn.cli.request import Key, RequestError, choice, count, parse
 from ringattn.cost.hardware import Hardware
@@ -34,13 +37,14 @@ def run(arguments: Sequence[str]) -> int:
     if values["heads"] % values["kv_heads"]:
         raise RequestError(f"kv_heads={values['kv_heads']} does not divide heads={values['heads']}")
     out = Path(values["out"]).expanduser() if values["out"] else here()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a"):
-            pass
-    except OSError as error:
-        raise RequestError(f"out={out}: {error.strerror}") from None
-    import os
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a"):
+                pass
+        except OSError as error:
+            raise RequestError(f"out={out}: {error.strerror}") from None
 
     import torch
 
@@ -51,19 +55,38 @@ def run(arguments: Sequence[str]) -> int:
     if device == "cuda" and gpus < (values["ranks"] or 1):
         raise RequestError(f"device=cuda: this machine has {gpus} usable GPUs")
     from ringattn.measure import machine
+    from ringattn.measure_links import launched, nodes
     from ringattn.training.engines import DeepSpeed
 
     cores = len(os.sched_getaffinity(0))
     ranks = values["ranks"] or (gpus if device == "cuda" else min(cores, 8))
     shape = (values["heads"], values["kv_heads"], values["head_dim"])
     precisions = ["bf16", "fp32"] if device == "cuda" else ["fp32", "bf16"]
+    say = print if first else lambda text: None
     begin = time.perf_counter()
-    description = machine(ranks, device, shape, precisions, DeepSpeed(), print)
+
+    def one(links: dict[str, Any] | None = None) -> dict[str, Any]:
+        return machine(ranks, device, shape, precisions, DeepSpeed(), say, links)
+
+    machines = 1
+    try:
+        if launched():
+            description = nodes(device, one, say)
+            machines = int(os.environ["GROUP_WORLD_SIZE"])
+        else:
+            description = one()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    if description is None:  # the first rank has it
+        return 0
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    of = f"{ranks} ranks"
+    if machines > 1:
+        of = f"{machines} machines of {description['node_size']} ranks"
     description |= {
         "name": f"{platform.node()}, {name}",
         "source": (
-            f"ringattn calibrate, {date.today()}, {ranks} ranks on {device}, "
+            f"ringattn calibrate, {date.today()}, {of} on {device}, "
             f"torch {importlib.metadata.version('torch')}, attention {shape}"
         ),
     }
@@ -79,4 +102,11 @@ def run(arguments: Sequence[str]) -> int:
         f"{hardware.overlap_efficiency:.0%} "
         f"({time.perf_counter() - begin:.0f} s)"
     )
+    if hardware.inter_node is not None:
+        rate, shared = float(hardware.inter_node.bandwidth(2**23)), hardware.inter_node.node
+        print(
+            f"between machines {rate / 1e9:.3f} GB/s and "
+            f"{hardware.inter_node.latency * 1e6:.0f} us for one rank"
+            + (f", {shared / 1e9:.3f} GB/s for all of a machine" if shared < float("inf") else "")
+        )
     return 0

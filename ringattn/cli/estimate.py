@@ -127,7 +127,7 @@ def _hardware(run: TrainingRun) -> str:
 def as_given(run: TrainingRun, world: int, hardware: Any) -> Forecast:
     """The forecast of the run as it stands, on nodes of the hardware."""
     nodes = run if run.parallel.node_size else None
-    resolved = config.resolved(run, world, hardware.node_size if nodes is None else None)
+    resolved = config.resolved(run, world, hardware.node(world) if nodes is None else None)
     return on_paper(resolved, world, hardware)
 
 
@@ -173,7 +173,7 @@ def memory_words(run: TrainingRun) -> str:
 
 
 def _row(split: Split, plain: TrainingRun, keys: list[str]) -> dict[str, Any]:
-    s, node = split.step.setup, split.step.hardware.node_size
+    s, node = split.step.setup, split.step.hardware.node(split.step.setup.world)
     return {
         "cp": s.cp,
         "dp": s.world // s.cp,
@@ -254,7 +254,7 @@ def _print_one(ahead: Forecast, plain: TrainingRun, keys: list[str]) -> None:
     if ahead.step.misfit:
         console.print(f"does not fit: {ahead.step.misfit}", soft_wrap=True)
     console.print(
-        train_command(ahead.run, plain, ahead.world, ahead.hardware.node_size, keys),
+        train_command(ahead.run, plain, ahead.world, ahead.hardware.node(ahead.world), keys),
         soft_wrap=True, markup=False,
     )  # fmt: skip
 
@@ -307,7 +307,7 @@ def _print(answer: Answer, run: TrainingRun, world: int, hardware: Any, keys: li
         console.print("nothing fits: give more ranks, or a shorter seq_len")
         return
     console.print(
-        train_command(answer.ranked[0].run, run, world, hardware.node_size, keys),
+        train_command(answer.ranked[0].run, run, world, hardware.node(world), keys),
         soft_wrap=True, markup=False,
     )  # fmt: skip
     console.print(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,18 @@ class KernelSpeed:
 @dataclass(frozen=True)
 class Link:
     """How one rank exchanges: bytes/s received while it sends as many, by the bytes of the
-    exchange; seconds of an exchange however small, and of every message in it; and bytes/s from
-    one peer, where those of all need several. A peer has two messages, of K and of V."""
+    exchange; seconds of an exchange however small, and of every message in it; bytes/s from one
+    peer, where those of all need several (a peer has two messages, of K and of V); bytes/s of all
+    ranks of a node together, where several share the link; and the machine's ``collective`` and
+    ``overlap_efficiency``, where this link has its own."""
 
     bandwidth: Curve
     latency: float = 0.0
     message: float = 0.0
     peer: float = float("inf")
+    node: float = float("inf")
+    collective: float | None = None
+    overlap_efficiency: float | None = None
 
     def seconds(self, size: Any, messages: Any) -> Any:
         """Of one exchange, or of arrays of them; one without messages takes no time."""
@@ -80,14 +85,15 @@ class Hardware:
     Attributes:
         source: where the numbers come from.
         node_size: ranks of a node.
-        cores: how many ranks compute at a time; None where each has a device of its own.
+        cores: how many ranks of a node compute at a time; None where each has a device of its own.
         oversubscription, switch: where there are more ranks than cores, the share that kernels
             take longer beyond their turns, and the seconds that an exchange waits for a core.
         peak: FLOP/s of a rank by precision, which MFU divides by.
         forward, backward: the attention kernel.
         matmul: share of the peak that the model's matrix products reach, by tokens of a rank.
         memory, memory_bandwidth: of a rank's device, bytes and bytes/s.
-        intra_node, inter_node: links in a node, and of one rank to other nodes.
+        intra_node, inter_node: links in a node, and of one rank to other nodes; None where no other
+            node has been seen: ranks that share cores are then all taken to be on this one.
         collective: bytes/s of engines' collectives over those of ``intra_node`` and ``inter_node``.
         host, host_memory: a rank's link to host memory and its share of that, bytes.
         overlap_efficiency: share of an exchange's time that a kernel under way does not feel.
@@ -107,7 +113,7 @@ class Hardware:
     memory: float
     memory_bandwidth: float
     intra_node: Link
-    inter_node: Link
+    inter_node: Link | None
     host: Link
     host_memory: float
     collective: float = 1.0
@@ -129,6 +135,41 @@ class Hardware:
             )
         return rates[precision]
 
+    @property
+    def alone(self) -> bool:
+        """Whether all ranks are taken to be on one node, and to share its cores."""
+        return self.inter_node is None and self.cores is not None
+
+    def node(self, world: int) -> int:
+        """Ranks of a node, in a world of so many. Raises HardwareError where there must be other
+        nodes, and nothing is known of them."""
+        if self.alone:
+            return world
+        if world > self.node_size:
+            self.link(True)
+        return min(self.node_size, world)
+
+    def sharing(self, world: int) -> int:
+        """Ranks that share a node's cores and memory: 1 where each has its own."""
+        return 1 if self.cores is None else self.node(world)
+
+    def link(self, crosses: bool) -> Link:
+        """What an exchange goes over that crosses between nodes, or does not, with its own share of
+        overlap and of collectives. Raises HardwareError as :meth:`node` does."""
+        link = self.inter_node if crosses and not self.alone else self.intra_node
+        if link is None:
+            raise HardwareError(
+                f"inter_node: {self.name} is described as one machine of {self.node_size} ranks; "
+                "calibrate on several (torchrun --nnodes 2 ... -m ringattn calibrate), or write "
+                "inter_node into the description"
+            )
+        mine = {
+            name: getattr(self, name)
+            for name in ("collective", "overlap_efficiency")
+            if getattr(link, name) is None
+        }
+        return replace(link, **mine)
+
     @classmethod
     def read(cls, description: Mapping[str, Any]) -> Hardware:
         """From the plain mapping of a YAML file. Raises HardwareError."""
@@ -148,7 +189,10 @@ class Hardware:
         }
         if missing:
             raise HardwareError(f"{min(missing)} is missing")
-        return cls(**{name: _value(name, value) for name, value in description.items()})
+        values = {name: _value(name, value) for name, value in description.items()}
+        if values.get("cores") is not None and values["inter_node"] == values["intra_node"]:
+            values["inter_node"] = None  # how a calibration of one machine was written once
+        return cls(**values)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -163,14 +207,15 @@ def _value(name: str, value: Any) -> Any:
         softmax = _number(f"{name}.softmax", parts.pop("softmax", 0.0))
         return KernelSpeed(**{key: _curve(f"{name}.{key}", x) for key, x in parts.items()},
                       softmax=softmax)  # fmt: skip
+    if name == "inter_node" and value is None:
+        return None
     if name in ("intra_node", "inter_node", "host"):
         parts = dict(_map(name, value))
         curve = _curve(f"{name}.bandwidth", parts.pop("bandwidth", None))
         numbers = {key: _number(f"{name}.{key}", x) for key, x in parts.items()}
-        if set(numbers) - {"latency", "message", "peer"}:
-            raise HardwareError(
-                f"{name} has bandwidth, latency, message and peer; got {', '.join(parts)}"
-            )
+        legal = [field.name for field in fields(Link)]
+        if set(numbers) - set(legal):
+            raise HardwareError(f"{name} has {', '.join(legal)}; got {', '.join(parts)}")
         return Link(curve, **numbers)
     if name == "matmul":
         return _curve(name, value)

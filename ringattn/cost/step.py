@@ -79,7 +79,7 @@ class Prediction:
     @property
     def misfit(self) -> str | None:
         """What is too large for the machine, in words; None if everything fits."""
-        shared = self.setup.world if self.hardware.cores is not None else 1
+        shared = self.hardware.sharing(self.setup.world)
         have = self.hardware.memory / shared
         if self.peak_memory > have:
             return (
@@ -274,7 +274,7 @@ def received_states_of(model: Sizes, setup: Setup, plans: LayerPlans, kind: str)
 def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardware) -> float:
     """Seconds that the layers with a state exchange in a micro-step: their halos and summaries,
     forward and backward, again where they are computed again."""
-    link = hardware.inter_node if plans.world > hardware.node_size else hardware.intra_node
+    link = hardware.link(plans.world > hardware.node(setup.world))
     again = 2 if setup.memory.checkpoint else 1
     total = 0.0
     for kind, count in plans.states.items():
@@ -302,8 +302,8 @@ def timeline_of(
     takes the ``options``."""
     shape = AttentionShape(model.heads, model.kv_heads, model.head_dim, itemsize=setup.wide)
     # A node holds neighbouring ranks, so those of one sequence.
-    node, precision = hardware.node_size, setup.precision
-    options |= {"together": setup.world}
+    node, precision = hardware.node(setup.world), setup.precision
+    options |= {"together": node}
     return cost.simulate(plan, shape, hardware, precision, node, ranks, **options)
 
 
@@ -348,7 +348,7 @@ def _parts(
     peak = hardware.flops(setup.precision)
     side = min(tokens, model.dim, model.ffn_dim)
     # Where ranks share cores, all compute slower; the timeline has that for attention already.
-    slower = 1.0 if hardware.cores is None else max(1.0, setup.world / hardware.cores)
+    slower = max(1.0, hardware.sharing(setup.world) / (hardware.cores or 1))
     share = sum(product_flops(model, setup, tokens).values()) / peak
     products = share / float(hardware.matmul(side)) * slower
     again = 2 if setup.memory.checkpoint else 1
@@ -364,17 +364,16 @@ def _parts(
         "exposed exchange": layer.exposed * model.layers + layer.states,
     }
     traffic = setup.traffic(model)
-    crossing = setup.world > hardware.node_size
-    link = hardware.inter_node if crossing else hardware.intra_node
-    # Ranks of a node share what crosses between nodes: each receives its part over its own port.
-    rate = float(link.bandwidth(2**24)) * hardware.collective
+    link = hardware.link(setup.world > hardware.node(setup.world))
+    # A ring crosses between nodes once: as fast as one rank, however many share the link.
+    rate = float(link.bandwidth(2**24)) * link.collective
     within = (traffic.gathered + traffic.reduced) / rate if setup.world > 1 else 0.0
     hides = (
-        hardware.overlap_efficiency * (products + micro["attention kernel"])
+        link.overlap_efficiency * (products + micro["attention kernel"])
         if setup.engine.gathers
         else 0.0
     )
-    micro["engine"] = max(within - hides, (1 - hardware.overlap_efficiency) * within, 0.0)
+    micro["engine"] = max(within - hides, (1 - link.overlap_efficiency) * within, 0.0)
     moved = 2 * memory.offloaded  # to host memory and back
     busy = micro["matrix products"] + micro["attention kernel"]
     micro["offload"] = max(0.0, moved / float(hardware.host.bandwidth(2**24)) - busy)

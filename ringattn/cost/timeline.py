@@ -73,12 +73,13 @@ def simulate(
     """The layer on ``hardware``, whose nodes hold ``node_size`` neighbouring ranks.
 
     ``ranks``: those that are followed, by default all; the others are taken to keep their pace.
-    ``together``: ranks that are at work on the same cores, by default those of the plan; where
-    there are fewer ``cores``, all slow down alike.
+    ``together``: ranks that are at work on the same cores, by default those of the plan on a node;
+    where there are fewer ``cores``, all of a node slow down alike.
     """
     ranks = list(range(plan.world)) if ranks is None else list(ranks)
-    node_size = hardware.node_size if node_size is None else node_size
-    together = plan.world if together is None else together
+    if node_size is None or hardware.alone:
+        node_size = hardware.node(plan.world)
+    together = min(node_size, plan.world) if together is None else together
     walk = _Walk(plan, shape, hardware, precision, node_size, ranks, spans, together)
     forward, backward = walk.forward(), walk.backward()
     compute = float((walk.kernels[0] + walk.kernels[1]).max())
@@ -122,6 +123,10 @@ def state_traffic(bands: Bands, query: float, key: float) -> float:
     )
 
 
+def _tokens(moves: Sequence[Move]) -> int:
+    return sum(m.tokens for m in moves)
+
+
 def _sizes(bands: Bands) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Per band: pairs, rows that its lower and its upper side cut, its width."""
     q, k, lo, hi, area = np.array(
@@ -151,6 +156,9 @@ class _Walk:
         self.plan, self.shape, self.hardware, self.ranks = plan, shape, hardware, ranks
         self.node_size, self.wanted, self.spans = node_size, spans, []
         self.at = {rank: place for place, rank in enumerate(ranks)}
+        _, self.nodes = np.unique([rank // node_size for rank in ranks], return_inverse=True)
+        self.near = hardware.link(False)
+        self.far = hardware.link(True) if plan.world > node_size else self.near
         steps = [plan.steps(rank) for rank in ranks]
         self.steps: list[tuple[Step, ...]] = list(zip(*steps, strict=True))
         peak = hardware.flops(precision)
@@ -191,36 +199,38 @@ class _Walk:
         self.oversubscription, self.switch = (
             (hardware.oversubscription, hardware.switch) if crowded else (0.0, 0.0)
         )
-        self.busy = 0.0  # seconds of cores in this pass
+        self.busy = np.zeros(1)  # seconds of each node's cores in this pass
 
     def _exchange(
         self,
         moves_of: Callable[[Step], tuple[Move, ...]],
         back_of: Callable[[Step], tuple[Move, ...]],
-        row: tuple[Step, ...],
+        index: int,
         width: int,
         kernel: np.ndarray,
-    ) -> tuple[np.ndarray, list[list[int]]]:
-        """(seconds, places of the peers that are followed) of one exchange, per rank."""
-        hardware, rows = self.hardware, []
+    ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+        """Of the exchange of step ``index``, per rank: seconds, those that a kernel beside it feels
+        among them, and places of the peers that are followed."""
+        rows, row = [], self.steps[index]
+        unit = width * self.row
         for rank, step in zip(self.ranks, row, strict=True):
             comes, goes = moves_of(step), back_of(step)
-            node = rank // self.node_size
-            unit = width * self.row
-            far = [m for m in comes if m.peer // self.node_size != node]
-            away = [m for m in goes if m.peer // self.node_size != node]
-            near_bytes = max(
-                sum(m.tokens for m in comes) - sum(m.tokens for m in far),
-                sum(m.tokens for m in goes) - sum(m.tokens for m in away),
-            )
-            far_bytes = max(sum(m.tokens for m in far), sum(m.tokens for m in away))
+            far, away = self._remote(rank, comes), self._remote(rank, goes)
+            near_bytes = max(_tokens(comes) - _tokens(far), _tokens(goes) - _tokens(away))
+            far_bytes = max(_tokens(far), _tokens(away))
             remote = max(len(far), len(away))
             near = max(len(comes) - len(far), len(goes) - len(away))
             rows.append((near_bytes * unit, 2 * near, far_bytes * unit, 2 * remote))
         near_bytes, near, far_bytes, remote = np.array(rows, float).T
-        seconds = np.maximum(
-            hardware.intra_node.seconds(near_bytes, near),
-            hardware.inter_node.seconds(far_bytes, remote),
+        inside = self.near.seconds(near_bytes, near)
+        across = self.far.seconds(far_bytes, remote)
+        if self.far.node < float("inf"):
+            shared = unit * self._crossing(index, moves_of, back_of) / self.far.node
+            across = np.where(remote > 0, np.maximum(across, self.far.latency + shared), across)
+        seconds = np.maximum(inside, across)
+        felt = sum(
+            (1 - link.overlap_efficiency) * part
+            for link, part in ((self.near, inside), (self.far, across))
         )
         peers = [
             [self.at[m.peer] for m in (*moves_of(step), *back_of(step)) if m.peer in self.at]
@@ -228,19 +238,44 @@ class _Walk:
         ]
         # Who waits for a core does so until a kernel ends at the latest.
         waits = min(self.switch, float(kernel.max()))
-        return np.where(seconds > 0, seconds + waits, 0.0), peers
+        return np.where(seconds > 0, seconds + waits, 0.0), felt, peers
 
-    def _compute(self, start: np.ndarray, kernel: np.ndarray, moving: np.ndarray) -> np.ndarray:
-        """When a kernel that begins at ``start`` ends, ``moving`` seconds of exchange beside it."""
-        busy = (
-            kernel * (1 + self.oversubscription) + (1 - self.hardware.overlap_efficiency) * moving
-        )
-        load = busy.sum() * self.together / len(self.ranks)
-        self.busy += load
-        slower = 1.0
-        if self.hardware.cores is not None and load:
-            slower = max(1.0, load / (self.hardware.cores * busy.max()))
-        return start + busy * slower
+    def _remote(self, rank: int, moves: Sequence[Move]) -> list[Move]:
+        """Those to or from other nodes."""
+        return [m for m in moves if m.peer // self.node_size != rank // self.node_size]
+
+    def _crossing(
+        self,
+        index: int,
+        moves_of: Callable[[Step], tuple[Move, ...]],
+        back_of: Callable[[Step], tuple[Move, ...]],
+    ) -> np.ndarray:
+        """Rows that all ranks of each followed rank's node exchange with other nodes in a step, in
+        the direction with more; of a direction that one rank has to itself, none."""
+        found: dict[int, int] = {}
+        for rank in self.ranks:
+            node = rank // self.node_size
+            if node in found:
+                continue
+            ways: tuple[list[int], list[int]] = ([], [])
+            for other in range(node * self.node_size, (node + 1) * self.node_size):
+                step = self.plan.steps(other)[index]
+                for way, of in zip(ways, (moves_of, back_of), strict=True):
+                    way.append(_tokens(self._remote(other, of(step))))
+            found[node] = max(sum(way) if sum(map(bool, way)) > 1 else 0 for way in ways)
+        return np.array([found[rank // self.node_size] for rank in self.ranks], float)
+
+    def _compute(self, start: np.ndarray, kernel: np.ndarray, felt: np.ndarray) -> np.ndarray:
+        """When a kernel that begins at ``start`` ends, ``felt`` seconds of exchange in it."""
+        busy = kernel * (1 + self.oversubscription) + felt
+        if self.hardware.cores is None:
+            return start + busy
+        load = np.bincount(self.nodes, busy) * self.together / np.bincount(self.nodes)
+        self.busy = self.busy + load
+        most = np.zeros(len(load))
+        np.maximum.at(most, self.nodes, busy)
+        slower = np.maximum(1.0, load / np.maximum(self.hardware.cores * most, 1e-30))
+        return start + busy * slower[self.nodes]
 
     def _arrive(
         self, begun: np.ndarray, free: np.ndarray, seconds: np.ndarray, peers: list[list[int]]
@@ -253,12 +288,12 @@ class _Walk:
         into, back = self._heads("forward")
         now = np.full(len(self.ranks), into)
         free = now.copy()
-        for index, row in enumerate(self.steps):
-            moving, peers = self._exchange(
-                lambda s: s.recvs, lambda s: s.sends, row, self.shape.itemsize,
+        for index in range(len(self.steps)):
+            moving, felt, peers = self._exchange(
+                lambda s: s.recvs, lambda s: s.sends, index, self.shape.itemsize,
                 self.on_forward[index],
             )  # fmt: skip
-            done = self._compute(now, self.on_forward[index], moving)
+            done = self._compute(now, self.on_forward[index], felt)
             arrived = self._arrive(now, free, moving, peers)
             self._note("forward", "compute", f"step {index}", now, done)
             self._note("forward", "exchange", f"K/V, step {index}", arrived - moving, arrived)
@@ -272,20 +307,20 @@ class _Walk:
         into, back = self._heads("backward")
         now = np.full(len(self.ranks), into)
         free, home = now.copy(), now.copy()
-        grads = np.zeros(len(self.ranks))  # seconds of gradients on their way
-        for index, row in enumerate(self.steps):
-            moving, peers = self._exchange(
-                lambda s: s.recvs, lambda s: s.sends, row, self.shape.itemsize,
+        home_felt = np.zeros(len(self.ranks))  # of gradients on their way
+        for index in range(len(self.steps)):
+            moving, felt, peers = self._exchange(
+                lambda s: s.recvs, lambda s: s.sends, index, self.shape.itemsize,
                 self.on_backward[index],
             )  # fmt: skip
             arrived = self._arrive(now, free, moving, peers)
             free = np.maximum(free, arrived)
-            done = self._compute(now, self.on_backward[index], moving + grads)
+            done = self._compute(now, self.on_backward[index], felt + home_felt)
             self._note("backward", "compute", f"step {index}", now, done)
             self._note("backward", "exchange", f"K/V, step {index}", arrived - moving, arrived)
             ready = np.maximum(done, home)
-            grads, peers = self._exchange(
-                lambda s: s.grad_recvs, lambda s: s.grad_sends, row, state_bytes(self.shape),
+            grads, home_felt, peers = self._exchange(
+                lambda s: s.grad_recvs, lambda s: s.grad_sends, index, state_bytes(self.shape),
                 self.on_backward[index],
             )  # fmt: skip
             home = self._arrive(ready, free, grads, peers)
@@ -293,7 +328,7 @@ class _Walk:
             self._note("backward", "gradients", f"dK/dV, step {index}", home - grads, home)
             self._note("backward", "wait", f"step {index}", done, np.maximum(ready, arrived))
             now = np.maximum(ready, arrived)
-        done = self._compute(now, self.on_backward[-1], grads)
+        done = self._compute(now, self.on_backward[-1], home_felt)
         self._note("backward", "compute", "rest of step 0", now, done)
         end = np.maximum(done, home)
         self._note("backward", "wait", "gradients", done, end)
@@ -301,9 +336,9 @@ class _Walk:
         return max(float(end.max()), self._least()) + back
 
     def _least(self) -> float:
-        """Seconds that all cores need for the pass, however ranks take turns; forgets them."""
-        least = self.busy / self.hardware.cores if self.hardware.cores else 0.0
-        self.busy = 0.0
+        """Seconds that a node's cores need for the pass, however ranks take turns; forgets them."""
+        least = float(self.busy.max()) / self.hardware.cores if self.hardware.cores else 0.0
+        self.busy = np.zeros(1)
         return least
 
     def _heads(self, name: str) -> tuple[float, float]:
@@ -312,7 +347,7 @@ class _Walk:
         if split is None:
             return 0.0, 0.0
         crosses = len({member // self.node_size for member in split.members}) > 1
-        link = self.hardware.inter_node if crosses else self.hardware.intra_node
+        link = self.far if crosses else self.near
         into, back = (getattr(b, name) for b in group_bytes(split, self.shape))
         others = split.degree - 1
         before, after = (float(link.seconds(size, 3 * others)) for size in (into, back))

@@ -19,6 +19,7 @@ from ringattn import kernels
 from ringattn.execution.carriers import Comm, connect, name_of
 from ringattn.execution.exchange import gather_heads, scatter_heads
 from ringattn.execution.executor import Job, backward, forward
+from ringattn.execution.wanted import check_wanted
 from ringattn.kernels import Scores
 from ringattn.planning.head_split import HeadSplit, check_degree
 from ringattn.planning.plan import Plan, numbered
@@ -101,6 +102,8 @@ def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, 
     v, out and log-sum-exp as this rank has worked on them, flat; the log-sum-exp of all heads is
     then exchanged for return_lse only, and empty otherwise."""
     plan, comm = numbered(plan), connect(group)
+    if torch.is_inference_mode_enabled():  # which passes autograd by
+        check_wanted(comm, q)
     _check(q, k, v, plan, comm, scale, softcap, sinks)
     job = Job.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
     split, heads, kv_heads = job.split, q.shape[2], k.shape[2]
@@ -216,6 +219,7 @@ def _wanted(*tensors: torch.Tensor | None) -> bool:
 
 def _differentiably(keys, *inputs):
     below = keys & torch._C._after_autograd_keyset
+    check_wanted(inputs[6], *inputs[:4])
     if _wanted(*inputs[:4]):
         out, lse, *saved = _Differentiable.apply(below, *inputs)
         return out, lse, saved

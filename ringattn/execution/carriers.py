@@ -91,9 +91,11 @@ class ProcessRank:
             hosts = [(torch.empty_like(buffer, device="cpu"), peer) for buffer, peer in recvs]
             copies = [(to, host) for (to, _), (host, _) in zip(recvs, hosts, strict=True)]
             recvs = hosts
+        # What is received first: gloo tells a peer that there is room for its message behind what
+        # is sent to it, so two that exchange would take turns, twice as long over a slow link.
         ops = [
             dist.P2POp(op, buffer, group=self.group, group_peer=peer)
-            for op, messages in ((dist.isend, sends), (dist.irecv, recvs))
+            for op, messages in ((dist.irecv, recvs), (dist.isend, sends))
             for buffer, peer in messages
         ]
         with _named(label, sends, recvs):

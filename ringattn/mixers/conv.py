@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.execution.exchange import take
+from ringattn.execution.wanted import check_wanted
 from ringattn.mixers.chunks import in_float32, nothing
 from ringattn.planning.segments import Halo, Segments
 
@@ -34,6 +35,7 @@ def conv(
     for shapes that do not fit.
     """
     comm = connect(group)
+    check_wanted(comm, x, weight, bias)
     if segments.world != comm.world:
         raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")
     tokens = segments.layout.count(comm.rank)

@@ -14,6 +14,7 @@ import torch
 
 from ringattn.execution.carriers import Comm, connect
 from ringattn.execution.exchange import take
+from ringattn.execution.wanted import check_wanted
 from ringattn.kernels import state_dtype
 from ringattn.mixers.moving import moved
 from ringattn.planning.blocks import Blocks
@@ -39,6 +40,7 @@ def pool(
     weights too. Collective over ``group``. Raises ValueError for shapes that do not fit.
     """
     comm = connect(group)
+    check_wanted(comm, x, weights)
     tokens = blocks.layout.count(comm.rank)
     if x.dim() != 4 or x.shape[1] != tokens or comm.world != blocks.world:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.execution.wanted import check_wanted
 from ringattn.mixers import fla
 from ringattn.mixers.chunks import Chunks, chunks_of, follow, nothing
 from ringattn.mixers.inputs import Inputs
@@ -98,6 +99,7 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
 
 def _mix(given: Inputs, segments: Segments, group: Any, chunk: int | None) -> torch.Tensor:
     comm = connect(group)
+    check_wanted(comm, given.q, given.k, given.v, given.decay, given.beta, given.initial)
     given.check(segments, comm)
     exchange = exchange_of(segments, given.bytes)
     with torch.autocast(given.q.device.type, enabled=False):  # it would take states to half

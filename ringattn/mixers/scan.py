@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ringattn.execution.carriers import Comm, connect
+from ringattn.execution.wanted import check_wanted
 from ringattn.mixers.chunks import chunks_of, follow, in_float32, nothing
 from ringattn.mixers.moving import moved
 from ringattn.mixers.recurrent import CHUNK, FirstOfPieces
@@ -37,6 +38,7 @@ def scan(
     Collective over ``group`` (None: the default one). Raises ValueError for shapes that do not fit.
     """
     comm = connect(group)
+    check_wanted(comm, x, dt, A, B, C)
     tokens = segments.layout.count(comm.rank)
     if segments.world != comm.world:
         raise ValueError(f"segments of {segments.world} ranks in a group of {comm.world}")

@@ -18,6 +18,7 @@ from einops import rearrange
 from ringattn import kernels
 from ringattn.execution.carriers import Comm, connect
 from ringattn.execution.executor import Job, backward, forward
+from ringattn.execution.wanted import check_wanted
 from ringattn.kernels import Scores
 from ringattn.mixers.heads import Shared
 from ringattn.planning.plan import Plan
@@ -152,6 +153,7 @@ def combine(
     if not parts:
         raise ValueError("union needs a part at least")
     comm = connect(group)
+    check_wanted(comm, q, sinks, *(x for part in parts for x in (part.k, part.v)))
     degree = max(part.plan.ulysses for part in parts)
     scores = Scores(1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap or 0.0)
     _check(q, parts, states, comm, degree)

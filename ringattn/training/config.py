@@ -258,7 +258,7 @@ def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> Trai
             f"memory.ffn_tile={run.memory.ffn_tile}: with model=transformers the feed-forward is "
             "theirs; give null"
         )
-    hardware_of(run)
+    hardware_of(run, world)
     cp = world if run.parallel.cp is None else run.parallel.cp
     if world % cp:
         legal = [d for d in range(1, world + 1) if world % d == 0]
@@ -289,15 +289,16 @@ def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> Trai
     return with_keys(run, parallel={"cp": cp, "node_size": node_size})
 
 
-def hardware_of(run: TrainingRun) -> Hardware | None:
+def hardware_of(run: TrainingRun, world: int = 1) -> Hardware | None:
     """The description that ``hardware`` names; "auto" is that of this machine, if it has been
-    measured. Raises SettingsError."""
+    measured. Raises SettingsError, also where it says nothing of so many ranks."""
     name = run.hardware
     if name is None or (name == "auto" and not here().exists()):
         return None
     try:
         hardware = load_hardware("this" if name == "auto" else name)
         hardware.flops(run.precision)
+        hardware.node(world)
     except HardwareError as error:
         advice = "; run ringattn calibrate again, or give hardware=null" if name == "auto" else ""
         raise SettingsError(f"{error}{advice}") from None

@@ -145,6 +145,6 @@ def on_paper(run: TrainingRun, world: int, hardware: Hardware | None = None) -> 
     return Forecast(run, world, plans, hardware, "cpu" if cpu else "cuda")
 
 
-def node_of(hardware: Hardware, cp: int) -> int:
-    """Neighbouring ranks of a sequence with a fast link, on nodes of this hardware."""
-    return math.gcd(hardware.node_size, cp)
+def node_of(hardware: Hardware, cp: int, world: int) -> int:
+    """Neighbouring ranks of a sequence with a fast link, in a world on nodes of this hardware."""
+    return math.gcd(hardware.node(world), cp)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +43,6 @@ from ringattn.training.run import TrainingRun
 from ringattn.training.steps import Steps, micro_batches, sequences_per_step
 from ringattn.typed import SettingsError
 
-LONG_S = 5.0  # of a step whose micro-steps are worth asking whether to go on
 PATIENCE_S = 10.0  # at the end, for what is read in the background
 
 
@@ -54,24 +50,10 @@ class Refused(RuntimeError):
     """The model cannot be trained as it is asked for; raised on all ranks before the first step."""
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that receives every SIGTERM and SIGINT; the old handlers return afterwards."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) -> None:
-    """Runs the job on this rank. Returns normally after the last step, or once any rank's
-    ``stops`` (see :func:`stop_requests`) is not empty: after the step at hand and a checkpoint.
+def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) -> bool:
+    """Runs the job on this rank. Returns after the last step, or once any rank's ``stops`` (see
+    :mod:`ringattn.training.stopping`) is not empty: after the step at hand, or the layer of a long
+    one, and a checkpoint. Whether all steps are done.
     """
     run, rank = job.run, dist.get_rank()
     resume, damaged = checkpoints.first_sound(job.resume)
@@ -87,7 +69,7 @@ def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) ->
             f"nothing left to do: {resume[0]} is at step {start.step}, train.steps="
             f"{run.train.steps}; give more, or checkpoint.resume=never for a run from the start"
         )
-        return
+        return True
     for remark in job.remarks + damaged:
         display.say(f"passed over: {remark}")
     if rank == 0:
@@ -176,6 +158,7 @@ def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) ->
             display.console.print(text, markup=False)
             display.console.rule()
         display.say(f"run directory: {job.run_dir}")
+        return end.step >= run.train.steps
     finally:
         if log:
             log.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from ringattn import living
 from ringattn.refusal import advice, refuse
 
 FAILED = 1
 OUT_OF_MEMORY = 3
+UNFINISHED = 75  # sysexits' EX_TEMPFAIL: to be started again
 
 
 def main(arguments: list[str]) -> int:
@@ -41,6 +44,8 @@ def _main(arguments: list[str]) -> int:
     ):  # fmt: skip
         os.environ.setdefault(name, str(value))  # plain `python train.py` is a world of one
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        living.end_with_parent()
     try:
         overrides = [a for a in arguments if a not in ("-h", "--help")]
         if len(overrides) < len(arguments):
@@ -67,6 +72,7 @@ def _main(arguments: list[str]) -> int:
         from ringattn.training.launching.world import pick_device, start_distributed
         from ringattn.training.observing.metrics import DTYPES
         from ringattn.training.steps import DamagedData, Diverged
+        from ringattn.training.stopping import stop_requests
 
         job = prepare(run, run_dir, world, _tokenizing())
         device = pick_device(run.device)
@@ -83,7 +89,9 @@ def _main(arguments: list[str]) -> int:
     try:
         set_limit(run.memory.limit, device)
         start_distributed(device, run.parallel.timeout_s, run.engine)
-        train(job, device)
+        with stop_requests() as stops, claimed(job) as job:  # by another name, if that was taken
+            if not _train(job, device, stops):
+                return UNFINISHED
     except loop.Refused as error:  # raised on all ranks
         return refuse(f"train.py: {error}")
     except (Diverged, DamagedData, NotFinite, SaveFailed, Damaged) as error:  # raised on all ranks
@@ -109,18 +117,39 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
-def train(job, device) -> None:
-    """Trains one job in an initialised world; rank 0's run directory holds for all."""
+def train(job, device) -> bool:
+    """Trains one job in an initialised world. False where it was stopped by another machine's
+    request: see :func:`_unasked`."""
+    from ringattn.training.stopping import stop_requests
+
+    with stop_requests() as stops, claimed(job) as job:
+        return _train(job, device, stops)
+
+
+def _train(job, device, stops: list[int]) -> bool:
+    from ringattn.context import Context
+    from ringattn.training import loop
+    from ringattn.training.observing.heartbeat import Heartbeat
+
+    keys, kernel = job.run.parallel, job.run.kernel
+    context = Context.create(keys.cp, device, kernel, keys.timeout_s)
+    with Heartbeat(keys.timeout_s) as heartbeat:
+        done = loop.train(job, context, stops, heartbeat)
+    return done or not _unasked(stops)
+
+
+@contextmanager
+def claimed(job) -> Iterator[Any]:
+    """The job, in its run directory: what rank 0 has found holds for all, the directory is made and
+    nobody else's meanwhile. Collective. Raises loop.Refused on all ranks."""
     from dataclasses import replace
 
     import torch.distributed as dist
 
-    from ringattn.context import Context
     from ringattn.training import loop
     from ringattn.training.launching import directory
-    from ringattn.training.observing.heartbeat import Heartbeat
 
-    with loop.stop_requests() as stops, ExitStack() as held:
+    with ExitStack() as held:
         problem, run_dir, token = "", job.run_dir, ""
         if dist.get_rank() == 0:
             new = job.run.run_dir is None and not directory.begun(run_dir)
@@ -139,11 +168,25 @@ def train(job, device) -> None:
             raise loop.Refused(problem)
         job = replace(job, **values)
         _see_run_dir(job, token)
-        context = Context.create(
-            job.run.parallel.cp, device, job.run.kernel, job.run.parallel.timeout_s
+        yield job
+
+
+def _unasked(stops: list[int]) -> bool:
+    """Collective. Whether no process of this rank's launcher was asked to stop. Then that launcher
+    must not take the run for finished: it has to be there when the other machine comes back."""
+    import torch.distributed as dist
+
+    own = (socket.gethostname(), os.getppid())
+    each: list[tuple] = [()] * dist.get_world_size()
+    dist.all_gather_object(each, (own, bool(stops)))
+    unasked = own not in {launcher for launcher, asked in each if asked}
+    if unasked and os.environ.get("LOCAL_RANK") == "0":
+        print(
+            f"train.py: stopped by a request to another machine, not to {own[0]}: exit status "
+            f"{UNFINISHED}, so that torchrun --max-restarts waits for it",
+            file=sys.stderr,
         )
-        with Heartbeat(job.run.parallel.timeout_s) as heartbeat:
-            loop.train(job, context, stops, heartbeat)
+    return unasked
 
 
 def _see_run_dir(job, token: str) -> None:

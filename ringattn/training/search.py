@@ -153,7 +153,7 @@ class _Search:
         return self.run.attention.layers(self.run.model.layers)
 
     def _plans(self, layout: Layout, schedule: str, ulysses: int, cp: int) -> LayerPlans:
-        node = node_of(self.hardware, cp)
+        node = node_of(self.hardware, cp, self.world)
         plans = {
             kind: make_plan(mask, layout, schedule, ulysses, node_size=node)
             for kind, mask in self.masks.items()
@@ -190,7 +190,7 @@ class _Search:
     def _schedules(self, cp: int, ulysses: int) -> list[str]:
         if cp == ulysses or not self.masks:  # nothing to be scheduled
             return self._allowed("parallel.schedule", ("ring",))
-        node = node_of(self.hardware, cp)
+        node = node_of(self.hardware, cp, self.world)
         names = [name for name in _SCHEDULES if name != "double_ring" or ulysses < node < cp]
         return self._allowed("parallel.schedule", names)
 
@@ -199,7 +199,7 @@ class _Search:
         return [own] if key in self.fixed and own != "auto" else list(names)
 
     def _ulysses(self, cp: int) -> list[int]:
-        node = node_of(self.hardware, cp)
+        node = node_of(self.hardware, cp, self.world)
         degrees = [
             u for u in legal_degrees(cp, self.run.model.heads) if node % u == 0 or u % node == 0
         ]
@@ -211,7 +211,8 @@ class _Search:
     def _runs(self, cp: int, ulysses: int) -> Iterator[TrainingRun]:
         """The run with every choice of engine and memory, the cheapest in time first."""
         dp = self.world // cp
-        parallel = {"cp": cp, "ulysses": ulysses, "node_size": node_of(self.hardware, cp)}
+        node = node_of(self.hardware, cp, self.world)
+        parallel = {"cp": cp, "ulysses": ulysses, "node_size": node}
         train = {}
         if self.sequences is not None:
             train = {"grad_accum": self.sequences // dp // self.run.batch_size}
@@ -282,7 +283,7 @@ class _Search:
         block = 0 if cp == 1 else tokens * ulysses
         setup = self._setup(run)
         memory = footprint(self.model, setup, tokens, 2 * block, 3 * block)
-        shared = self.world if hardware.cores is not None else 1
+        shared = hardware.sharing(self.world)
         device = memory.device * hardware.resident + hardware.framework
         device *= shared / hardware.memory
         return device, memory.host * shared / hardware.host_memory

@@ -29,8 +29,8 @@ from ringattn.training.observing.pictures import draw
 from ringattn.training.observing.profile import Profile
 from ringattn.training.optimizer import Schedule
 from ringattn.training.run import TrainingRun
+from ringattn.training.stopping import Asking, Stop
 
-LONG_S = 5.0  # of micro-steps, after which it is asked whether to go on
 PATIENCE_S = 10.0  # at the end, for what is read in the background
 
 PARTS = ("exchange", "engine", "data")  # of a step, timed; the rest is "compute"
@@ -86,6 +86,8 @@ class Steps:
     def __post_init__(self) -> None:
         self.watch = self.engine.watch
         self.carrier = Timed(ProcessRank(self.context.cp_group), self.watch)
+        model = getattr(self.engine.root, "module", self.engine.root)
+        self.asking = Asking(self.context, self.stops, model.blocks)
 
     def run(self, state: Manifest, saved: bool) -> Manifest:
         """From ``state`` to the last step, or to a request to stop; ``saved``: whether the run
@@ -120,14 +122,14 @@ class Steps:
                     self.stopping = True
                     break
                 try:
-                    after = self._step(state, batches, supervised)
+                    with self.asking.within(self.seconds):
+                        state, values = self._step(state, batches, supervised)
                 except Diverged:
                     saver.finish()  # the last sound state may still be on its way
                     raise
-                if after is None:
+                except Stop:
                     self.stopping = True
                     break
-                state, values = after
                 seconds = time.perf_counter() - begin
                 spent = self.watch.read()
                 tokens = self._per_step * run.seq_len
@@ -223,19 +225,14 @@ class Steps:
 
     def _step(
         self, state: Manifest, batches: list[MicroBatch], supervised: float
-    ) -> tuple[Manifest, dict[str, float]] | None:
-        """One optimizer step; skipped, and counted, if its loss or gradient is not finite. None if
-        the run is to end before its last micro-step."""
+    ) -> tuple[Manifest, dict[str, float]]:
+        """One optimizer step; skipped, and counted, if its loss or gradient is not finite."""
         run, context, engine = self.job.run, self.context, self.engine
         accum, number = run.train.grad_accum, state.step + 1
         lr = Schedule(**state.schedule).rate(state.tokens_seen)
         engine.set_lr(lr)
         local_loss, norm, router = torch.zeros((), device=context.device), None, 0.0
-        asking = 1 if self.seconds == math.inf else math.ceil(LONG_S * accum / self.seconds)
-        for i, batch in enumerate(batches):
-            # Rarely: ranks that need not meet between micro-steps have their slack.
-            if i and i % max(1, asking) == 0 and self.context.total(len(self.stops))[0]:
-                return None  # nothing but gradients has changed since the last step
+        for batch in batches:
             self.heartbeat.where = f"step {number}, forward"
             loss, *more = engine.forward(
                 batch.tokens,

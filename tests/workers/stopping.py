@@ -1,6 +1,6 @@
 """Trains a configuration; at one moment rank 1 gets a signal.
 
-Arguments: where (forward, evaluation), of which call, a JSON file with a list of lists of
+Arguments: where (forward, backward, evaluation), of which call, a JSON file with a list of lists of
 overrides, of which the moment is in the first, and the signal (SIGTERM).
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ringattn.models.decoder import Decoder
-from ringattn.training import config, steps
+from ringattn.training import config, stopping
 from ringattn.training.engines.deepspeed import DeepSpeed
 from ringattn.training.job import prepare
 from ringattn.training.launching.world import pick_device, start_distributed
@@ -21,19 +21,25 @@ from ringattn.training.main import train
 
 where, call, listing = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 number = getattr(signal, [*sys.argv, "SIGTERM"][4])
-steps.LONG_S = -1.0  # all steps are long
+stopping.LONG_S = -1.0  # all steps are long
 device = pick_device("cpu")
 start_distributed(device, 60, DeepSpeed())
-calls, forward = {"forward": 0, "evaluation": 0}, Decoder.forward
+calls, forward = {"forward": 0, "backward": 0, "evaluation": 0}, Decoder.forward
+
+
+def reach(kind):
+    calls[kind] += 1
+    if kind == where and calls[kind] == call and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), number)
 
 
 def counting(self, tokens, positions, attend, labels=None):
     if labels is not None:
-        kind = "forward" if torch.is_grad_enabled() else "evaluation"
-        calls[kind] += 1
-        if kind == where and calls[kind] == call and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), number)
-    return forward(self, tokens, positions, attend, labels)
+        reach("forward" if torch.is_grad_enabled() else "evaluation")
+    out = forward(self, tokens, positions, attend, labels)
+    if labels is not None and torch.is_grad_enabled():
+        out.register_hook(lambda grad: reach("backward"))
+    return out
 
 
 Decoder.forward = counting

@@ -1,4 +1,5 @@
-"""Sweeps: ``train.py --multirun``, every point a torchrun job of its own on this machine.
+"""Sweeps: ``train.py --multirun``, every point a torchrun job of its own, on this machine one after
+the other, under Slurm all at once.
 
 hydra's own sweeper says which points there are; here each is checked before the first one starts,
 run unless it has already finished, and its end written down: ``point.json`` in its folder. A point
@@ -9,14 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ from hydra_plugins.ringattn_launcher import TorchrunLauncher
 from ringattn.refusal import refuse
 from ringattn.training import config
 from ringattn.training.forecast import on_paper
+from ringattn.training.launching.jobs import Slurm, torchrun
 from ringattn.training.launching.limit import FAILURE
 from ringattn.typed import SettingsError
 
-POINT, FORMAT = "point.json", 1
+POINT, LOG, FORMAT = "point.json", "log.txt", 1
 ENDED = ("finished", "memory")  # what is not run again
 INTERRUPTED = 130
 _HOPELESS = 2.0  # times the memory that there is: not worth trying
@@ -94,43 +96,58 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def launch(points: list[list[str]], composed: DictConfig) -> list[JobReturn]:
-    """Runs what has not finished yet, one after the other. Raises SettingsError, before anything
-    starts, for a point with a mistake in it, and KeyboardInterrupt once the running job is gone."""
+def launch(
+    points: list[list[str]], composed: DictConfig, cluster: Slurm | None = None
+) -> list[JobReturn]:
+    """Runs what has not finished yet: on this machine one after the other, on a ``cluster`` all at
+    once. Raises SettingsError, before anything starts, for a point with a mistake in it, and
+    KeyboardInterrupt once the running jobs are gone."""
     folder = Path(str(composed.hydra.sweep.dir)).expanduser().absolute()
     GlobalHydra.instance().clear()  # hydra's work is done; each point is composed anew
-    jobs = [_prepared(folder, overrides, points) for overrides in points]
+    jobs = [_prepared(folder, overrides, points, cluster) for overrides in points]
     names = [path.name for path, _, _ in jobs]
     if len(set(names)) < len(names):
         raise SettingsError("two points of the sweep are the same")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        results = _run_all(folder, jobs)
+        results = _run_all(folder, jobs, cluster)
     return [_returned(end) for end in results]
 
 
-def _run_all(folder: Path, jobs: list[tuple[Path, Point, float | None]]) -> list[Point]:
+def _run_all(
+    folder: Path, jobs: list[tuple[Path, Point, float | None]], cluster: Slurm | None
+) -> list[Point]:
     print(f"{len(jobs)} points in {folder}", flush=True)
     results = []
-    for number, (path, point, limit) in enumerate(jobs, 1):
-        before = Point.read(path)
-        same = before is not None and before.overrides == point.overrides
-        if same and before.status in ENDED:
-            end, how = before, "done before: "
-        elif point.status == "memory":  # on paper already
-            end, how = point, ""
-            path.mkdir(exist_ok=True)
-            end.write(path)
-        else:
-            end, how = _run(path, point, limit), ""
-        results.append(end)
-        outcome = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
-        print(f"{number}/{len(jobs)} {path.name}: {outcome} ({end.seconds:.0f} s)", flush=True)
+    with ExitStack() as running, _interruptible():
+        ends = [_end(*job, cluster, running) for job in jobs] if cluster else None
+        for number, job in enumerate(jobs, 1):
+            end, how = (ends[number - 1] if ends else _end(*job, cluster, running))()
+            results.append(end)
+            outcome = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
+            name = job[0].name
+            print(f"{number}/{len(jobs)} {name}: {outcome} ({end.seconds:.0f} s)", flush=True)
     failed = sum(end.status == "failed" for end in results)
     if failed:
         print(f"{failed} failed; log.txt in their folders says why; they run again next time")
     _report(folder, jobs[0][1].overrides)
     return results
+
+
+def _end(
+    path: Path, point: Point, limit: float | None, cluster: Slurm | None, running: ExitStack
+) -> Callable[[], tuple[Point, str]]:
+    """Starts the point if it has to be run; what is returned waits, and says how it ended."""
+    before = Point.read(path)
+    same = before is not None and before.overrides == point.overrides
+    if same and before.status in ENDED:
+        return lambda: (before, "done before: ")
+    if point.status == "memory":  # on paper already
+        path.mkdir(exist_ok=True)
+        point.write(path)
+        return lambda: (point, "")
+    wait = _start(path, point, limit, cluster, running)
+    return lambda: (wait(), "")
 
 
 @contextmanager
@@ -163,7 +180,7 @@ def _report(folder: Path, overrides: list[str]) -> None:
 
 
 def _prepared(
-    folder: Path, overrides: list[str], points: list[list[str]]
+    folder: Path, overrides: list[str], points: list[list[str]], cluster: Slurm | None
 ) -> tuple[Path, Point, float | None]:
     """(folder, point before it has run, GiB that a rank may hold) of one point."""
     own = [o for o in overrides if not o.startswith("hydra")]
@@ -176,12 +193,15 @@ def _prepared(
     name = "_".join(f"{key}-{value}" for key, value in varied.items()) or "point"
     run = config.load(own)
     ranks = run.ranks or _RANKS
-    run = config.resolved(run, ranks)
+    run = config.resolved(run, ranks, ranks // cluster.nodes(ranks) if cluster else None)
     path = folder / re.sub(r"[^\w.+-]", "_", name)
     point = Point("interrupted", own, varied, ranks)
     gpus = run.device != "cpu" and torch.cuda.device_count() >= ranks
-    limit = run.memory.limit or (None if gpus else _share(ranks))
-    have = limit or torch.cuda.get_device_properties(0).total_memory / 2**30
+    limit = run.memory.limit or (None if gpus or cluster else _share(ranks))
+    have = limit or (
+        torch.cuda.get_device_properties(0).total_memory / 2**30 if gpus and not cluster
+        else math.inf  # other machines: nobody knows
+    )  # fmt: skip
     try:
         need = on_paper(run, ranks).memory.device / 2**30
     except ValueError as error:
@@ -200,46 +220,27 @@ def _share(ranks: int) -> float:
     return round(0.9 * free / 2**20 / ranks, 1)
 
 
-def _run(path: Path, point: Point, limit: float | None) -> Point:
+def _start(
+    path: Path, point: Point, limit: float | None, cluster: Slurm | None, running: ExitStack
+) -> Callable[[], Point]:
     path.mkdir(parents=True, exist_ok=True)
     (path / FAILURE).unlink(missing_ok=True)
     point.write(path)
     keys = [f'run_dir="{path}"', f"ranks={point.ranks}", f"logger.group={path.parent.name}"]
     keys += [] if limit is None else [f"memory.limit={limit}"]
     begin = time.perf_counter()
-    with (path / "log.txt").open("w") as log:
-        status = _torchrun(point.ranks, [*point.overrides, *keys], log)
-    seconds = round(time.perf_counter() - begin, 1)
-    if status == 0:
-        end = Point("finished", point.overrides, point.varied, point.ranks, seconds)
-    else:
-        kind, reason = _failure(path, status)
+    job = cluster.job if cluster else torchrun
+    process = running.enter_context(job(point.ranks, [*point.overrides, *keys], path / LOG))
+
+    def wait() -> Point:
+        status = process.wait()
+        seconds = round(time.perf_counter() - begin, 1)
+        kind, reason = ("finished", "") if status == 0 else _failure(path, status)
         end = Point(kind, point.overrides, point.varied, point.ranks, seconds, reason)
-    end.write(path)
-    return end
+        end.write(path)
+        return end
 
-
-def _torchrun(ranks: int, keys: list[str], log: Any) -> int:
-    """Its exit status. torchrun has a session of its own: Ctrl-C reaches this process only, which
-    then ends the job, so that no rank outlives it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(ranks), "-m", "ringattn.training", *keys]  # fmt: skip
-    # One thread a rank, also for a world of one: points are compared.
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    job = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
-    try:
-        with _interruptible():
-            return job.wait()
-    finally:
-        if job.poll() is None:
-            job.terminate()  # torchrun hands it on, and kills what does not end
-            try:
-                job.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
+    return wait
 
 
 @contextmanager
@@ -263,10 +264,10 @@ def _failure(path: Path, status: int) -> tuple[str, str]:
         return str(failure["kind"]), str(failure["reason"])
     except (OSError, ValueError, KeyError):
         pass
-    lines = (path / "log.txt").read_text(errors="replace").splitlines()
+    lines = (path / LOG).read_text(errors="replace").splitlines()
     if any("Signal 9 (SIGKILL)" in line for line in lines):
         return "memory", "a rank was killed (SIGKILL), as hosts do that run out of memory"
-    messages = [line for line in lines if line.startswith("train.py: ")]
+    messages = [line for line in lines if line.startswith(("train.py: ", "sbatch: "))]
     messages += [line for line in lines if re.match(r"\S*(Error|Exception)\b.*: ", line)]
     return "failed", messages[0].removeprefix("train.py: ") if messages else f"exit status {status}"
 
