@@ -57,11 +57,13 @@ class Keeper(threading.Thread):
         self.job, self.starts, self.stop = None, 0, threading.Event()
 
     def run(self):
+        from tests.nodes import ANEW
+
         while not self.stop.is_set():
             self.starts += 1
             self.job = self.nodes.torchrun(
                 ROOT / "train.py", *self.keys, c10d=True, restarts=100, only=self.node,
-                more=("--monitor-interval=0.2",),
+                more=("--monitor-interval=0.2",), environment=ANEW,
             )[0]  # fmt: skip
             for line in self.job.stdout:
                 self.log.write(line)

@@ -19,6 +19,7 @@ from ringattn.execution.carriers import ProcessRank, end_distributed
 SECONDS = 0.15  # that one figure is measured for, at least
 _BYTES = tuple(2**k for k in range(12, 26))  # of an exchange
 _LONG_S = 1.0  # an exchange that takes longer is the largest that is tried
+_TURNS = 20  # of a kernel, alone and beside an exchange
 _SHARED = 0.9  # of what ranks reach alone: below that, they share a node's link
 _STEADY = 0.1  # difference of nodes' peaks that is worth a word
 _WAIT = timedelta(hours=1)  # for other machines to have measured themselves
@@ -28,23 +29,18 @@ def median_seconds(
     work: Callable[[], Any],
     device: torch.device,
     group: dist.ProcessGroup | None = None,
-    then: Callable[[], Any] | None = None,
 ) -> float:
     """Of ``work``. ``group``: it exchanges there, so all ranks of it repeat alike, and begin each
-    time together: two that exchange in turns would leave each way of a link idle half of the time.
-    ``then``: what follows each time, and does not count."""
+    time together: two that exchange in turns would leave each way of a link idle half of the
+    time."""
 
     def once() -> float:
         if group is not None:
             dist.barrier(group)
         begin = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        seconds = time.perf_counter() - begin
-        if then is not None:
-            then()
-        return seconds
+        _wait(device)
+        return time.perf_counter() - begin
 
     repeat = max(5, min(200, int(SECONDS / max(once(), 1e-9))))
     if group is not None:
@@ -52,6 +48,11 @@ def median_seconds(
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
         repeat = int(agreed)
     return statistics.median(once() for _ in range(repeat))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 class Links:
@@ -93,32 +94,31 @@ class Links:
 
     def overlap_efficiency(self) -> float:
         """Share of an exchange's time that does not lengthen a kernel beside it, which takes as
-        long."""
+        long. In turns, since cores are not always as fast."""
         if self.comm.world == 1:
             return 1.0
-        start = self._ring(2**23)
-        start().wait()
+        size = 2**23
+        while size > 2**16 and self._slowest(self._took(size)) > 2 * SECONDS:
+            size //= 4
+        start, a = self._ring(size), torch.randn(512, 512, device=self.device)
         alone = self._time(lambda: start().wait())
-        a = torch.randn(512, 512, device=self.device)
         product = median_seconds(lambda: a @ a, self.device)
         agreed = torch.tensor(max(1.0, alone / product), device=self.device)
         dist.all_reduce(agreed, group=self.group)
         count = round(float(agreed) / self.comm.world)
-
-        def kernel() -> None:
-            for _ in range(count):
-                torch.mm(a, a)
-
-        pending: list[Any] = []
-
-        def beside() -> None:
-            pending.append(start())
-            kernel()
-
-        def finish() -> None:
-            pending.pop().wait()
-
-        only, together = self._time(kernel), self._time(beside, finish)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_TURNS):
+            for beside, found in enumerate(times):
+                dist.barrier(self.group)
+                begin = time.perf_counter()
+                pending = start() if beside else None
+                for _ in range(count):
+                    torch.mm(a, a)
+                _wait(self.device)
+                found.append(time.perf_counter() - begin)
+                if pending is not None:
+                    pending.wait()
+        only, together = map(statistics.median, times)
         return min(1.0, max(0.0, 1 - (together - only) / alone))
 
     def rate(self, size: int) -> float:
@@ -141,8 +141,8 @@ class Links:
         start().wait()
         return self._time(lambda: start().wait())
 
-    def _time(self, work: Callable[[], Any], then: Callable[[], Any] | None = None) -> float:
-        return median_seconds(work, self.device, self.group, then)
+    def _time(self, work: Callable[[], Any]) -> float:
+        return median_seconds(work, self.device, self.group)
 
     def _slowest(self, seconds: float) -> float:
         took = torch.tensor(seconds, device=self.device)

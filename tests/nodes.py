@@ -36,6 +36,11 @@ def missing() -> str:
     return ""
 
 
+# For a torchrun that meets others which have been there before: they would wait for each other's
+# store for ever (torch 2.13).
+ANEW = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 class Nodes:
     """Use as a context manager. ``hosts[i]`` is the address of node i."""
 
@@ -132,7 +137,7 @@ class Nodes:
     def torchrun(
         self, script: Path | str, *arguments: str, ranks: int = 1, c10d: bool = False,
         restarts: int = 0, hidden: Path | None = None, more: tuple[str, ...] = (),
-        pinned: bool = False, only: int | None = None,
+        pinned: bool = False, only: int | None = None, environment: dict[str, str] | None = None,
     ) -> list[subprocess.Popen]:  # fmt: skip
         """One torchrun on each node, or ``only`` one's, of a script or, by name, of a module;
         ``hidden``: of the second. ``pinned``: each node has a core of its own, and no other."""
@@ -152,7 +157,9 @@ class Nodes:
                 *(["-m", script] if isinstance(script, str) else [str(script)]), *arguments,
             ]  # fmt: skip
             core = node if pinned else None
-            jobs.append(self.start(node, command, hidden=hidden if node else None, core=core))
+            jobs.append(
+                self.start(node, command, environment, hidden if node else None, core=core)
+            )
         return jobs
 
 

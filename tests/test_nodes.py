@@ -8,7 +8,7 @@ import pytest
 
 from ringattn import living
 
-from .nodes import Nodes, finish, missing
+from .nodes import ANEW, Nodes, finish, missing
 from .processes import ROOT, TINY, metrics, train, wait_until
 
 WHY_NOT = missing()
@@ -101,7 +101,8 @@ def test_a_machine_that_is_taken_away_comes_back(nodes, tmp_path, text):
     run_dir = tmp_path / "run"
     more = ("train.steps=60", "seq_len=1500", "batch_size=4")
     arguments = (ROOT / "train.py", *keys(run_dir, text, *more))
-    stays, leaves = nodes.torchrun(*arguments, c10d=True, restarts=3)
+    options = {"c10d": True, "restarts": 3, "environment": ANEW}
+    stays, leaves = nodes.torchrun(*arguments, **options)
     file = run_dir / "metrics.jsonl"
     wait_until(lambda: file.exists() and file.read_text().count("\n") > 4, stays)
     leaves.send_signal(signal.SIGTERM)
@@ -109,8 +110,8 @@ def test_a_machine_that_is_taken_away_comes_back(nodes, tmp_path, text):
     assert status != 0, output
     wait_until(lambda: not nodes.ranks(), stays)
     assert stays.poll() is None and len(metrics(run_dir)) < 60
-    done = finish([stays, nodes.torchrun(*arguments, c10d=True, restarts=3, only=1)[0]])
-    assert [status for status, _ in done] == [0, 0], done
+    done = finish([stays, *nodes.torchrun(*arguments, **options, only=1)])
+    assert [status for status, _ in done] == [0, 0], "\n".join(text for _, text in done)
     assert "stopped on request" in done[0][1] and "resumed" in done[0][1]
     assert "stopped by a request to another machine" in done[0][1]
     assert train(2, *keys(tmp_path / "whole", text, *more))[0] == 0

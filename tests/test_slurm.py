@@ -88,8 +88,8 @@ def sweep(slurm, folder, text, *more):
     )  # fmt: skip
 
 
-def jobs(slurm):
-    return slurm.run("squeue", "-h", "-o", "%i").stdout.split()
+def jobs(slurm, *more):
+    return slurm.run("squeue", "-h", "-o", "%i", *more).stdout.split()
 
 
 def test_a_sweep_runs_as_jobs_of_slurm(slurm, tmp_path, text):
@@ -103,12 +103,12 @@ def test_a_sweep_runs_as_jobs_of_slurm(slurm, tmp_path, text):
     job = sweep(slurm, folder, text, *more[:3], "optim.lr=0.001,0.002")
     first = folder / "optim.lr-0.001" / "metrics.jsonl"
     slurm.until(lambda: first.exists() and first.read_text().count("\n") > 5)
-    both = jobs(slurm)
-    assert len(both) == 2
-    assert slurm.run("scontrol", "requeue", both[0]).returncode == 0
-    slurm.until(lambda: slurm.state(both[0]) == "PENDING")
+    assert len(jobs(slurm)) == 2
+    (running,) = jobs(slurm, "--states=RUNNING")
+    assert slurm.run("scontrol", "requeue", running).returncode == 0
+    slurm.until(lambda: slurm.state(running) == "PENDING")
     time.sleep(3)
-    slurm.run("scontrol", "update", f"JobId={both[0]}", "StartTime=now")
+    slurm.run("scontrol", "update", f"JobId={running}", "StartTime=now")
     output, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0 and "2/2" in output, output
     ends = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/point.json")}

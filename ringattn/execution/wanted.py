@@ -37,13 +37,14 @@ def check_wanted(group: Any, *tensors: torch.Tensor | None) -> None:
     found = _FOUND.setdefault(group, set())
     if wanted in found:
         return
-    own = torch.tensor([wanted], dtype=torch.uint8)
-    if dist.get_backend(group) == "nccl":
-        own = own.cuda()
-    each = own.new_empty(comm.world)
-    dist.all_gather_into_tensor(each, own, group=group)
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    each = torch.full((comm.world, 1), wanted, dtype=torch.uint8, device=device)
+    peers = [peer for peer in range(comm.world) if peer != comm.rank]
+    sends = [(each[comm.rank], peer) for peer in peers]
+    recvs = [(each[peer], peer) for peer in peers]
+    comm.start(sends, recvs, "whether gradients are wanted, before the first call").wait()
     if 0 < (count := int(each.sum())) < comm.world:
-        some = [rank for rank, wants in enumerate(each.tolist()) if wants]
+        some = [rank for rank, (wants,) in enumerate(each.tolist()) if wants]
         raise ValueError(
             f"ranks {some} of the group want gradients, the other {comm.world - count} none "
             "(requires_grad, no_grad): their backward would wait for the others for ever"

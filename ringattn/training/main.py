@@ -183,7 +183,8 @@ def _unasked(stops: list[int]) -> bool:
     if unasked and os.environ.get("LOCAL_RANK") == "0":
         print(
             f"train.py: stopped by a request to another machine, not to {own[0]}: exit status "
-            f"{UNFINISHED}, so that torchrun --max-restarts waits for it",
+            f"{UNFINISHED}, so that torchrun --max-restarts waits for it (both with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)",
             file=sys.stderr,
         )
     return unasked

@@ -38,7 +38,7 @@ def counting(self, tokens, positions, attend, labels=None):
         reach("forward" if torch.is_grad_enabled() else "evaluation")
     out = forward(self, tokens, positions, attend, labels)
     if labels is not None and torch.is_grad_enabled():
-        out.register_hook(lambda grad: reach("backward"))
+        (out if isinstance(out, torch.Tensor) else out[0]).register_hook(lambda _: reach("backward"))
     return out
 
 
