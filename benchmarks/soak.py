@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [
     "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.head_dim=16",
-    "model.ffn_dim=128", "seq_len=512", "logger=none", "train.sample_tokens=0", "data=files",
+    "model.ffn_dim=128", "model.vocab_size=512", "seq_len=512", "logger=none", "data=files",
+    "train.sample_tokens=0",
     "checkpoint.every=1", "checkpoint.keep=2", "optim.warmup_tokens=1000", "peak_flops=1e9",
     "parallel.cp=2", "parallel.timeout_s=10",
 ]  # fmt: skip
@@ -39,7 +40,7 @@ def corpus(folder):
     """Text and a tokenizer whose work takes some seconds."""
     (folder / "text").mkdir()
     source = b"".join(sorted(p.read_bytes() for p in (ROOT / "ringattn").rglob("*.py")))
-    for i in range(16):
+    for i in range(48):
         (folder / "text" / f"{i}.txt").write_bytes(source)
     command = [sys.executable, "-m", "ringattn", "bpe", f"root={ROOT / 'docs'}", "glob=*.md",
                "vocab_size=512", f"out={folder / 'tokenizer.json'}"]  # fmt: skip
@@ -73,8 +74,9 @@ class Keeper(threading.Thread):
 
 
 class Soak:
-    def __init__(self, nodes, keepers, run_dir, cache, seed):
+    def __init__(self, nodes, keepers, run_dir, cache, last, seed):
         self.nodes, self.keepers, self.run_dir, self.cache = nodes, keepers, run_dir, cache
+        self.last = last  # step after which nothing is killed: a node alone could not come back
         self.draw, self.done = random.Random(seed), []
 
     def steps(self):
@@ -102,15 +104,13 @@ class Soak:
 
     def run(self, kills, seconds):
         until = time.monotonic() + seconds
-        while len(self.done) < kills and time.monotonic() < until:
-            if all(not keeper.is_alive() for keeper in self.keepers):
-                return
+        while len(self.done) < kills and time.monotonic() < until and self.steps() < self.last:
             kind, before = self.draw.choice(KINDS), self.steps()
             if kind == "tokenizer" and not self.tokenizing(until):
                 continue
             if kind != "tokenizer" and self.draw.random() < 0.7:  # else: amid a start
                 wait(lambda before=before: self.steps() > before, until)
-            time.sleep(self.draw.uniform(0, 2))
+            time.sleep(self.draw.uniform(0, 0.5 if kind == "tokenizer" else 2))
             if self.kill(kind):
                 self.done.append((kind, self.steps()))
                 print(f"{len(self.done)}: {kind} after step {self.done[-1][1]}", file=sys.stderr,
@@ -180,7 +180,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=600, help="seconds of kills, at most")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="where logs shall stay")
     parser.add_argument("keys", nargs="*")
@@ -202,7 +202,7 @@ def main():
             keepers = [Keeper(nodes, i, [*keys, f"run_dir={run_dir}"], log) for i in (0, 1)]
             for keeper in keepers:
                 keeper.start()
-            soak = Soak(nodes, keepers, run_dir, cache, options.seed)
+            soak = Soak(nodes, keepers, run_dir, cache, options.steps - 200, options.seed)
             soak.run(options.kills, options.limit)
             kills_s = time.monotonic() - begin
             until = time.monotonic() + 300

@@ -157,9 +157,7 @@ class Nodes:
                 *(["-m", script] if isinstance(script, str) else [str(script)]), *arguments,
             ]  # fmt: skip
             core = node if pinned else None
-            jobs.append(
-                self.start(node, command, environment, hidden if node else None, core=core)
-            )
+            jobs.append(self.start(node, command, environment, hidden if node else None, core=core))
         return jobs
 
 

@@ -103,6 +103,10 @@ class Slurm:
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.run("scancel", "--user=root", "--signal=KILL", "--full")
+            self.run("scancel", "--user=root")
+            end = time.monotonic() + 30
+            while self.run("squeue", "-h").stdout and time.monotonic() < end:
+                time.sleep(0.3)  # whose steps would outlive the daemons
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):

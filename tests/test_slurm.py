@@ -1,5 +1,6 @@
 """The documented batch script under a real Slurm: two tasks, preempted, queued again, whole."""
 
+import contextlib
 import json
 import os
 import signal
@@ -74,11 +75,12 @@ def test_a_job_that_is_queued_again_goes_on(slurm, tmp_path, text, how):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@contextlib.contextmanager
 def sweep(slurm, folder, text, *more):
     """train.py --multirun, whose points are jobs of two tasks."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     batch = f"--open-mode=append {ROOT / 'examples/slurm.sbatch'}"
-    return subprocess.Popen(
+    job = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--multirun", *TINY, text, "ranks=2",
          f"hydra.launcher.sbatch='{batch}'", "hydra.launcher.node_ranks=1",
          f"hydra.sweep.dir={folder}", *more],
@@ -86,6 +88,13 @@ def sweep(slurm, folder, text, *more):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(60)
+        job.stdout.close()
 
 
 def jobs(slurm, *more):
@@ -96,21 +105,21 @@ def test_a_sweep_runs_as_jobs_of_slurm(slurm, tmp_path, text):
     """The same command as on one machine: all points in the queue at once, each its own end; one
     that is queued again is still the point's job."""
     folder = tmp_path / "sweep"
-    more = ("train.steps=40", "seq_len=1500", "batch_size=4", "optim.lr=0.001,0.002,fast")
-    job = sweep(slurm, folder, text, *more)
-    output, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 2 and "optim.lr must be" in output and not jobs(slurm)
-    job = sweep(slurm, folder, text, *more[:3], "optim.lr=0.001,0.002")
-    first = folder / "optim.lr-0.001" / "metrics.jsonl"
-    slurm.until(lambda: first.exists() and first.read_text().count("\n") > 5)
-    assert len(jobs(slurm)) == 2
-    (running,) = jobs(slurm, "--states=RUNNING")
-    assert slurm.run("scontrol", "requeue", running).returncode == 0
-    slurm.until(lambda: slurm.state(running) == "PENDING")
-    time.sleep(3)
-    slurm.run("scontrol", "update", f"JobId={running}", "StartTime=now")
-    output, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 0 and "2/2" in output, output
+    more = ("train.steps=40", "seq_len=1500", "batch_size=4")
+    with sweep(slurm, folder, text, *more, "optim.lr=0.001,fast") as job:
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 2 and "optim.lr must be" in output and not jobs(slurm)
+    with sweep(slurm, folder, text, *more, "optim.lr=0.001,0.002") as job:
+        first = folder / "optim.lr-0.001" / "metrics.jsonl"
+        slurm.until(lambda: first.exists() and first.read_text().count("\n") > 5)
+        assert len(jobs(slurm)) == 2
+        (running,) = jobs(slurm, "--states=RUNNING")
+        assert slurm.run("scontrol", "requeue", running).returncode == 0
+        slurm.until(lambda: slurm.state(running) == "PENDING")
+        time.sleep(3)
+        slurm.run("scontrol", "update", f"JobId={running}", "StartTime=now")
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 0 and "2/2" in output, output
     ends = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/point.json")}
     assert {end["status"] for end in ends.values()} == {"finished"} and len(ends) == 2, ends
     for path in folder.glob("optim.lr-*"):
@@ -122,12 +131,12 @@ def test_a_sweep_runs_as_jobs_of_slurm(slurm, tmp_path, text):
 
 def test_a_sweep_that_is_interrupted_cancels_its_jobs(slurm, tmp_path, text):
     folder = tmp_path / "sweep"
-    job = sweep(slurm, folder, text, "train.steps=2000", "optim.lr=0.001,0.002")
-    first = folder / "optim.lr-0.001" / "metrics.jsonl"
-    slurm.until(lambda: first.exists() and first.read_text().count("\n") > 2)
-    job.send_signal(signal.SIGINT)
-    output, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 130 and "interrupted" in output, output
+    with sweep(slurm, folder, text, "train.steps=2000", "optim.lr=0.001,0.002") as job:
+        first = folder / "optim.lr-0.001" / "metrics.jsonl"
+        slurm.until(lambda: first.exists() and first.read_text().count("\n") > 2)
+        job.send_signal(signal.SIGINT)
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 130 and "interrupted" in output, output
     slurm.until(lambda: not jobs(slurm))
     ends = [json.loads(p.read_text())["status"] for p in folder.glob("*/point.json")]
     assert ends == ["interrupted"] * 2
@@ -135,9 +144,10 @@ def test_a_sweep_that_is_interrupted_cancels_its_jobs(slurm, tmp_path, text):
 
 def test_what_slurm_refuses_is_said(slurm, tmp_path, text):
     more = ("train.steps=1,2", "hydra.launcher.sbatch=--no-such-option")
-    job = sweep(slurm, tmp_path / "sweep", text, *more)
-    output, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 0 and output.count("no-such-option") == 2, output
-    job = sweep(slurm, tmp_path / "sweep", text, "ranks=3,4", "hydra.launcher.node_ranks=2")
-    output, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 2 and "ranks=3: cannot be as many on each of 2 machines" in output
+    with sweep(slurm, tmp_path / "sweep", text, *more) as job:
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 0 and output.count("no-such-option") == 2, output
+    more = ("ranks=3,4", "hydra.launcher.node_ranks=2")
+    with sweep(slurm, tmp_path / "sweep", text, *more) as job:
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 2 and "ranks=3: cannot be as many on each of 2" in output, output

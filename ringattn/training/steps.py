@@ -282,14 +282,14 @@ class Steps:
     def _mind_the_grace(self, seconds: float) -> None:
         """Says, once, that a request to stop may come too late; of steps after the first, which
         takes longer."""
-        micro_step = seconds / self.job.run.train.grad_accum
-        if self.grace is None or self.seconds == math.inf or micro_step <= self.grace:
+        silence = self.asking.silence(seconds)
+        if self.grace is None or self.seconds == math.inf or silence <= self.grace:
             return
         self.display.say(
-            f"a micro-step takes {micro_step:.0f} s, and torchrun kills {self.grace} s after "
-            "SIGTERM: a request to stop would lose what came after the last checkpoint; start "
-            f"with torchrun --shutdown-timeout {60 * math.ceil(micro_step / 30)} (or "
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
+            f"a request to stop may not be heard for {silence:.0f} s, a layer's or a short step's, "
+            f"and torchrun kills {self.grace} s after SIGTERM: what came after the last checkpoint "
+            f"would be lost; start with torchrun --shutdown-timeout {60 * math.ceil(silence / 30)} "
+            "(or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
         )
         self.grace = None
 

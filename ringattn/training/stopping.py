@@ -56,6 +56,10 @@ class Asking:
         self.every = max(1, often)
         return self
 
+    def silence(self, seconds: float) -> float:
+        """The longest time without a question, in steps like the last one, which took so long."""
+        return min(seconds, max(LONG_S, seconds / max(1, self.passed)))
+
     def __enter__(self) -> Asking:
         self.passed, self.active = 0, True
         return self

@@ -38,7 +38,8 @@ def counting(self, tokens, positions, attend, labels=None):
         reach("forward" if torch.is_grad_enabled() else "evaluation")
     out = forward(self, tokens, positions, attend, labels)
     if labels is not None and torch.is_grad_enabled():
-        (out if isinstance(out, torch.Tensor) else out[0]).register_hook(lambda _: reach("backward"))
+        loss = out if isinstance(out, torch.Tensor) else out[0]
+        loss.register_hook(lambda grad: reach("backward"))
     return out
 
 
