@@ -30,7 +30,7 @@ from ringattn.cost.timeline import block_size
 from ringattn.execution.attention import ring_attention
 from ringattn.execution.carriers import end_distributed
 from ringattn.make import make_plan
-from ringattn.measure_links import Links, large, median_seconds, unlaunched
+from ringattn.measure_links import STEADY, Links, large, median_seconds, unlaunched
 from ringattn.models.memory import Memory
 from ringattn.models.sizes import ModelConfig
 from ringattn.planning import layouts, masks
@@ -40,7 +40,6 @@ from ringattn.planning.slices import Band, Bands
 _BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
 _CROWDS = (2048, 4096, 8192)  # tokens of the rings that share cores
-_STEADY = 0.1  # change of the peak while measuring that is worth a word
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Heads = tuple[int, int, int]  # heads, kv_heads, head_dim
 
@@ -68,19 +67,19 @@ def machine(
             multiprocessing.spawn(_rank, arguments, nprocs=ranks)
             return torch.load(out, weights_only=True)
 
-    description = spawned(precisions, False) | (links or {})
+    description = spawned(precisions, False) | (links or {}) | {"inter_node": None}
     if device == "cpu":
         description |= _training(description, ranks, precisions[0], engine, say)
         say("and now more ranks than cores, which take turns")
         description |= _crowded(description, shape, precisions[0])
     before = description["peak"][precisions[0]]
     after = spawned(precisions[:1], True)["peak"][precisions[0]]
-    if abs(after / before - 1) > _STEADY:
+    if abs(after / before - 1) > STEADY:
         say(
             f"this machine was not steady: {before / 1e9:,.0f} GFLOP/s at the start, "
             f"{after / 1e9:,.0f} at the end; measure again when it is idle"
         )
-    return description
+    return description | (links or {})
 
 
 def _crowded(description: dict[str, Any], shape: Heads, precision: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ _BYTES = tuple(2**k for k in range(12, 26))  # of an exchange
 _LONG_S = 1.0  # an exchange that takes longer is the largest that is tried
 _TURNS = 20  # of a kernel, alone and beside an exchange
 _SHARED = 0.9  # of what ranks reach alone: below that, they share a node's link
-_STEADY = 0.1  # difference of nodes' peaks that is worth a word
+STEADY = 0.1  # difference of peaks, later or on another node, that is worth a word
 _WAIT = timedelta(hours=1)  # for other machines to have measured themselves
 
 
@@ -157,7 +157,7 @@ def launched() -> bool:
 
 def unlaunched() -> dict[str, str]:
     """The environment without what torchrun has put into it, for a torchrun of its own."""
-    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "LOCAL_")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "LOCAL_", "PET_")
     names = ("RANK", "WORLD_SIZE")
     return {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
 
@@ -196,7 +196,7 @@ def nodes(
     found = [description for description in each if description]
     for precision, peak in found[0]["peak"].items():
         other = max((x["peak"][precision] for x in found), key=lambda x: abs(x / peak - 1))
-        if abs(other / peak - 1) > _STEADY:
+        if abs(other / peak - 1) > STEADY:
             say(f"machines differ: {peak / 1e9:,.0f} and {other / 1e9:,.0f} GFLOP/s {precision}; "
                 "the first one's figures are written")  # fmt: skip
     end_distributed()

@@ -51,7 +51,7 @@ def test_a_timeout_names_step_peer_and_shape():
     said = rf"said: the exchange of K/V, step 0 failed: to rank 1 {shape}.* from rank 1 {shape}"
     assert re.search(said, output), output
     # A peer that was never there is missed by the question that comes before the first call.
-    assert "said: the exchange of whether gradients are wanted, before the first call" in output
+    assert "said: ranks ask each other, at call 1: no answer" in output
 
 
 def _case(run_dir, text, cp, batch, accum, stage, *more):

@@ -82,7 +82,7 @@ def sweep(slurm, folder, text, *more):
     batch = f"--open-mode=append {ROOT / 'examples/slurm.sbatch'}"
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--multirun", *TINY, text, "ranks=2",
-         f"hydra.launcher.sbatch='{batch}'", "hydra.launcher.node_ranks=1",
+         f"hydra.launcher.sbatch={batch}", "hydra.launcher.node_ranks=1",
          f"hydra.sweep.dir={folder}", *more],
         env=slurm.environment | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -140,6 +140,22 @@ def test_a_sweep_that_is_interrupted_cancels_its_jobs(slurm, tmp_path, text):
     slurm.until(lambda: not jobs(slurm))
     ends = [json.loads(p.read_text())["status"] for p in folder.glob("*/point.json")]
     assert ends == ["interrupted"] * 2
+
+
+def test_a_sweep_whose_jobs_outlive_it_is_not_begun_twice(slurm, tmp_path, text):
+    folder = tmp_path / "sweep"
+    with sweep(slurm, folder, text, "train.steps=2000,2001") as job:
+        first = folder / "train.steps-2000" / "metrics.jsonl"
+        slurm.until(lambda: first.exists() and first.read_text().count("\n") > 2)
+        job.kill()
+        job.wait()
+    before = first.read_text()
+    with sweep(slurm, folder, text, "train.steps=2000,2001") as job:
+        output, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 2 and "is still in the queue" in output, output
+    assert len(jobs(slurm)) == 2 and first.read_text().startswith(before)
+    slurm.run("scancel", "--user=root")
+    slurm.until(lambda: not jobs(slurm))
 
 
 def test_what_slurm_refuses_is_said(slurm, tmp_path, text):

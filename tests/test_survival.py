@@ -189,7 +189,9 @@ def test_a_run_directory_that_cannot_be_written(tmp_path, text):
 @pytest.mark.parametrize(
     "engine",
     [["engine.zero_stage=1", "memory=long"], ["engine.zero_stage=2"],
-     ["engine.zero_stage=3", "memory=long"], ["engine=fsdp"], ["engine=fsdp", "memory=long"]],
+     ["engine.zero_stage=3", "memory=long"], ["engine=fsdp", "engine.zero_stage=2"],
+     ["engine=fsdp", "engine.zero_stage=2", "model.tied=true"],
+     ["engine=fsdp", "memory=long"]],
 )  # fmt: skip
 def test_a_stop_within_a_micro_step_keeps_the_step_before(tmp_path, text, engine, where):
     """It is served after the next layer, of the forward, the recomputation or the backward: half a
@@ -209,6 +211,33 @@ def test_a_stop_within_a_micro_step_keeps_the_step_before(tmp_path, text, engine
         for name in ("stopped", "whole")
     )
     assert got == want
+
+
+def test_a_request_is_heard_while_the_main_thread_is_busy_elsewhere():
+    """As in a backward whose layers another thread goes through: handlers in Python do not run."""
+    said = """
+import hashlib, os, signal, threading, time
+from ringattn.training.stopping import stop_requests
+
+def heard():
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not len(stops):
+        time.sleep(0.01)
+    print("busy" if busy else "late")
+
+begin = time.perf_counter()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+rounds = int(3e5 / (time.perf_counter() - begin))
+with stop_requests() as stops:
+    busy, thread = True, threading.Thread(target=heard)
+    thread.start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+    busy = False
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "busy\n", done.stderr
 
 
 def test_a_stop_ends_an_evaluation_and_what_was_saved_before_it_counts(tmp_path, text):

@@ -60,6 +60,9 @@ def run(arguments: Sequence[str]) -> int:
 
     cores = len(os.sched_getaffinity(0))
     ranks = values["ranks"] or (gpus if device == "cuda" else min(cores, 8))
+    if launched():  # a node's ranks are those of the launch; of cores no more than there are
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        ranks = local if device == "cuda" else min(local, cores)
     shape = (values["heads"], values["kv_heads"], values["head_dim"])
     precisions = ["bf16", "fp32"] if device == "cuda" else ["fp32", "bf16"]
     say = print if first else lambda text: None

@@ -71,11 +71,18 @@ class Link:
     collective: float | None = None
     overlap_efficiency: float | None = None
 
-    def seconds(self, size: Any, messages: Any) -> Any:
-        """Of one exchange, or of arrays of them; one without messages takes no time."""
+    def seconds(self, size: Any, messages: Any, together: int = 1) -> Any:
+        """Of one exchange, or of arrays of them; one without messages takes no time. ``together``:
+        so many ranks of a node exchange as much at once."""
         messages = np.asarray(messages)
         rate = np.minimum(self.bandwidth(size), self.peer * np.maximum(messages / 2, 1))
-        return np.where(messages > 0, self.latency + messages * self.message + size / rate, 0.0)
+        alone = self.latency + messages * self.message + size / rate
+        shared = self.shared(size * together) if together > 1 else 0.0
+        return np.where(messages > 0, np.maximum(alone, shared), 0.0)
+
+    def shared(self, size: Any) -> Any:
+        """Of an exchange in which the ranks of a node receive so many bytes in all."""
+        return self.latency + size / self.node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +147,10 @@ class Hardware:
         """Whether all ranks are taken to be on one node, and to share its cores."""
         return self.inter_node is None and self.cores is not None
 
+    def covers(self, world: int) -> bool:
+        """Whether so many ranks are on nodes that it knows of."""
+        return self.inter_node is not None or self.alone or world <= self.node_size
+
     def node(self, world: int) -> int:
         """Ranks of a node, in a world of so many. Raises HardwareError where there must be other
         nodes, and nothing is known of them."""
@@ -190,7 +201,7 @@ class Hardware:
         if missing:
             raise HardwareError(f"{min(missing)} is missing")
         values = {name: _value(name, value) for name, value in description.items()}
-        if values.get("cores") is not None and values["inter_node"] == values["intra_node"]:
+        if values["inter_node"] == values["intra_node"]:
             values["inter_node"] = None  # how a calibration of one machine was written once
         return cls(**values)
 

@@ -274,7 +274,8 @@ def received_states_of(model: Sizes, setup: Setup, plans: LayerPlans, kind: str)
 def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardware) -> float:
     """Seconds that the layers with a state exchange in a micro-step: their halos and summaries,
     forward and backward, again where they are computed again."""
-    link = hardware.link(plans.world > hardware.node(setup.world))
+    node = hardware.node(setup.world)
+    link, together = hardware.link(plans.world > node), node if plans.world > node else 1
     again = 2 if setup.memory.checkpoint else 1
     total = 0.0
     for kind, count in plans.states.items():
@@ -283,13 +284,14 @@ def exchange_of(model: Sizes, setup: Setup, plans: LayerPlans, hardware: Hardwar
         for rank in ranks_of(plans):
             both = cost.state_exchanges(segments, rank, mixer, setup.wide)
             forward, backward = (
-                sum(float(link.seconds(x.size, x.peers)) for x in exchanges) for exchanges in both
+                sum(float(link.seconds(x.size, x.peers, together)) for x in exchanges)
+                for exchanges in both
             )
             each.append(again * forward + backward)
         total += count * max(each)
     for kind, count in plans.of_sets.items():
         layer, peers = received_beside(model, setup, plans, kind), plans.world - 1
-        there, back = (float(link.seconds(x, peers)) if x else 0.0
+        there, back = (float(link.seconds(x, peers, together)) if x else 0.0
                        for x in (layer.forward, layer.backward))  # fmt: skip
         total += count * (again * there + back)
     return total

@@ -158,7 +158,9 @@ class _Walk:
         self.at = {rank: place for place, rank in enumerate(ranks)}
         _, self.nodes = np.unique([rank // node_size for rank in ranks], return_inverse=True)
         self.near = hardware.link(False)
-        self.far = hardware.link(True) if plan.world > node_size else self.near
+        # Nodes may be said to be smaller than the machine: its link is then the same throughout.
+        one = hardware.inter_node is None and plan.world <= hardware.node_size
+        self.far = self.near if one or plan.world <= node_size else hardware.link(True)
         steps = [plan.steps(rank) for rank in ranks]
         self.steps: list[tuple[Step, ...]] = list(zip(*steps, strict=True))
         peak = hardware.flops(precision)
@@ -225,11 +227,12 @@ class _Walk:
         inside = self.near.seconds(near_bytes, near)
         across = self.far.seconds(far_bytes, remote)
         if self.far.node < float("inf"):
-            shared = unit * self._crossing(index, moves_of, back_of) / self.far.node
-            across = np.where(remote > 0, np.maximum(across, self.far.latency + shared), across)
+            shared = self.far.shared(unit * self._crossing(index, moves_of, back_of))
+            across = np.where(remote > 0, np.maximum(across, shared), across)
         seconds = np.maximum(inside, across)
+        # Latency is waiting: a kernel does not feel it.
         felt = sum(
-            (1 - link.overlap_efficiency) * part
+            (1 - link.overlap_efficiency) * np.maximum(0.0, part - link.latency)
             for link, part in ((self.near, inside), (self.far, across))
         )
         peers = [
@@ -258,7 +261,8 @@ class _Walk:
             if node in found:
                 continue
             ways: tuple[list[int], list[int]] = ([], [])
-            for other in range(node * self.node_size, (node + 1) * self.node_size):
+            first = node * self.node_size
+            for other in range(first, min(first + self.node_size, self.plan.world)):
                 step = self.plan.steps(other)[index]
                 for way, of in zip(ways, (moves_of, back_of), strict=True):
                     way.append(_tokens(self._remote(other, of(step))))
@@ -350,7 +354,8 @@ class _Walk:
         link = self.far if crosses else self.near
         into, back = (getattr(b, name) for b in group_bytes(split, self.shape))
         others = split.degree - 1
-        before, after = (float(link.seconds(size, 3 * others)) for size in (into, back))
+        together = min(self.node_size, self.plan.world) if crosses else 1
+        before, after = (float(link.seconds(size, 3 * others, together)) for size in (into, back))
         self._note(name, "exchange", "heads", np.zeros(len(self.ranks)), before)
         return before, after
 

@@ -1,4 +1,4 @@
-"""Whether all ranks want gradients, or none: the backward of one would wait for the others."""
+"""Whether ranks want gradients alike: the backward of one would wait for the others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 from ringattn.execution.carriers import ProcessRank, connect
 
-# What ranks have found alike before, by group: asked once for each answer, not at every call.
-_FOUND: WeakKeyDictionary[dist.ProcessGroup, set[bool]] = WeakKeyDictionary()
+# Calls in each group, which all of its ranks make alike.
+_CALLS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def check_wanted(group: Any, *tensors: torch.Tensor | None) -> None:
-    """Collective over ``group``, where it is called there for the first time with gradients, or
-    without.
+    """To be called by all ranks of ``group`` at every call. At the first, second, fourth, eighth...
+    they ask each other, wherever tensors may have gradients at all: not under no_grad, in
+    inference, or in a compiled graph, which runs without, there a rank has no say.
 
-    Raises ValueError on all ranks where only some want them. One rank that changes its mind later,
-    alone, is not seen here: it waits until the group's timeout.
+    Raises ValueError on all ranks if some want gradients and some do not.
     """
     given = [x for x in tensors if x is not None]
-    # Neither traced nor compiled: then there is nobody to ask.
+    # Traced, there is nobody to ask.
     if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in given):
         return
     comm = connect(group)
@@ -33,20 +33,20 @@ def check_wanted(group: Any, *tensors: torch.Tensor | None) -> None:
     if comm.world == 1:
         return
     group = comm.group or dist.group.WORLD
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    found = _FOUND.setdefault(group, set())
-    if wanted in found:
+    _CALLS[group] = count = _CALLS.get(group, 0) + 1
+    if count & (count - 1):
         return
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    each = torch.full((comm.world, 1), wanted, dtype=torch.uint8, device=device)
-    peers = [peer for peer in range(comm.world) if peer != comm.rank]
-    sends = [(each[comm.rank], peer) for peer in peers]
-    recvs = [(each[peer], peer) for peer in peers]
-    comm.start(sends, recvs, "whether gradients are wanted, before the first call").wait()
-    if 0 < (count := int(each.sum())) < comm.world:
-        some = [rank for rank, (wants,) in enumerate(each.tolist()) if wants]
+    says, wants = torch.is_grad_enabled(), any(x.requires_grad for x in given)
+    device = "cpu" if dist.get_backend(group) == "gloo" else given[0].device
+    each = torch.zeros(comm.world, 2, dtype=torch.int32, device=device)
+    each[comm.rank] = torch.tensor([says and wants, says and not wants])
+    try:
+        dist.all_reduce(each, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(f"ranks ask each other, at call {count}: no answer") from error
+    some, others = (column.nonzero()[:, 0].tolist() for column in each.T)
+    if some and others:
         raise ValueError(
-            f"ranks {some} of the group want gradients, the other {comm.world - count} none "
-            "(requires_grad, no_grad): their backward would wait for the others for ever"
+            f"ranks {some} of the group want gradients, ranks {others} none (requires_grad): their "
+            "backward would wait for the others for ever"
         )
-    found.add(wanted)

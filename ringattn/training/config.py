@@ -149,12 +149,12 @@ def _put(tree: dict[str, Any], override: str) -> None:
 
 
 def quoted(override: str) -> str:
-    """A mask, or a token as <|endoftext|>, as hydra's grammar takes it: between quotes, where it
-    has none."""
+    """A mask, a token as <|endoftext|>, or sbatch's options, as hydra's grammar takes it: between
+    quotes, where it has none."""
     key, equals, value = override.partition("=")
     kind = key.startswith("attention.kinds.") and key.count(".") == 2
     if (
-        not (key in ("attention.mask", "data.end") or kind)
+        not (key in ("attention.mask", "data.end", "hydra.launcher.sbatch") or kind)
         or not equals
         or value[:1] in ("'", '"', "{")
     ):
@@ -291,13 +291,16 @@ def resolved(run: TrainingRun, world: int, node_size: int | None = None) -> Trai
 
 def hardware_of(run: TrainingRun, world: int = 1) -> Hardware | None:
     """The description that ``hardware`` names; "auto" is that of this machine, if it has been
-    measured. Raises SettingsError, also where it says nothing of so many ranks."""
+    measured, for so many ranks. Raises SettingsError, also where one that is named says nothing of
+    so many."""
     name = run.hardware
     if name is None or (name == "auto" and not here().exists()):
         return None
     try:
         hardware = load_hardware("this" if name == "auto" else name)
         hardware.flops(run.precision)
+        if name == "auto" and not hardware.covers(world):
+            return None
         hardware.node(world)
     except HardwareError as error:
         advice = "; run ringattn calibrate again, or give hardware=null" if name == "auto" else ""

@@ -80,7 +80,7 @@ def prepare(
                 source = _weights(run, Path(path).expanduser())
             except UnknownModel as error:
                 raise SettingsError(f"model.path: {error}") from None
-    hardware = hardware_of(run)
+    hardware = hardware_of(run, world)
     return Job(run, model, data, run_dir, manifest, source, resume, remarks, hardware)
 
 

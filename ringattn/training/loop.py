@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,12 @@ from ringattn.training.run import TrainingRun
 from ringattn.training.steps import Steps, micro_batches, sequences_per_step
 from ringattn.typed import SettingsError
 
-PATIENCE_S = 10.0  # at the end, for what is read in the background
-
 
 class Refused(RuntimeError):
     """The model cannot be trained as it is asked for; raised on all ranks before the first step."""
 
 
-def train(job: Job, context: Context, stops: list[int], heartbeat: Heartbeat) -> bool:
+def train(job: Job, context: Context, stops: Sized, heartbeat: Heartbeat) -> bool:
     """Runs the job on this rank. Returns after the last step, or once any rank's ``stops`` (see
     :mod:`ringattn.training.stopping`) is not empty: after the step at hand, or the layer of a long
     one, and a checkpoint. Whether all steps are done.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -126,7 +126,7 @@ def train(job, device) -> bool:
         return _train(job, device, stops)
 
 
-def _train(job, device, stops: list[int]) -> bool:
+def _train(job, device, stops: Sized) -> bool:
     from ringattn.context import Context
     from ringattn.training import loop
     from ringattn.training.observing.heartbeat import Heartbeat
@@ -171,20 +171,20 @@ def claimed(job) -> Iterator[Any]:
         yield job
 
 
-def _unasked(stops: list[int]) -> bool:
+def _unasked(stops: Sized) -> bool:
     """Collective. Whether no process of this rank's launcher was asked to stop. Then that launcher
     must not take the run for finished: it has to be there when the other machine comes back."""
     import torch.distributed as dist
 
-    own = (socket.gethostname(), os.getppid())
+    own = (living.place(), os.getppid())
     each: list[tuple] = [()] * dist.get_world_size()
     dist.all_gather_object(each, (own, bool(stops)))
     unasked = own not in {launcher for launcher, asked in each if asked}
     if unasked and os.environ.get("LOCAL_RANK") == "0":
         print(
-            f"train.py: stopped by a request to another machine, not to {own[0]}: exit status "
-            f"{UNFINISHED}, so that torchrun --max-restarts waits for it (both with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)",
+            "train.py: stopped by a request to another machine, not to "
+            f"{socket.gethostname()}: exit status {UNFINISHED}, so that torchrun --max-restarts "
+            "waits for it (both with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)",
             file=sys.stderr,
         )
     return unasked

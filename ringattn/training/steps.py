@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sized
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,7 +73,7 @@ class Steps:
     split: Strategy
     evaluation: Evaluation
     peak: float
-    stops: list[int]
+    stops: Sized
     display: Display
     log: MetricsLog | None
     heartbeat: Heartbeat
@@ -149,7 +150,7 @@ class Steps:
                 display.update(values)
                 if self.log:
                     self.log.write(values)
-                self._mind_the_grace(seconds)
+                self._mind_the_grace()
                 last = run.eval.every and state.step == run.train.steps  # before evaluating
                 if every is not None and (last or (every and state.step % every == 0)):
                     self.heartbeat.where = f"step {state.step}, checkpoint"
@@ -279,17 +280,17 @@ class Steps:
             "skipped_steps": number - state.adam_steps,
         }
 
-    def _mind_the_grace(self, seconds: float) -> None:
+    def _mind_the_grace(self) -> None:
         """Says, once, that a request to stop may come too late; of steps after the first, which
         takes longer."""
-        silence = self.asking.silence(seconds)
+        silence = self.asking.silence
         if self.grace is None or self.seconds == math.inf or silence <= self.grace:
             return
         self.display.say(
-            f"a request to stop may not be heard for {silence:.0f} s, a layer's or a short step's, "
-            f"and torchrun kills {self.grace} s after SIGTERM: what came after the last checkpoint "
-            f"would be lost; start with torchrun --shutdown-timeout {60 * math.ceil(silence / 30)} "
-            "(or TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
+            f"a request to stop may not be heard for {silence:.0f} s of a step, and torchrun kills "
+            f"{self.grace} s after SIGTERM: what came after the last checkpoint would be lost; "
+            f"start with torchrun --shutdown-timeout {60 * math.ceil(silence / 30)} (or "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and have the scheduler wait as long"
         )
         self.grace = None
 

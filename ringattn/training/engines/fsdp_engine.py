@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ringattn.context import Attends
 from ringattn.execution.carriers import Stopwatch
@@ -99,9 +100,14 @@ class FSDPEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         # A forward without backward, as of an evaluation, leaves some weights gathered.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for part in parts:
+            part.reshard()
+        # A forward that was broken off keeps what it would reshard after the backward only.
+        if not all(isinstance(p, DTensor) for p in self.model.parameters()):
+            for part in parts:
+                part.set_reshard_after_forward(True, recurse=False)
+                part.reshard()
         shards = self.mesh.size(-1)
         place = self.mesh.get_local_rank(self.mesh.ndim - 1)
         copies = self.mesh.size(0) if self.mesh.ndim == 2 else 1

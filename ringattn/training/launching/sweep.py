@@ -14,9 +14,10 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -44,12 +45,14 @@ ENDED = ("finished", "memory")  # what is not run again
 INTERRUPTED = 130
 _HOPELESS = 2.0  # times the memory that there is: not worth trying
 _RANKS = 2  # of a point that does not say
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Point:
     """One job of a sweep. ``status``: finished, memory (it did not fit), failed or interrupted;
-    ``overrides``: its command line; ``varied``: the part of it that differs between points."""
+    ``overrides``: its command line; ``varied``: what of it differs between points; ``job``: its
+    number in a cluster's queue."""
 
     status: str
     overrides: list[str]
@@ -57,6 +60,7 @@ class Point:
     ranks: int
     seconds: float = 0.0
     reason: str = ""
+    job: str = ""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -110,44 +114,78 @@ def launch(
         raise SettingsError("two points of the sweep are the same")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        for path, _, _ in jobs if cluster else ():
+            before = Point.read(path)
+            if before and before.status not in ENDED and before.job and cluster.queued(before.job):
+                raise SettingsError(
+                    f"{path.name}: its job {before.job} is still in the queue, of a sweep that has "
+                    f"ended without it; wait for it, or scancel {before.job}"
+                )
         results = _run_all(folder, jobs, cluster)
     return [_returned(end) for end in results]
+
+
+@dataclass
+class _Started:
+    """A point at work. ``seconds`` are counted from here, so in a queue too."""
+
+    number: int
+    path: Path
+    point: Point
+    process: subprocess.Popen
+    begin: float
+
+    def end(self, cluster: bool) -> Point:
+        """Of a process that has ended; written down."""
+        status, seconds = self.process.returncode, round(time.perf_counter() - self.begin, 1)
+        kind, reason = ("finished", "") if status == 0 else _failure(self.path, status, cluster)
+        end = replace(self.point, status=kind, seconds=seconds, reason=reason)
+        end.write(self.path)
+        return end
 
 
 def _run_all(
     folder: Path, jobs: list[tuple[Path, Point, float | None]], cluster: Slurm | None
 ) -> list[Point]:
     print(f"{len(jobs)} points in {folder}", flush=True)
-    results = []
-    with ExitStack() as running, _interruptible():
-        ends = [_end(*job, cluster, running) for job in jobs] if cluster else None
-        for number, job in enumerate(jobs, 1):
-            end, how = (ends[number - 1] if ends else _end(*job, cluster, running))()
-            results.append(end)
-            outcome = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
-            name = job[0].name
-            print(f"{number}/{len(jobs)} {name}: {outcome} ({end.seconds:.0f} s)", flush=True)
-    failed = sum(end.status == "failed" for end in results)
+    waiting, running = list(enumerate(jobs, 1)), []
+    results: dict[int, Point] = {}
+
+    def done(number: int, path: Path, end: Point, how: str = "") -> None:
+        results[number] = end
+        outcome = f"{how}{end.status}" + (f": {end.reason}" if end.reason else "")
+        print(f"{number}/{len(jobs)} {path.name}: {outcome} ({end.seconds:.0f} s)", flush=True)
+
+    def collect() -> None:
+        for each in [each for each in running if each.process.poll() is not None]:
+            running.remove(each)
+            done(each.number, each.path, each.end(cluster is not None))
+
+    with _interruptible(), ExitStack() as alive:
+        try:
+            while waiting or running:
+                while waiting and (cluster or not running):
+                    number, (path, point, limit) = waiting.pop(0)
+                    before = Point.read(path)
+                    same = before is not None and before.overrides == point.overrides
+                    if same and before.status in ENDED:
+                        done(number, path, before, "done before: ")
+                    elif point.status == "memory":  # on paper already
+                        path.mkdir(exist_ok=True)
+                        point.write(path)
+                        done(number, path, point)
+                    else:
+                        running.append(_start(number, path, point, limit, cluster, alive))
+                time.sleep(_POLL_S)
+                collect()
+        finally:
+            collect()  # interrupted: what has ended all the same
+    ends = [results[number] for number in sorted(results)]
+    failed = sum(end.status == "failed" for end in ends)
     if failed:
         print(f"{failed} failed; log.txt in their folders says why; they run again next time")
     _report(folder, jobs[0][1].overrides)
-    return results
-
-
-def _end(
-    path: Path, point: Point, limit: float | None, cluster: Slurm | None, running: ExitStack
-) -> Callable[[], tuple[Point, str]]:
-    """Starts the point if it has to be run; what is returned waits, and says how it ended."""
-    before = Point.read(path)
-    same = before is not None and before.overrides == point.overrides
-    if same and before.status in ENDED:
-        return lambda: (before, "done before: ")
-    if point.status == "memory":  # on paper already
-        path.mkdir(exist_ok=True)
-        point.write(path)
-        return lambda: (point, "")
-    wait = _start(path, point, limit, cluster, running)
-    return lambda: (wait(), "")
+    return ends
 
 
 @contextmanager
@@ -221,26 +259,25 @@ def _share(ranks: int) -> float:
 
 
 def _start(
-    path: Path, point: Point, limit: float | None, cluster: Slurm | None, running: ExitStack
-) -> Callable[[], Point]:
+    number: int,
+    path: Path,
+    point: Point,
+    limit: float | None,
+    cluster: Slurm | None,
+    alive: ExitStack,
+) -> _Started:
     path.mkdir(parents=True, exist_ok=True)
     (path / FAILURE).unlink(missing_ok=True)
     point.write(path)
     keys = [f'run_dir="{path}"', f"ranks={point.ranks}", f"logger.group={path.parent.name}"]
     keys += [] if limit is None else [f"memory.limit={limit}"]
     begin = time.perf_counter()
-    job = cluster.job if cluster else torchrun
-    process = running.enter_context(job(point.ranks, [*point.overrides, *keys], path / LOG))
-
-    def wait() -> Point:
-        status = process.wait()
-        seconds = round(time.perf_counter() - begin, 1)
-        kind, reason = ("finished", "") if status == 0 else _failure(path, status)
-        end = Point(kind, point.overrides, point.varied, point.ranks, seconds, reason)
-        end.write(path)
-        return end
-
-    return wait
+    launch = cluster.job if cluster else torchrun
+    job = alive.enter_context(launch(point.ranks, [*point.overrides, *keys], path / LOG))
+    if job.number:
+        point = replace(point, job=job.number)
+        point.write(path)
+    return _Started(number, path, point, job.process, begin)
 
 
 @contextmanager
@@ -257,15 +294,16 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _failure(path: Path, status: int) -> tuple[str, str]:
-    """(status of the point, why): as the run has said, or as its log tells."""
+def _failure(path: Path, status: int, cluster: bool) -> tuple[str, str]:
+    """(status of the point, why): as the run has said, or as its log tells; on a cluster that is of
+    all attempts, so that a kill in it may have been survived."""
     try:
         failure = json.loads((path / FAILURE).read_text())
         return str(failure["kind"]), str(failure["reason"])
     except (OSError, ValueError, KeyError):
         pass
     lines = (path / LOG).read_text(errors="replace").splitlines()
-    if any("Signal 9 (SIGKILL)" in line for line in lines):
+    if not cluster and any("Signal 9 (SIGKILL)" in line for line in lines):
         return "memory", "a rank was killed (SIGKILL), as hosts do that run out of memory"
     messages = [line for line in lines if line.startswith(("train.py: ", "sbatch: "))]
     messages += [line for line in lines if re.match(r"\S*(Error|Exception)\b.*: ", line)]
