@@ -135,6 +135,54 @@ def test_ranks_that_share_cores_take_as_long_as_all_their_work():
     assert cost.simulate(lazy, SHAPE, replace(free, cores=2), "fp32").seconds >= total / 2
 
 
+def test_ranks_of_a_node_share_its_link():
+    """An exchange of all of them takes no less than all their bytes; of one, its own alone."""
+    mask = ra.masks.full(256)
+    free = replace(SLOW, inter_node=Link(Curve.of(5e2)), intra_node=Link(Curve.of(1e15)))
+    shared = replace(free, inter_node=Link(Curve.of(5e2), node=6e2))
+
+    def seconds(hardware, schedule, world=4, node=2, **more):
+        layout = ra.layouts.contiguous(256, world)
+        plan = ra.make_plan(mask, layout, schedule, node_size=node, **more)
+        return cost.simulate(plan, SHAPE, hardware, "fp32", node)
+
+    assert seconds(shared, "ring").seconds == seconds(free, "ring").seconds  # one rank crosses
+    crossing = 2 * (2 * 64) * (2 * 8) * 2 * 4  # ranks, rows of two others, of k and v, heads, bytes
+    alone, together = seconds(free, "all_gather"), seconds(shared, "all_gather")
+    assert alone.forward < crossing / 6e2 <= together.forward
+    # Heads across nodes: all ranks at once.
+    heads = [seconds(h, "ring", ulysses=4).seconds for h in (free, shared)]
+    assert heads[1] > 1.5 * heads[0]
+    # A world that fills no whole number of nodes.
+    assert seconds(shared, "all_gather", 6, 2).seconds > 0
+    uneven = ra.make_plan(mask, ra.layouts.contiguous(256, 6), "all_gather")
+    assert cost.simulate(uneven, SHAPE, shared, "fp32", 4).seconds > 0
+
+
+def test_cores_are_a_nodes():
+    mask = ra.masks.causal(4096)
+    plan = ra.make_plan(mask, ra.layouts.zigzag(4096, 8), "ring")
+    free = replace(SLOW, intra_node=Link(Curve.of(1e15)), inter_node=Link(Curve.of(1e15)))
+    alone = cost.simulate(plan, SHAPE, free, "fp32").seconds
+    four = replace(free, cores=2, node_size=2)
+    assert cost.simulate(plan, SHAPE, four, "fp32").seconds == pytest.approx(alone, rel=1e-3)
+    # Where no other node is known of, all share the cores of this one, whatever its size.
+    one = replace(four, inter_node=None)
+    for node_size in (None, 2):
+        took = cost.simulate(plan, SHAPE, one, "fp32", node_size).seconds
+        assert took == pytest.approx(4 * alone, rel=1e-3)
+    assert one.node(8) == one.sharing(8) == 8 and four.sharing(8) == 2
+
+
+def test_a_description_of_one_machine_says_nothing_of_several():
+    one = replace(SLOW, inter_node=None)
+    assert one.node_size == 8 and one.node(8) == 8 and one.covers(8) and not one.covers(16)
+    with pytest.raises(HardwareError, match=r"inter_node: .* one machine of 8 ranks; calibrate"):
+        one.node(16)
+    plan = ra.make_plan(ra.masks.causal(64), ra.layouts.zigzag(64, 8), "double_ring", node_size=4)
+    assert cost.simulate(plan, SHAPE, one, "fp32", 4).seconds > 0  # one link throughout
+
+
 @given(plans(max_n=40, max_world=8))
 def test_spans_tell_the_same_story(plan):
     line = cost.simulate(plan, SHAPE, SLOW, "fp32", plan.node_size, spans=True)

@@ -1,6 +1,7 @@
 """Two machines: network namespaces with a link between them. One machine's losses, whatever
 happens to the link."""
 
+import json
 import signal
 import time
 
@@ -116,3 +117,19 @@ def test_a_machine_that_is_taken_away_comes_back(nodes, tmp_path, text):
     assert "stopped by a request to another machine" in done[0][1]
     assert train(2, *keys(tmp_path / "whole", text, *more))[0] == 0
     assert losses(run_dir) == losses(tmp_path / "whole")
+
+
+def test_links_are_measured_from_both_ends(nodes):
+    """What `ringattn calibrate` finds of a link of 100 Mbit/s, and of that within a machine."""
+    nodes.limit(100)
+    done = finish(nodes.torchrun(ROOT / "tests/workers/links.py", ranks=2))
+    assert [status for status, _ in done] == [0, 0], done
+    (line,) = [x for _, text in done for x in text.splitlines() if x.startswith("found: ")]
+    found = json.loads(line.removeprefix("found: "))
+    inter, intra = found["inter_node"], found["intra_node"]
+    rate = inter["bandwidth"][str(2**20)]
+    assert found["node_size"] == 2 and 0.6 * 12.5e6 < rate < 1.2 * 12.5e6
+    assert intra["bandwidth"][str(2**20)] > 3 * rate
+    # Both ranks of a machine share it: four messages each way, as two ranks have two peers.
+    assert 0.5 * 12.5e6 < inter["node"] < 1.2 * 12.5e6
+    assert 0 <= inter["overlap_efficiency"] <= 1 and inter["collective"] > 0
