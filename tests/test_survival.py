@@ -13,6 +13,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from ringattn import living
+
 from .processes import PATIENCE_S, ROOT, TINY, Launch, launch, metrics, train, wait_until
 
 
@@ -30,6 +32,26 @@ def test_kills_under_max_restarts_change_nothing():
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout)
     assert report["equal"] and report["kills"] == 2 and report["steps"] == 60
+
+
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path, text):
+    """What starts it anew would meet them else, in the directory and on the devices."""
+    keys = job(tmp_path / "run", text, "train.steps=2000", "checkpoint.every=3")
+    with Launch(2, ROOT / "train.py", *keys) as running:
+        saved = tmp_path / "run/checkpoints/step_6/ringattn.json"
+        wait_until(saved.exists, running.process)
+        ranks = running.workers()
+        assert len(ranks) == 2
+        running.process.kill()
+        end = time.monotonic() + PATIENCE_S
+        while any(map(living.started, ranks)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    assert len(metrics(tmp_path / "run")) < 2000
+    status, output = train(2, *keys, f"train.steps={len(metrics(tmp_path / 'run')) + 2}")
+    assert status == 0 and "resumed" in output, output
+    steps = [m["step"] for m in metrics(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_restart_finds_the_run_directory_that_was_not_named(tmp_path, text, monkeypatch):
