@@ -17,6 +17,7 @@ from .slurm import Slurm, missing
 
 WHY_NOT = missing()
 pytestmark = [
+    pytest.mark.xdist_group("slurm"),  # one cluster: those of two would number their jobs alike
     pytest.mark.skipif(bool(WHY_NOT), reason=f"no Slurm: {WHY_NOT}"),
 ]
 
@@ -84,7 +85,8 @@ def sweep(slurm, folder, text, *more):
         [sys.executable, str(ROOT / "train.py"), "--multirun", *TINY, text, "ranks=2",
          f"hydra.launcher.sbatch={batch}", "hydra.launcher.node_ranks=1",
          f"hydra.sweep.dir={folder}", *more],
-        env=slurm.environment | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        env=slurm.environment | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
+                                 "PORT": str(free_port())},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
