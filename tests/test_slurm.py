@@ -158,6 +158,8 @@ def test_a_sweep_whose_jobs_outlive_it_is_not_begun_twice(slurm, tmp_path, text)
     assert len(jobs(slurm)) == 2 and first.read_text().startswith(before)
     slurm.run("scancel", "--user=root")
     slurm.until(lambda: not jobs(slurm))
+    # What has waited for them would go on asking when the cluster is gone.
+    subprocess.run(["pkill", "-f", f"sbatch --wait.*{folder}"], check=False)
 
 
 def test_what_slurm_refuses_is_said(slurm, tmp_path, text):
