@@ -1,7 +1,7 @@
 """How unequal the work of data ranks is, with packed documents of log-normal lengths, and what
 dealing rows by their work does about it: simulated at 64 x 8 ranks, and measured on processes.
 
-    python benchmarks/balance.py                  # both; writes benchmarks/results/balance.md
+    python benchmarks/balance.py                  # both
     python benchmarks/balance.py --simulate       # seconds, no process
 
 Simulated: an 8B model (32 layers, 4,096 wide, 32 heads of 128) trains on rows of 131,072 tokens, 64
@@ -35,7 +35,6 @@ from ringattn.planning import layouts, masks
 from ringattn.planning.balancing import deal, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks/results/balance.md"
 ROW, DATA, MICRO, STEPS = 131_072, 64, 4, 15
 MODEL = ModelConfig(
     dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=128256
@@ -132,12 +131,10 @@ def main() -> None:
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    lines = ["# Work of data ranks", "", "By benchmarks/balance.py, which says the conventions.",
-             "", "Simulated, 64 x 8 ranks, imbalance of a step:", "", *simulated()]  # fmt: skip
+    lines = ["Simulated, 64 x 8 ranks, imbalance of a step:", "", *simulated()]
     if not options.simulate:
         lines += ["", f"Measured, medians of {options.repeats} runs of each row:", ""]
         lines += measured(options.repeats)
-        RESULT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

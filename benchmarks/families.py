@@ -90,6 +90,9 @@ def passkey(options):
                       flush=True)  # fmt: skip
                 del jobs[name]
     draw_passkey(known)
+    print("\n| " + " | ".join(known) + " |\n|" + "---|" * len(known))
+    found = [max(_accuracy(each["steps"][-1]["cells"]).items())[1] for each in known.values()]
+    print("| " + " | ".join(f"{100 * x:.0f} %" for x in found) + " |")
 
 
 def _accuracy(cells):
@@ -124,8 +127,11 @@ def traffic(options):
     blocks = ra.make_blocks(ra.masks.causal(n), layout, size)
     ring = ra.make_plan(ra.masks.causal(n), layout, "ring")
     of_ring = sum(ring.recv_tokens(rank) for rank in range(world))
-    print(f"{n:,} tokens, {world} ranks, blocks of {size}, top_k {top_k}, one head")
-    for name, strength in (("random keys and queries", 0.0), ("clustered", 4.0)):
+    print(f"{n:,} tokens, {world} ranks, blocks of {size}, top_k {top_k}, one head\n")
+    print(f"| keys and queries | rows moved (the plan's) | of a ring's {of_ring:,} | rows that nobody of "
+          "a rank chose |\n|---|---|---|---|")  # fmt: skip
+    kinds = (("random", 0.0), ("clustered: neighbours ask alike", 4.0))
+    for name, strength in kinds:
         draw = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, n, 1, dim, generator=draw) for _ in range(2))
         topic = torch.randn(1, n // 256, 1, dim, generator=draw).repeat_interleave(256, 1)
@@ -138,14 +144,8 @@ def traffic(options):
 
         plan = VirtualWorld(world).run(work)[0]
         moved = sum(plan.recv_tokens(rank) for rank in range(world))
-        needed = plan.partition.rows_needed.copy()
-        np.fill_diagonal(needed, 0)
         earlier = sum(layout.count(a) for a in range(world) for b in range(world) if a < b)
-        print(
-            f"{name}: moved {moved:,} rows (the plan's; chosen and not own: {needed.sum():,}), a "
-            f"ring {of_ring:,}: {moved / of_ring:.3f}; earlier rows that nobody of a rank chose: "
-            f"{1 - moved / earlier:.3f}"
-        )
+        print(f"| {name} | {moved:,} | {moved / of_ring:.3f} | {1 - moved / earlier:.3f} |")
 
 
 def estimate(options):
@@ -157,6 +157,7 @@ def estimate(options):
     rows = {name: row(step) for name, step in steps.items()}
     (RESULTS / "families_estimate.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, next(iter(steps.values())), ROOT / "docs/families_estimate.png")
+    print("| family | layer ms | kernel ms | exposed ms | MB | GiB |\n|---|---|---|---|---|---|")
     for name, own in rows.items():
         print(
             f"| {name} | {own['layer_ms']:,.0f} | {own['attention_kernel_ms']:,.0f} | "
@@ -167,6 +168,7 @@ def estimate(options):
 
 def planning(options):
     """Seconds that a rank takes to make the plan of a choice: blocks chosen at random."""
+    print("| tokens | ranks | K/V heads | block | bands | median of 5: s (range) |\n|---|---|---|---|---|---|")
     for n, world in ((65536, 8), (262144, 16), (1048576, 64)):
         size, copies, top_k = 512, 8, 8
         layout = ra.layouts.zigzag(n, world)
@@ -184,16 +186,15 @@ def planning(options):
             plan.rank(world // 2)
             took.append(time.perf_counter() - begin)
         bands = sum(len(step.bands) for step in plan.steps(world // 2))
-        print(json.dumps({
-            "tokens": n, "ranks": world, "K/V heads": copies, "block": size, "bands": bands,
-            "seconds": f"{statistics.median(took):.3f} ({min(took):.3f}-{max(took):.3f})",
-        }), flush=True)  # fmt: skip
+        seconds = f"{statistics.median(took):.3f} ({min(took):.3f}-{max(took):.3f})"
+        print(f"| {n:,} | {world} | {copies} | {size} | {bands:,} | {seconds} |", flush=True)
 
 
 def buckets(options):
     """Seconds of attention within buckets beside full attention, forward and backward, one process
     and one head's sizes; interleaved, medians of 5 and ranges."""
     torch.set_num_threads(1)
+    print("| tokens | full: s | buckets | window of 256 |\n|---|---|---|---|")
     for n in (2048, 4096, 8192):
         layout = ra.layouts.contiguous(n, 1)
         blocks = Blocks(layout, [n], 128)
@@ -218,11 +219,8 @@ def buckets(options):
                 begin = time.perf_counter()
                 of().sum().backward()
                 seconds[name].append(time.perf_counter() - begin)
-        shown = {
-            name: f"{statistics.median(x):.3f} ({min(x):.3f}-{max(x):.3f})"
-            for name, x in seconds.items()
-        }
-        print(json.dumps({"tokens": n, **shown}), flush=True)
+        shown = [f"{statistics.median(x):.3f} ({min(x):.3f}-{max(x):.3f})" for x in seconds.values()]
+        print(f"| {n:,} | {' | '.join(shown)} |", flush=True)
 
 
 WHAT = {

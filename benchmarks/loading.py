@@ -8,7 +8,6 @@ largest tensor, all in float32. Linux.
 """
 
 import gc
-import json
 import re
 import subprocess
 import sys
@@ -82,10 +81,11 @@ def main(mib: int) -> None:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-        print(json.dumps({
-            "ranks": world, "copy_mib": sum(sizes) / 2**20, "largest_mib": max(sizes) / 2**20,
-            "grown_mib": max(grown) / 2**20, "ratio": max(grown) / share,
-        }))  # fmt: skip
+        print(
+            f"{world} ranks load {sum(sizes) / 2**20:.0f} MiB, its largest tensor {max(sizes) / 2**20:.0f} MiB; "
+            f"none grows by more than {max(grown) / 2**20:.0f} MiB, {max(grown) / share:.2f} x its part and "
+            "the largest tensor"
+        )
     end_distributed()
 
 

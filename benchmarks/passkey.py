@@ -63,7 +63,8 @@ def main():
             / sum(c["length"] == n for c in cells)
             for n in lengths
         }
-        print(json.dumps({"run": name, "seconds": round(seconds), "accuracy": means}), flush=True)
+        shown = ", ".join(f"{100 * x:.1f} % at {n}" for n, x in means.items())
+        print(f"{name}: {seconds:.0f} s; keys found: {shown}", flush=True)
     figure.savefig(options.out, dpi=120)
 
 

@@ -75,7 +75,7 @@ def rfa():
         best = ideal.forward if what == "forward" else ideal.seconds
         print(f"| {what} | one GPU / 8 | {theoretic:.1f} | {1 / best / 8:.1f} | | |")
         for name, rate in table.items():
-            layout = {"ring": "contiguous"}.get(name, name)
+            layout = {"ring": "contiguous"}.get(name, name)  # "ring" is theirs
             mask = ra.masks.causal(n * world)
             plan = ra.make_plan(mask, ra.layouts.build(layout, mask, world), "ring")
             line = cost.simulate(plan, shape, hardware)

@@ -119,6 +119,10 @@ def main():
             "damaged_checkpoints_met": passed_over,
         }  # fmt: skip
         print(json.dumps(report))
+        print(
+            f"\n{len(steps)} SIGKILLs of random ranks, {len(want)} steps, metrics bit for bit "
+            f"{'equal' if report['equal'] else 'UNEQUAL'}; {report['seconds_per_restart']} s per restart"
+        )
         if options.out:
             options.out.write_text(json.dumps(report) + "\n")
         if status:

@@ -136,22 +136,20 @@ def main():
                     line["auto"] = auto(line["mask"], hardware)
     if options.out:
         options.out.write_text(json.dumps(lines) + "\n")
-    print("| Mbit/s | mask | schedule | measured s | noise | predicted s | error |")
-    print("|---|---|---|---|---|---|---|")
-    for line in lines:
-        print(f"| {line['mbit_s']:,} | {line['mask']} | {line['schedule']} | "
-              f"{line['measured']:.3f} | {line['noise']:.0%} | {line['predicted']:.3f} | "
-              f"{line['error']:+.0%} |")  # fmt: skip
+    names = list(dict.fromkeys(line["schedule"] for line in lines))
+    shown = [name.replace("_", " ") for name in names]
+    print(f"| Mbit/s | mask | {' | '.join(shown)} | `auto` takes |\n" + "|---" * (len(names) + 3) + "|")
+    for speed, mask in itertools.product(options.speeds, MASKS):
+        some = {x["schedule"]: x for x in lines if (x["mbit_s"], x["mask"]) == (speed, mask)}
+        each = [f"{some[x]['measured']:.2f} ({some[x]['predicted']:.2f})" for x in names]
+        chosen, least = some[names[0]]["auto"], min(x["measured"] for x in some.values())
+        over = some[chosen]["measured"] / least - 1
+        how = f"+{100 * over:.1f} %" if over else "the fastest"
+        print(f"| {speed:,} | {mask} | {' | '.join(each)} | {chosen.replace('_', ' ')}, {how} |")
     errors = [abs(line["error"]) for line in lines]
     print(f"\n{len(lines)} cases: median error {statistics.median(errors):.1%}, worst "
           f"{max(errors):.1%}; noise median "
           f"{statistics.median(line['noise'] for line in lines):.1%}")  # fmt: skip
-    for speed, mask in itertools.product(options.speeds, MASKS):
-        some = {x["schedule"]: x for x in lines if (x["mbit_s"], x["mask"]) == (speed, mask)}
-        fastest = min(some, key=lambda name: some[name]["measured"])
-        chosen = some["ring"]["auto"]
-        over = some[chosen]["measured"] / some[fastest]["measured"] - 1
-        print(f"{speed:,} Mbit/s, {mask}: fastest {fastest}, auto takes {chosen}: {over:+.1%}")
 
 
 if __name__ == "__main__":

@@ -223,6 +223,12 @@ def main():
             "whole_s": round(whole_s),
         }  # fmt: skip
         print(json.dumps(report))
+        killed = ", ".join(f"{count} {kind}" for kind, count in sorted(report["of"].items()))
+        print(
+            f"\n{report['kills']} kills in {report['kills_s']} s ({killed}; seed {options.seed}): "
+            f"{report['steps']:,} steps {'equal' if report['equal'] else 'UNEQUAL'}, left over: "
+            f"{rest or 'nothing'}"
+        )
         if options.out:
             options.out.write_text(json.dumps(report) + "\n")
         enough = len(soak.done) >= options.kills

@@ -113,6 +113,26 @@ def run(keys):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show(report, options):
+    """The tables for people."""
+    lengths = [f"{n // 1024}k" for n in options.lengths]
+    print(f"| setting | {' | '.join(lengths)} | bytes per token | written | ratio |")
+    print("|---" * (len(lengths) + 4) + "|")
+    for name, of in report["length"].items():
+        peaks = " | ".join(f"{p / 2**20:,.0f}" for p in of["peaks"])
+        print(f"| {name} | {peaks} | {of['bytes_per_token']:,} | {of['written_bytes_per_token']:,} | "
+              f"{of['ratio']:.2f} |")  # fmt: skip
+    print("\nThe written peak over the measured one:\n")
+    for name, of in report["length"].items():
+        shown = ", ".join(f"{100 * x:+.0f} %" for x in of["error"])
+        print(f"{name}: {shown} (R2 of the line {of['r2']}; attention {of['attention_forwards']} times "
+              f"forward, {of['attention_backwards']} backward)")  # fmt: skip
+    sizes = [f"{x['vocab']:,}" for x in report["vocabulary"]]
+    print(f"\n| vocabulary | {' | '.join(sizes)} |\n" + "|---" * (len(sizes) + 1) + "|")
+    for title, key, form in (("peak, MiB", "peak", ",.0f"), ("beyond its weights, MiB", "beyond", ".1f")):
+        print(f"| {title} | " + " | ".join(f"{x[key] / 2**20:{form}}" for x in report["vocabulary"]) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
@@ -159,7 +179,7 @@ def main():
             {"vocab": size, "peak": found["peak"], "head": head,
              "beyond": found["peak"] - 8 * head}
         )  # fmt: skip
-    print(json.dumps(report, indent=1))
+    show(report, options)
     if options.out:
         options.out.write_text(json.dumps(report) + "\n")
 

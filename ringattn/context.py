@@ -49,7 +49,9 @@ Attends = Attend | Mapping[str, Attend | Along]  # of all layers, or by kind of 
 
 @dataclass(frozen=True)
 class Context:
-    """This process's place in the mesh: sequences are split over ``cp``, batches over ``dp``."""
+    """This process's place in the mesh: sequences are split over ``cp`` ranks, of which it is
+    ``cp_rank``; batches over ``dp`` groups of them, of which it is in ``dp_rank``. ``device``:
+    where its tensors are; ``kernel``: the block kernel, as of :func:`ringattn.ring_attention`."""
 
     device: torch.device
     cp: int
@@ -63,8 +65,9 @@ class Context:
     def create(
         cls, cp: int, device: torch.device, kernel: str = "auto", timeout_s: float | None = None
     ) -> Context:
-        """Needs an initialised process group; neighbouring ranks share a sequence. ``timeout_s``:
-        how long an exchange may take (None: torch's default).
+        """Needs an initialised process group; neighbouring ranks share a sequence. ``device`` and
+        ``kernel`` as in the class; ``timeout_s``: how long an exchange may take (None: torch's
+        default).
 
         Raises ValueError when cp does not divide the world.
         """
@@ -87,16 +90,19 @@ class Context:
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
+        """The ranks that share this process's sequence, for ``ring_attention(group=...)``."""
         return self.mesh.get_group("context")
 
     @property
     def world(self) -> int:
+        """Number of processes: ``cp * dp``."""
         return self.cp * self.dp
 
     def attend(self, plans: Plan | LayerPlans, carrier: Any = None) -> Attends:
-        """Attention over the split sequence as a function of local q, k, v: what layers call; of
-        LayerPlans, by kind of layer, for those with a state or sets of keys what they go by.
-        ``carrier``: in place of the group, a carrier of :mod:`ringattn.comm` over it."""
+        """Attention over the split sequence, by its ``plans``, as a function of local q, k, v
+        ``[batch, local tokens, heads, head_dim]``: what layers call; of LayerPlans, by kind of
+        layer, for those with a state or sets of keys what they go by. ``carrier``: in place of the
+        group, a carrier of :mod:`ringattn.comm` over it."""
         group = self.cp_group if carrier is None else carrier
         attend = partial(ring_attention, group=group, kernel=self.kernel)
         if isinstance(plans, Plan):
@@ -113,13 +119,14 @@ class Context:
         return {kind: partial(attend, plan=plans[kind]) for kind in of_masks} | along
 
     def total(self, *values: float) -> list[float]:
-        """Sums over all ranks of the world."""
+        """Sums of each of ``values`` over all ranks of the world."""
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
 
     def unshard(self, part: torch.Tensor, layout: Layout, dim: int = 1) -> torch.Tensor:
-        """The whole tensor, on every rank of the sequence, from each rank's ``layout.shard`` of it.
+        """The whole tensor, on every rank of the sequence, from each rank's ``part``, its
+        ``layout.shard`` along ``dim``.
 
         Collective over the sequence's ranks, which may own unequal counts. No gradient flows.
         """
@@ -163,7 +170,8 @@ def check_engaged(
     """Proves with the real model and groups that tokens on one rank reach another, in the layers of
     each kind.
 
-    ``forward(tokens, positions, attend)`` gives logits. The first token of a short sequence is
+    ``context`` and ``strategy`` are the run's. ``forward(tokens, positions, attend)`` gives logits
+    ``[batch, local tokens, vocab_size]``. The first token of a short sequence is
     changed; where in the layers of one kind every token attends itself and the first, every later
     logit must move, and where each attends itself only, none may. Two keys a row keep the effect
     far above rounding, however many ranks there are. Of ``states``, kinds that carry one, documents
@@ -224,8 +232,8 @@ def check_engaged(
 def check_same_data(context: Context, sequences: list[int], digest: str) -> None:
     """Proves that ranks which share a sequence read the same text, and others other sequences.
 
-    ``digest`` stands for the text of ``sequences`` as this rank reads it. Raises RuntimeError on
-    all ranks, naming a pair that does not agree.
+    ``context`` is the run's; ``digest`` stands for the text of ``sequences`` as this rank reads it.
+    Raises RuntimeError on all ranks, naming a pair that does not agree.
     """
     everyone: list[tuple[int, list[int], str] | None] = [None] * context.world
     dist.all_gather_object(everyone, (context.dp_rank, sequences, digest))

@@ -53,7 +53,7 @@ def make_plan(
         hardware: what "auto" counts on; None: an H100's description.
 
     Raises ValueError when mask, layouts, schedule, ulysses and node size do not fit, and for any
-    argument that no schedule honours: nothing is ever dropped in silence.
+    ``unsupported`` argument, which no schedule honours: nothing is ever dropped in silence.
     """
     if unsupported:
         raise ValueError(
@@ -108,8 +108,9 @@ def make_plan(
 def make_plans(masks: Mapping[str, Mask], layout: Layout, **as_make_plan: Any) -> LayerPlans:
     """One plan for each kind of layer, by name, all on one layout: {kind: plan} of {kind: mask}.
 
-    Arguments as of :func:`make_plan`; a schedule of "auto" is chosen for each. A layout for them:
-    ``layouts.balanced([masks[kind] for kind in layers], world)`` balances the sum over layers.
+    ``as_make_plan``: arguments as of :func:`make_plan`; a schedule of "auto" is chosen for each. A
+    layout for them: ``layouts.balanced([masks[kind] for kind in layers], world)`` balances the sum
+    over layers.
 
     >>> masks = {"local": ringattn.masks.sliding_window(n, 512), "global": ringattn.masks.causal(n)}
     >>> plans = ringattn.make_plans(masks, ringattn.layouts.zigzag(n, 8))

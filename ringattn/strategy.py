@@ -30,13 +30,14 @@ class Sets(Protocol):
 
 @dataclass(frozen=True)
 class Strategy:
-    """How to split any mask over ``cp`` ranks: a layout by name, and what
-    :func:`ringattn.make_plan` takes."""
+    """How to split any mask over ``cp`` ranks: a ``layout`` by name, and the ``schedule``,
+    ``ulysses``, ``node_size``, ``heads``, ``kv_heads``, ``head_dim`` and ``hardware`` of
+    :func:`ringattn.make_plan`. ``by_kind``: schedule and ulysses by kind of layer, where they have
+    been chosen; ``sets``: of kinds that attend sets of keys."""
 
     cp: int
     layout: str = "zigzag"
     schedule: str = "ring"
-    # Schedule and ulysses by kind of layer, where they have been chosen.
     by_kind: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     ulysses: int | None = None
     node_size: int | None = None
@@ -44,7 +45,7 @@ class Strategy:
     kv_heads: int | None = None
     head_dim: int = 128
     hardware: Hardware | None = None
-    sets: Mapping[str, Sets] = field(default_factory=dict)  # of kinds that attend sets of keys
+    sets: Mapping[str, Sets] = field(default_factory=dict)
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of ``mask``; the same on every rank."""
@@ -70,7 +71,8 @@ class Strategy:
         layers: Sequence[str],
         states: Mapping[str, Sequence[int]] | None = None,
     ) -> LayerPlans:
-        """The plans of a model whose ``layers`` are of these kinds (NONE: without attention), on
+        """The plans, by ``masks`` of kinds, of a model whose ``layers`` are of these kinds (NONE:
+        without attention), on
         one layout: balanced for the sum over the layers. "auto" chooses for each kind. ``states``:
         of kinds that carry a state or attend sets of keys, the lengths of the documents.
 

@@ -32,7 +32,9 @@ def oracle(
     softcap: float = 0.0,
 ) -> list[torch.Tensor]:
     """[out, dq, dk, dv] in float64 by the dense reference kernel, a head and some rows at a time;
-    no plan, no layout and no executor is involved."""
+    no plan, no layout and no executor is involved. ``q`` and ``dout`` ``[batch, tokens, heads,
+    head_dim]``, ``k`` and ``v`` with kv_heads, of the whole sequence that ``mask`` is of;
+    ``softcap`` as of :func:`ringattn.ring_attention`."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
     together, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
@@ -69,8 +71,9 @@ def oracle(
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor: RMS errors over the RMS of float64, and its row (one token of one head) that is
-    furthest off, over what it may be: ``worst`` of more than 1 is too far."""
+    """One tensor: RMS errors over the RMS of float64, ``ours`` and that of ``one_call``, and its
+    row (one token of one head) that is furthest off, ``worst_at`` [batch, token, head], over what
+    it may be: ``worst`` of more than 1 is too far. ``ok``: neither is."""
 
     ours: float
     one_call: float
@@ -80,11 +83,14 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
+        """Our error over that of the one call; 1 where that is 0."""
         return self.ours / self.one_call if self.one_call else 1.0
 
 
 def compare(got: torch.Tensor, one_call: torch.Tensor, want: torch.Tensor) -> Comparison:
-    """``got`` and ``one_call`` ``[batch, tokens, heads, head_dim]`` in one dtype against float64.
+    """``got`` and ``one_call`` ``[batch, tokens, heads, head_dim]`` in one dtype against ``want``
+    in
+    float64.
 
     The whole may be ``LIMIT`` times as far off as the one call. A wrong row can hide in the whole:
     under a causal mask the last keys have next to no gradient. So each row is held against itself:
@@ -105,6 +111,8 @@ def compare(got: torch.Tensor, one_call: torch.Tensor, want: torch.Tensor) -> Co
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Root mean square of the difference over that of float64; NaN counts as infinite."""
+    """Root mean square of the difference of ``got`` and ``want`` over that of ``want``, float64;
+    NaN
+    counts as infinite."""
     error = (got.double() - want).norm() / want.norm().clamp(min=1e-30)
     return float(error.nan_to_num(torch.inf, torch.inf))

@@ -29,12 +29,14 @@ def test_a_refusal_is_always_read_and_once(how):
     assert how == "alone" or output == "train.py: no\n"
 
 
-def test_the_example_in_the_readme_runs(tmp_path):
+def test_the_loop_of_the_start_page_runs(tmp_path):
     """And its gradient, averaged over the ranks, is that of one rank."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/start.md").read_text()
+    example, mine = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(
         example
+        + mine
         + "grad = model.lm_head.weight.grad\n"
         + "dist.all_reduce(grad)\n"
         + "if dist.get_rank() == 0:\n"

@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenize": "write text as token shards that every rank maps into memory",
     "bpe": "train a byte-level BPE tokenizer on text",
     "export": "write a training checkpoint as a Hugging Face folder",
+    "info": "versions, devices, links and kernels, to read or to put into a report of a fault",
     "verify": "compare distributed attention with float64, on your device, backend and shapes",
 }
 
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ringattn.cli.tokenize import bpe as run
         elif name == "export":
             from ringattn.cli.export import run
+        elif name == "info":
+            from ringattn.cli.info import run
         else:
             from ringattn.cli.verify import run
         return run(rest)

@@ -65,15 +65,22 @@ def open_data(
                 "eval.holdout and eval.root, and give eval.probes"
             )
         loaded = tokenizer.make(data.tokenizer_keys)
-        # A seed that no evaluation draws from.
-        task = Probe(data.format, loaded, seq_len, seed + 2**32, halvings=3)
+        task = _task(data.format, loaded, seq_len, seed)
         return Opened(loaded, task, None, [f"data: {data.format}, made on the fly"])
     parts, weights = [data], [1.0]
     if data.mix:
         parts, weights = [_like(data, part) for part in data.mix], [p.weight for p in data.mix]
-    whole = opened = [_open(part, progress) for part in parts]
-    loaded = _tokenizer(data, opened)
-    evaluation = [None] * len(parts)
+    tasks = [part.format in settings.TASKS for part in parts]
+    written = [weight for weight, task in zip(weights, tasks, strict=True) if not task]
+    whole = opened = [
+        _open(part, progress) for part, task in zip(parts, tasks, strict=True) if not task
+    ]
+    loaded = _tokenizer(data, opened) if opened else tokenizer.make(data.tokenizer_keys)
+    evaluation = [None] * len(opened)
+    if not opened and (holdout or held_out_root is not None):
+        raise SettingsError(
+            "eval.holdout, eval.root: data.mix has no documents to hold out; leave them out"
+        )
     if held_out_root is not None:
         other = replace(parts[0], root=held_out_root, **_tokenizer_of(opened[0]))
         evaluation = [_open(other, progress)]
@@ -85,26 +92,38 @@ def open_data(
         opened, evaluation = zip(*(hold_out(d, holdout) for d in opened), strict=True)
     remarks: list[str] = []
 
-    def stream(documents: list[Documents], weights: list[float], seed: int) -> Sequences:
-        seeds = [seed] if len(documents) == 1 else [(seed, i) for i in range(len(documents))]
-        streams = [
+    def texts(documents: list[Documents], seed: int, several: bool) -> list[Sequences]:
+        seeds = [(seed, i) for i in range(len(documents))] if several else [seed]
+        return [
             Stream(d, seq_len, s, data.packing, loaded.end)
             for d, s in zip(documents, seeds, strict=True)
         ]
+
+    def together(streams: list[Sequences], weights: list[float], seed: int) -> Sequences:
         return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
 
-    train = stream(list(opened), weights, seed)
-    for documents, own in zip(whole, getattr(train, "streams", [train]), strict=True):
-        remarks.append(_remark(documents, own))
+    streams = texts(list(opened), seed, len(parts) > 1)
+    remarks += [_remark(documents, own) for documents, own in zip(whole, streams, strict=True)]
+    for at, part in enumerate(parts):
+        if tasks[at]:
+            streams.insert(at, _task(part.format, loaded, seq_len, seed))
+            remarks.append(f"data: {part.format}, made on the fly")
+    train = together(streams, weights, seed)
     held_out = None
-    if evaluation[0] is not None:
-        held_out = stream(list(evaluation), weights[: len(evaluation)], 0)
+    if evaluation and evaluation[0] is not None:
+        held = texts(list(evaluation), 0, len(evaluation) > 1)
+        held_out = together(held, written[: len(held)], 0)
         tokens = sum(int(d.lengths.sum()) for d in evaluation)
         remarks.append(f"held out: {sum(len(d.lengths) for d in evaluation):,} documents, "
                        f"{tokens:,} tokens")  # fmt: skip
     shards = [d for d in (*whole, *evaluation) if isinstance(d, Shards)]
     files = [file for each in shards for file in each.files]
     return Opened(loaded, train, held_out, remarks, files, _cache(data) / "whole")
+
+
+def _task(name: str, loaded: Tokenizer, seq_len: int, seed: int) -> Probe:
+    """To train on: with a seed that no evaluation draws from."""
+    return Probe(name, loaded, seq_len, seed + 2**32, halvings=3)
 
 
 def _like(data: settings.Data, part: settings.Part) -> settings.Data:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ringattn.data.formats import FORMATS
 from ringattn.data.packing import NAMES as PACKINGS
@@ -12,19 +12,30 @@ from ringattn.data.tokenizer import TokenizerKeys
 from ringattn.typed import Count, Flag, OneOf, Positive, Text, Whole, Words, settings
 
 TASKS = ("passkey", "recall")  # made on the fly: see ringattn.data.probes
-Format = Annotated[Any, OneOf("auto", *FORMATS, "tokens")]
+Format = Annotated[Any, OneOf("auto", *FORMATS, "tokens", *TASKS)]
 
 
 @settings
 class Part:
     """One of several sources: what differs from the keys of ``data``, and how much of it."""
 
-    root: Text
     weight: Positive
+    root: Text | None = None
     glob: Text | None = None
     format: Format | None = None
     field: Text | None = None
     split: Text | None = None
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Part:
+        made = self.format in TASKS
+        if made == (self.root is not None):
+            raise ValueError(
+                f"data.mix: format={self.format} is made on the fly and has no root"
+                if made
+                else f"data.mix: a source needs a root, or a format of {', '.join(TASKS)}"
+            )
+        return self
 
 
 @settings
@@ -35,7 +46,7 @@ class Data:
     """Folder of the files; null: the standard library of the Python that runs, or what mix says."""
     glob: Text = "**/*"
     """Which files below it."""
-    format: Annotated[Any, OneOf("auto", *FORMATS, "tokens", *TASKS)] = "auto"
+    format: Format = "auto"
     """By ending: text, jsonl (.gz too), parquet; datasets (saved on disk), tokens (shards of
     `ringattn tokenize`); passkey and recall are made on the fly."""
     field: Text = "text"
@@ -61,10 +72,10 @@ class Data:
         Annotated[list[Part], Field(min_length=2)] | None,
         Words(
             "null or a list of at least two {root: PATH, weight: NUMBER above 0}, each with glob, "
-            "format, field or split where it differs"
+            "format, field or split where it differs; in place of a root {format: passkey}"
         ),
     ] = None
-    """Several sources: [{root: A, weight: 2}, {root: B, weight: 1}]."""
+    """Several sources: [{root: A, weight: 2}, {format: passkey, weight: 1}]."""
     max_corrupt: Whole = 10
     """Records that may be left out because they cannot be read."""
     cache: Text | None = None

@@ -200,7 +200,7 @@ class Mixture(Sequences):
 
     BLOCK = 1024
 
-    def __init__(self, streams: list[Stream], weights: list[float], seed: int) -> None:
+    def __init__(self, streams: list[Sequences], weights: list[float], seed: int) -> None:
         self.streams, self.seed = streams, seed
         self.seq_len, self.filler = streams[0].seq_len, streams[0].filler
         self.shares = np.array(weights, np.float64) / sum(weights)

@@ -145,7 +145,7 @@ class VirtualWorld:
     """``world`` ranks as threads of this process, exchanging through queues. ``timeout``: seconds
     that a rank waits for another that is still at work."""
 
-    boxes: dict[tuple[int, int], queue.SimpleQueue]  # from, to: of one run
+    _boxes: dict[tuple[int, int], queue.SimpleQueue]  # from, to: of one run
 
     def __init__(self, world: int, timeout: float = 600.0) -> None:
         self.world, self.timeout = world, timeout
@@ -155,7 +155,7 @@ class VirtualWorld:
         raised first: a rank's own error; ConnectionError if one waits for another that has ended;
         TimeoutError if they wait for each other."""
         each = range(self.world)
-        self.boxes = {(a, b): queue.SimpleQueue() for a in each for b in each}
+        self._boxes = {(a, b): queue.SimpleQueue() for a in each for b in each}
         errors: list[BaseException] = []  # as they come: the first is the cause of the others
 
         def one(rank: int) -> Any:
@@ -168,7 +168,7 @@ class VirtualWorld:
                 errors.append(error)
             finally:
                 for peer in each:
-                    self.boxes[rank, peer].put(_ENDED)
+                    self._boxes[rank, peer].put(_ENDED)
 
         with ThreadPoolExecutor(self.world) as pool:
             results = list(pool.map(one, each))
@@ -188,7 +188,7 @@ class VirtualRank:
 
     def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
         for buffer, peer in sends:
-            self.home.boxes[self.rank, peer].put(buffer.detach().clone())
+            self.home._boxes[self.rank, peer].put(buffer.detach().clone())
         return _VirtualPending(self, recvs, label)
 
 
@@ -201,7 +201,7 @@ class _VirtualPending:
     def wait(self) -> None:
         for buffer, peer in self.recvs:
             try:
-                box = self.at.home.boxes[peer, self.at.rank]
+                box = self.at.home._boxes[peer, self.at.rank]
                 message = box.get(timeout=self.at.home.timeout)
             except queue.Empty:
                 raise TimeoutError(_describe(self.label, [], [(buffer, peer)])) from None

@@ -51,7 +51,8 @@ def split_sequence(
 ) -> Iterator[None]:
     """Inside, ``model`` (a transformers model made with ``attn_implementation="ringattn"``, or what
     wraps one) sees this rank's tokens of sequences split as ``plans`` say over ``group`` (None: the
-    default one). Forward and backward belong inside.
+    default one), with the block ``kernel`` of :func:`ringattn.ring_attention`. Forward and backward
+    belong inside.
 
     ``plans``: of :func:`ringattn.hf.make_plans`, or any mapping of kinds of layer to plans of one
     layout; each layer finds its own. Or one plan for all layers.
@@ -123,7 +124,7 @@ def check(
 
     It is probed for modules that mix tokens by themselves, its layers' masks are compared with the
     plans' in both directions, and the beginning of the sequence is computed split and in one
-    process: see :func:`ringattn.hf.proof.compare`.
+    process: see :func:`ringattn.hf.proof.compare`. ``mixers`` as in :func:`split_sequence`.
 
     Raises ValueError, with the module or the token.
     """

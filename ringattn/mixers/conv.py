@@ -1,5 +1,6 @@
 """Short causal convolutions over split sequences: the few tokens before a segment, its halo, come
-from the ranks that own them."""
+from the ranks that own them. ``segments``: of :func:`ringattn.make_segments`.
+"""
 
 from __future__ import annotations
 

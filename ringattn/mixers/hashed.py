@@ -6,6 +6,8 @@ order by bucket. Tokens move to where they are in that order, attend within chun
 
 Chunks begin anew in each bucket. Were they cut across the whole order, as Reformer's are, a later
 token of another bucket would shift the cuts, and so change what earlier ones attend.
+
+``kernel`` and ``scale`` are those of :func:`ringattn.ring_attention`.
 """
 
 from __future__ import annotations
@@ -86,8 +88,9 @@ def lsh(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 
 @in_float32
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Buckets by the centroid of ``[heads, buckets, dim]`` with the largest product, one round:
-    ``[batch, tokens, heads, 1]``."""
+    """Buckets of ``x`` ``[batch, tokens, heads, dim]`` by the one of ``centroids`` ``[heads,
+    buckets,
+    dim]`` with the largest product, one round: int64 ``[batch, tokens, heads, 1]``."""
     return torch.einsum("bthd,hcd->bthc", x.to(centroids.dtype), centroids).argmax(-1, keepdim=True)
 
 

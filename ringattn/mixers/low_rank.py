@@ -1,6 +1,8 @@
 """Attention through few summaries of a whole document: projections over its length, a packed
 memory, landmarks; and sparse attention beside a low-rank rest. All but :func:`scatterbrain` look
 into the future.
+
+``kernel`` and ``scale`` are those of :func:`ringattn.ring_attention`.
 """
 
 from __future__ import annotations

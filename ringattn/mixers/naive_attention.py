@@ -1,9 +1,9 @@
 """What the mixers with chosen or summarised keys compute: dense, of whole sequences, in one
 process, in the dtype of what is given. Every split version has to equal these.
 
-Arguments are those of the mixers, with the ``lengths`` of the documents (None: one) and sizes in
-place of blocks. Tensors are ``[batch, tokens, heads, dim]``; weights of pairs ``[batch, heads,
-queries, keys]``.
+Arguments are those of the mixers, with the ``lengths`` of the documents (None: one) and a ``size``
+in tokens in place of blocks. Tensors are ``[batch, tokens, heads, dim]``; weights of pairs
+``[batch, heads, queries, keys]``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Softmax attention over near tokens and over summaries of those further away."""
+"""Softmax attention over near tokens and over summaries of those further away.
+
+``kernel`` and ``scale`` are those of :func:`ringattn.ring_attention`.
+"""
 
 from __future__ import annotations
 

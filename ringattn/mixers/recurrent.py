@@ -1,7 +1,8 @@
 """Linear attention and the delta rule over split sequences, in chunks, with torch on any device.
 
 Within a chunk everything is a matrix product; from chunk to chunk goes a state in float32, and from
-segment to segment a summary: see ``chunks`` and ``states``.
+segment to segment a summary: see ``chunks`` and ``states``. ``segments``: of
+:func:`ringattn.make_segments`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def delta(
     q_t``: the delta rule (Yang et al. 2024, arXiv:2406.06484), with a decay for each head gated
     (arXiv:2412.06464), for each of dk too Kimi's (arXiv:2510.26692). Keys should have a norm of 1.
 
-    beta ``[batch, tokens, heads]``; all else as in :func:`linear`.
+    beta ``[batch, tokens, heads]``; all else, the errors too, as in :func:`linear`.
     """
     if beta.shape != k.shape[:3]:
         raise ValueError(f"delta: beta must be {list(k.shape[:3])}, got {list(beta.shape)}")

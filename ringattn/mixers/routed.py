@@ -5,6 +5,8 @@ exchanged, so that all ranks make the same plan, and then the blocks that somebo
 are gathered by the block that they chose, so a block kernel's work is full rectangles, of each head
 by itself. Where scores are equal the earlier block is chosen. Nothing of the choice is
 differentiated.
+
+``kernel`` and ``scale`` are those of :func:`ringattn.ring_attention`.
 """
 
 from __future__ import annotations

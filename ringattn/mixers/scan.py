@@ -1,5 +1,6 @@
 """Mamba-1's selective scan over split sequences: a decay for each channel and dimension of its
-state."""
+state. ``segments``: of :func:`ringattn.make_segments`; ``chunk``: tokens of a chunk.
+"""
 
 from __future__ import annotations
 

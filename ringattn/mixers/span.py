@@ -1,4 +1,7 @@
-"""A learned span of attention for each head."""
+"""A learned span of attention for each head.
+
+``kernel`` and ``scale`` are those of :func:`ringattn.ring_attention`.
+"""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ class Rows:
         self._taken: torch.Tensor | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """Of ``[batch, tokens, heads, dim]``: ``[1, rows, heads / shared, dim]``."""
+        """Of ``x`` ``[batch, tokens, heads, dim]``: ``[1, rows, heads / shared, dim]``."""
         return rearrange(x, "b t (s g) d -> (b s t) g d", s=self.shared)[self.index][None]
 
     def take_lse(self, lse: torch.Tensor) -> torch.Tensor:
-        """Of ``[batch, heads, tokens]``: ``[1, heads / shared, rows]``."""
+        """Of ``lse`` ``[batch, heads, tokens]``: ``[1, heads / shared, rows]``."""
         flat = rearrange(lse, "b (s g) t -> (b s t) g", s=self.shared)
         return flat[self.index].mT[None]
 
@@ -58,7 +58,9 @@ class Rows:
             )
 
     def summed(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`take`: what was taken several times is summed."""
+        """The inverse of :meth:`take`, from ``x`` to the rows of ``like``: what was taken several
+        times
+        is summed."""
         total = torch.zeros_like(like, dtype=x.dtype)
         lse = x.new_zeros(1, x.shape[2], x.shape[1])
         for part, _ in self.turns(x, lse, like):

@@ -93,16 +93,17 @@ class Blocks:
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.layout.world
 
     def remember(self, key: Hashable, work: Callable[[], T]) -> T:
-        """The result of ``work``, done once."""
+        """The result of ``work``, done once for a ``key``."""
         if key not in self._remembered:
             self._remembered[key] = work()
         return self._remembered[key]
 
     def of(self, size: int, stride: int | None = None) -> Blocks:
-        """Blocks of another size over the same tokens."""
+        """Blocks of another ``size`` (in tokens, one every ``stride``) over the same tokens."""
         if (size, stride or size) == (self.size, self.stride):
             return self
         make = Blocks
@@ -154,12 +155,13 @@ class Blocks:
         return Relayout(layout_of(self.pieces.rank, self.world), layout_of(owners, self.world))
 
     def plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
-        """Of the tokens' queries over ``keys`` (None: the tokens). Each rank receives the rows that
+        """For a ``mask`` of the tokens' queries over ``keys`` (None: the tokens). Each rank
+        receives the rows that
         it attends."""
         return self.remember(("plan", mask, keys), lambda: self.new_plan(mask, keys))
 
     def new_plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
-        """The same, not kept."""
+        """:meth:`plan` of a ``mask`` over ``keys``, not kept."""
         keys = keys or self.layout
         return Plan(mask, self.layout, keys, "direct", self.ulysses, self.world)
 
@@ -193,7 +195,7 @@ class Blocks:
         )
 
     def back(self, nearest: int, furthest: int) -> Mask:
-        """From so many to so many tokens back, of its document."""
+        """From ``nearest`` to ``furthest`` tokens back, of its document."""
         whole = Run(0, self.layout.n)
         band = Slice.make(whole, whole, -furthest, -nearest)
         return self.documents & Mask((band,) * bool(band), self.layout.n, self.layout.n)
@@ -201,7 +203,8 @@ class Blocks:
     # Masks of tokens over summaries
 
     def past(self, near: int = 1, coarser: Blocks | None = None, slots: int = 1) -> Mask:
-        """All blocks of its document before the ``near`` nearest (see :meth:`near`), so that every
+        """All blocks (``slots`` summaries of each) of its document before the ``near`` nearest (see
+        :meth:`near`), so that every
         earlier token counts once; with ``coarser`` ones, which summarise what is further away, only
         those that their own :meth:`past` leaves."""
         return self.remember(
@@ -224,14 +227,15 @@ class Blocks:
         return self._over(self.starts, self.stops, first, stop, slots)
 
     def ended(self, slots: int = 1) -> Mask:
-        """All blocks of its document that have ended, with the token itself or before it."""
+        """All blocks (``slots`` summaries of each) of its document that have ended, with the token
+        itself or before it."""
         last = np.arange(len(self)) == self.lasts[self.document] - 1
         until = np.where(last, self.stops, np.append(self.stops[1:], 0) - 1)
         first, seen = self.firsts[self.document], np.arange(len(self)) + 1
         return self._over(self.stops - 1, until, first, seen, slots)
 
     def whole(self, slots: int = 1) -> Mask:
-        """All blocks of its document."""
+        """All blocks (``slots`` summaries of each) of its document."""
         begins, lengths = self.begins, np.array(self.lengths, np.int64)
         return self._over(begins, begins + lengths, self.firsts, self.lasts, slots)
 

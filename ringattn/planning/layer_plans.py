@@ -90,10 +90,12 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def first(self) -> Plan:
+        """The plan of the first kind."""
         return next(iter(self.values()))
 
     @property
     def layout(self) -> Layout:
+        """The one layout of all kinds."""
         if self:
             return self.first.layout
         each = [*self.segments.values(), *(own.blocks for own in self.sets.values())]
@@ -101,6 +103,7 @@ class LayerPlans(dict[str, Plan]):
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.layout.world
 
     @property

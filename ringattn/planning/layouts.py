@@ -1,7 +1,7 @@
 """Layouts: which rank owns which tokens of a sequence, as a short list of runs per rank.
 
 Local order follows the runs, which ascend by their starts. Ranks may own unequal counts, or
-nothing.
+nothing. In all builders ``n`` is the number of tokens and ``world`` that of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _TOLERANCE = 0.01  # of balanced: largest work over the mean, less 1
 
 @dataclass(frozen=True)
 class Layout:
-    """``runs[rank]`` are the global positions of that rank's tokens, out of ``n``.
+    """``runs[rank]`` are the global positions of that rank's tokens, out of ``n``; ``name`` is for
+    people.
 
     All runs share one step: a band in positions then is a band in local indices.
     """
@@ -62,10 +63,12 @@ class Layout:
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return len(self.runs)
 
     @property
     def ranks(self) -> range:
+        """0 up to ``world``."""
         return range(len(self.runs))
 
     @cached_property
@@ -108,7 +111,7 @@ class Layout:
         return x[_at(x.ndim, dim, self.positions(rank))]
 
     def unshard(self, parts: Sequence[Any], dim: int = 1) -> Any:
-        """The inverse of :meth:`shard`, from the parts of all ranks in rank order."""
+        """The inverse of :meth:`shard` along ``dim``, from the parts of all ranks in rank order."""
         if len(parts) != self.world:
             raise ValueError(f"unshard: {len(parts)} parts for a layout of {self.world} ranks")
         dim %= parts[0].ndim

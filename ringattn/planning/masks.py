@@ -2,6 +2,10 @@
 
 A slice is a run of queries x a run of keys x a band ``lo <= k - q <= hi``. A mask is a list of
 disjoint slices, so its area (the number of pairs) is a sum, and nothing is ever of size L x L.
+
+In all builders ``n`` is the number of tokens, all lengths, windows and distances are in tokens, and
+``causal`` keeps only keys that are not after the query. Builders raise ValueError for what makes no
+mask, naming the argument.
 """
 
 from __future__ import annotations
@@ -187,7 +191,7 @@ def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
 
 
 def documents(lengths: Sequence[int], causal: bool = True) -> Mask:
-    """Packed documents: each sees itself only (causally or whole)."""
+    """Packed documents of these ``lengths``: each sees itself only."""
     lengths = [integer("every document length", length, 0) for length in _listed(lengths)]
     runs = [Run(at, at + x) for at, x in zip(accumulate(lengths, initial=0), lengths, strict=False)]
     n = sum(lengths)

@@ -37,9 +37,10 @@ def numbered(number: int) -> Plan:
 class Plan:
     """What every rank computes and exchanges for one mask on one layout.
 
-    Make it with :func:`ringattn.make_plan`, once per batch; all layers share it. ``reason`` says
-    why an automatic choice fell as it did; ``number`` stands for the plan where only an integer
-    may.
+    Make it with :func:`ringattn.make_plan`, once per batch; all layers share it. ``layout`` says
+    who owns the queries, ``key_layout`` who owns the keys. ``schedule``, ``ulysses`` and
+    ``node_size`` are as chosen; ``reason`` says why an automatic choice fell as it did; ``number``
+    stands for the plan where only an integer may.
     """
 
     mask: Mask
@@ -69,6 +70,7 @@ class Plan:
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.layout.world
 
     @cached_property

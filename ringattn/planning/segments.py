@@ -144,6 +144,7 @@ class Segments:
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.layout.world
 
     @cached_property
@@ -163,7 +164,7 @@ class Segments:
         return sorted(pieces, key=lambda piece: piece.start)
 
     def sources(self, segment: Segment) -> list[Segment]:
-        """Those whose summaries make the first state of this one, in their order; none where a
+        """Those whose summaries make the first state of ``segment``, in their order; none where a
         document begins with it."""
         if not segment.carries:
             return []
@@ -183,7 +184,7 @@ class Segments:
         return Segments(layouts.contiguous(self.layout.n, self.world), self.lengths)
 
     def halo(self, rank: int, size: int) -> Halo:
-        """For a convolution over ``size`` tokens before each one."""
+        """What ``rank`` needs for a convolution over ``size`` tokens before each one."""
         sends: dict[int, list[Run]] = defaultdict(list)
         places: dict[int, dict[int, list[list[int]]]] = {}
         begins = [segment.run.start for segment in self.all]

@@ -62,7 +62,8 @@ def train(job: Job, context: Context, stops: Sized, heartbeat: Heartbeat) -> boo
     display = Display(rank == 0, run.train.steps, start.step)
     at = checkpoints.folder(job.run_dir, start.step)
     saved = resume is not None and resume[0].resolve() == at.resolve()
-    evaluate_first = saved and _lacks_evaluation(run, job.run_dir, start.step)
+    evaluate_first = run.eval.first and not resume
+    evaluate_first |= saved and _lacks_evaluation(run, job.run_dir, start.step)
     if resume and start.step >= run.train.steps and not evaluate_first:
         display.say(
             f"nothing left to do: {resume[0]} is at step {start.step}, train.steps="

@@ -12,6 +12,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=300))
 rank, world = dist.get_rank(), dist.get_world_size()
 group = dist.new_group(list(range(world)))
 torch.set_num_threads(1)
+torch._dynamo.config.capture_dynamic_output_shape_ops = True  # torch 2.9 wants it for Ulysses
 
 
 def attention(q, k, v, plan):

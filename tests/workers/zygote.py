@@ -5,6 +5,7 @@ takes all output, seconds. Answers with a line {"status": N}: 0, or that of the 
 failed; the others are then killed, as by torchrun.
 """
 
+import importlib.util
 import json
 import os
 import runpy
@@ -16,13 +17,17 @@ import time
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # an optimizer of DeepSpeed would load all of the compiler
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy  # noqa: F401
 
-import ringattn.training.engines.deepspeed_engine
-import ringattn.training.engines.fsdp_engine
-import ringattn.training.loop
-import ringattn.training.main  # noqa: F401
+import ringattn.execution.attention
+
+if importlib.util.find_spec("deepspeed"):  # else the core alone is tested: tools/oldest.sh
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import ringattn.training.engines.deepspeed_engine
+    import ringattn.training.engines.fsdp_engine
+    import ringattn.training.loop
+    import ringattn.training.main  # noqa: F401
 
 
 def free_port() -> int:

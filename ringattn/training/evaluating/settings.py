@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ringattn.data.settings import TASKS
-from ringattn.typed import Count, OneOf, Share, Text, Whole, settings
+from ringattn.typed import Count, Flag, OneOf, Share, Text, Whole, settings
 
 
 @settings
@@ -16,6 +16,8 @@ class Eval:
 
     every: Whole = 0
     """Steps, and after the last; 0: never."""
+    first: Flag = False
+    """Before the first step too: what a model to start from can do."""
     sequences: Whole = 8
     """Held out, of seq_len tokens, over all ranks; 0: none."""
     holdout: Annotated[float, Field(strict=True, ge=0, le=0.5)] = 0.0
@@ -33,6 +35,8 @@ class Eval:
 
     @model_validator(mode="after")
     def _has_cells(self) -> Eval:
+        if self.first and not self.every:
+            raise ValueError("eval.first=true: without eval.every nothing is evaluated")
         for key in ("lengths", "depths"):
             if self.probes and getattr(self, key) == []:
                 raise ValueError(f"eval.{key}=[]: eval.probes={self.probes} needs some")

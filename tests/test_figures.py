@@ -1,0 +1,112 @@
+"""Every number that a document quotes is in a result that the document names."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+
+from .processes import ROOT
+
+_spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
+figures = importlib.util.module_from_spec(_spec)
+sys.modules["figures"] = figures  # dataclasses look their module up
+_spec.loader.exec_module(figures)
+
+NAMES = [page.relative_to(ROOT).as_posix() for page in figures.PAGES]
+UNITS = (
+    "TFLOP/s|tokens/s|GB/s|Mbit/s|GiB|MiB|KiB|GB|MB|ms|us|s|seconds|minutes|min|%|x|times faster"
+)
+NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
+# "1.2 s", "0.2 to 0.3 s", "10, 5 and 2 %": every number before the unit has it.
+QUANTITY = re.compile(
+    rf"(?<![\w.,/=^-])((?:{NUMBER}(?:,| to| and| or|, and|-| %,| %,? and)? )*{NUMBER}) ?({UNITS})(?![\w/])"
+)
+
+
+def quantities(text: str) -> set[tuple[str, str]]:
+    """(number, unit) of everything with a unit in a text."""
+    text = text.replace("×", "x").replace("µs", "us")
+    found = set()
+    for numbers, unit in QUANTITY.findall(text):
+        found |= {(n.lstrip("+-").replace(",", ""), unit) for n in re.findall(NUMBER, numbers)}
+    return found
+
+
+def prose(page: str) -> list[str]:
+    """Paragraphs, without code, tables and what is between markers."""
+    page = figures._MARKED.sub("", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+    page = re.sub(r"`[^`\n]*`|\]\([^)]*\)|<!--.*?-->", "", page)
+    lines = ["" if line.startswith("|") else line for line in page.splitlines()]
+    return "\n".join(lines).split("\n\n")
+
+
+def cited(page: str) -> str:
+    """The text of all results that a page names: by a marker, a script or a link."""
+    names = {name for _, name, *_ in figures._MARKED.findall(page)}
+    names |= set(re.findall(r"benchmarks/results/([\w.-]+)\.md", page))
+    texts = [figures.result(name) for name in names]
+    for script in set(re.findall(r"benchmarks/(\w+)\.py", page)):
+        texts += [each.read_text() for each in figures.RESULTS.glob(f"{script}*.md")]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_between_markers_is_that_of_its_result(name):
+    page = (ROOT / name).read_text()
+    assert figures.written(page) == page, f"{name}: python benchmarks/figures.py --write"
+    assert page.count("<!-- figures: ") == page.count("<!-- figures end -->")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_with_a_unit_is_in_a_result_or_stated(name):
+    page = (ROOT / name).read_text()
+    known, allowed = quantities(cited(page)), stated_words(name)
+    loose = []
+    for paragraph in prose(page):
+        for words in allowed:
+            paragraph = re.sub(r"\s+".join(map(re.escape, words.split())), " ", paragraph)
+        loose += sorted(quantities(paragraph) - known)
+    assert not loose, f"{name}: in no result that it names, nor in stated.md: {loose}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_of_numbers_is_between_markers(name):
+    page = figures._MARKED.sub("", (ROOT / name).read_text())
+    for table in figures.tables(page):
+        cells = [c.strip() for line in table.splitlines()[2:] for c in line.strip("| \n").split(" | ")]
+        numbers = [c for c in cells if re.fullmatch(rf"\**{NUMBER}( \([^)]*\))? ?({UNITS})?\**", c)]
+        assert len(numbers) < 4, f"{name}: this table is from no result:\n{table}"
+
+
+def stated_words(name: str) -> list[str]:
+    """What ``stated.md`` says of a page."""
+    rows = figures.tables((figures.RESULTS / "stated.md").read_text())[0].splitlines()[2:]
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows]
+    return [words for page, words, _ in cells if page == name]
+
+
+def test_what_is_stated_is_still_said():
+    """And every line gives its reason."""
+    rows = figures.tables((figures.RESULTS / "stated.md").read_text())[0].splitlines()[2:]
+    for row in rows:
+        name, words, why = [c.strip() for c in row.strip("|").split("|")]
+        page = " ".join((ROOT / name).read_text().split())
+        assert words in page, f"stated.md: {name} does not say {words!r}"
+        assert len(why) > 5, row
+
+
+def test_every_result_of_a_bench_says_what_ran_and_when():
+    for name in figures.BENCHES:
+        head = figures.result(name).splitlines()
+        assert head[0] == f"# {name}"
+        command = re.match(r"`python benchmarks/([^`]+)`, (\d{4}-\d\d-\d\d), ", head[2])
+        assert command and command[1] == figures.BENCHES[name].command, name
+
+
+def test_a_number_that_is_in_no_result_is_seen(tmp_path):
+    page = "It takes 1.25 s (`benchmarks/start.py`), 10, 5 and 2 % of it, 7 × as long, 0.2 to 0.3 ms."
+    assert quantities(page) == {
+        ("1.25", "s"), ("10", "%"), ("5", "%"), ("2", "%"), ("7", "x"), ("0.2", "ms"), ("0.3", "ms")
+    }  # fmt: skip
+    assert ("1.25", "s") not in quantities("1.26 s and 11.25 s and 1.250 s")
