@@ -1,5 +1,5 @@
-# make train | make test | make lint | make bench: each sets up .venv first and needs nothing else
-# than Python 3.11+ and a C++ compiler.
+# make train | test | lint | types | package | site | figures | bench: each sets up what it needs and
+# wants nothing else than Python 3.11+ and a C++ compiler.
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
@@ -7,8 +7,9 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+DOCS := .venv-docs
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test lint types package site figures bench clean
 
 setup: $(VENV)/ready
 
@@ -36,6 +37,29 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Strict types over the public interface.
+types: setup
+	$(BIN)/python tools/typecheck.py
+
+# sdist and wheel in dist/, tried in empty environments: the core, then each extra.
+package: setup
+	$(BIN)/python tools/try_packages.py build
+	$(BIN)/python tools/try_packages.py extras
+
+# The site in site/, strictly. Docstrings are read from an installed package: kernels/ is part of it there.
+$(DOCS)/ready: docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -r docs/requirements.txt
+	touch $@
+
+site: $(DOCS)/ready
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+
+# Runs every bench that a page quotes, for hours, and rewrites the pages; ARGS="traffic memory": these.
+figures: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/figures.py $(ARGS)
+
 # The peers bring their own dependencies, so they live in an environment of their own.
 $(BENCH)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
@@ -47,4 +71,4 @@ bench: $(BENCH)/ready
 	$(BENCH)/bin/python benchmarks/peers.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH) build *.egg-info
+	rm -rf $(VENV) $(BENCH) $(DOCS) build dist site *.egg-info

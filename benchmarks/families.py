@@ -128,8 +128,8 @@ def traffic(options):
     ring = ra.make_plan(ra.masks.causal(n), layout, "ring")
     of_ring = sum(ring.recv_tokens(rank) for rank in range(world))
     print(f"{n:,} tokens, {world} ranks, blocks of {size}, top_k {top_k}, one head\n")
-    print(f"| keys and queries | rows moved (the plan's) | of a ring's {of_ring:,} | rows that nobody of "
-          "a rank chose |\n|---|---|---|---|")  # fmt: skip
+    print(f"| keys and queries | rows moved (the plan's) | of a ring's {of_ring:,} | rows that "
+          "nobody of a rank chose |\n|---|---|---|---|")  # fmt: skip
     kinds = (("random", 0.0), ("clustered: neighbours ask alike", 4.0))
     for name, strength in kinds:
         draw = torch.Generator().manual_seed(0)
@@ -168,7 +168,10 @@ def estimate(options):
 
 def planning(options):
     """Seconds that a rank takes to make the plan of a choice: blocks chosen at random."""
-    print("| tokens | ranks | K/V heads | block | bands | median of 5: s (range) |\n|---|---|---|---|---|---|")
+    print(
+        "| tokens | ranks | K/V heads | block | bands | median of 5: s (range) |\n"
+        "|---|---|---|---|---|---|"
+    )
     for n, world in ((65536, 8), (262144, 16), (1048576, 64)):
         size, copies, top_k = 512, 8, 8
         layout = ra.layouts.zigzag(n, world)
@@ -219,7 +222,9 @@ def buckets(options):
                 begin = time.perf_counter()
                 of().sum().backward()
                 seconds[name].append(time.perf_counter() - begin)
-        shown = [f"{statistics.median(x):.3f} ({min(x):.3f}-{max(x):.3f})" for x in seconds.values()]
+        shown = [
+            f"{statistics.median(x):.3f} ({min(x):.3f}-{max(x):.3f})" for x in seconds.values()
+        ]
         print(f"| {n:,} | {' | '.join(shown)} |", flush=True)
 
 

@@ -1,18 +1,19 @@
 """Every number that a document quotes, in one place.
 
-    make figures                                   # runs every bench that this machine can, then rewrites the pages
+    make figures                                   # every bench that this machine can run, hours
     python benchmarks/figures.py traffic memory    # these only
-    python benchmarks/figures.py --write           # no run: the tables of the pages from the results that are there
+    python benchmarks/figures.py --write           # no run: pages from the results that are there
 
-What a bench prints is kept word for word in ``results/NAME.md``, below a line that says what was run, when, on what,
-with which versions. A page takes the Nth table of it between two comments,
+What a bench prints is kept word for word in ``results/NAME.md``, below a line that says what was
+run, when, on what, with which versions. A page takes the Nth table of it between two comments,
 
     <!-- figures: NAME N -->
     <!-- figures end -->
 
-and quotes other numbers of it in its text. ``tests/test_figures.py`` holds every page to that: a table between
-markers is the one of the result; a table of numbers elsewhere, or a number with a unit in the text, is in a result
-that the page names, or in ``results/stated.md`` with the reason why it is no measurement.
+and quotes other numbers of it in its text. ``tests/test_figures.py`` holds every page to that: a
+table between markers is the one of the result; a table of numbers elsewhere, or a number with a
+unit in the text, is in a result that the page names, or in ``results/stated.md`` with the reason
+why it is no measurement.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _MARKED = re.compile(r"(<!-- figures: ([\w.-]+) (\d+) -->\n)(.*?)(<!-- figures e
 
 @dataclass(frozen=True)
 class Bench:
-    """What is run for ``results/NAME.md``. ``needs``: what not every machine has; ``minutes`` on two cores;
-    ``ranks``: by torchrun, if it does not start processes itself."""
+    """What is run for ``results/NAME.md``, about how many ``minutes`` on two cores. ``needs``: what
+    not every machine has; ``ranks``: by torchrun, if it does not start processes itself."""
 
     command: str
     minutes: float
@@ -108,10 +109,12 @@ def run(name: str) -> None:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{name}: exit status {done.returncode}; its result is the old one")
-    versions = ", ".join(f"{each} {version(each)}" for each in ("ringattn", "torch", "triton", "numpy"))
+    versions = ", ".join(
+        f"{each} {version(each)}" for each in ("ringattn", "torch", "triton", "numpy")
+    )
     (RESULTS / f"{name}.md").write_text(
-        f"# {name}\n\n`python benchmarks/{bench.command}`, {date.today()}, {machine()}, {versions}; "
-        f"took {time.monotonic() - begin:.0f} s\n\n{done.stdout.strip()}\n"
+        f"# {name}\n\n`python benchmarks/{bench.command}`, {date.today()}, {machine()}, "
+        f"{versions}; took {time.monotonic() - begin:.0f} s\n\n{done.stdout.strip()}\n"
     )
 
 
@@ -137,7 +140,9 @@ def written(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all of them by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all of them by default"
+    )
     parser.add_argument("--write", action="store_true", help="run nothing")
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHES):

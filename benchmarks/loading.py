@@ -82,9 +82,9 @@ def main(mib: int) -> None:
             path.unlink()
         folder.rmdir()
         print(
-            f"{world} ranks load {sum(sizes) / 2**20:.0f} MiB, its largest tensor {max(sizes) / 2**20:.0f} MiB; "
-            f"none grows by more than {max(grown) / 2**20:.0f} MiB, {max(grown) / share:.2f} x its part and "
-            "the largest tensor"
+            f"{world} ranks load {sum(sizes) / 2**20:.0f} MiB, its largest tensor "
+            f"{max(sizes) / 2**20:.0f} MiB; none grows by more than {max(grown) / 2**20:.0f} MiB, "
+            f"{max(grown) / share:.2f} x its part and the largest tensor"
         )
     end_distributed()
 

@@ -2,8 +2,9 @@
 
     python benchmarks/moved.py
 
-A gated delta rule of 16 heads of 128 in bf16, zigzag, one document; the busiest rank, forward and backward, MB.
-Nothing is measured: `ringattn plan "kinds=memory: gated_delta" n=... world=... heads=16 head_dim=128` says the same.
+A gated delta rule of 16 heads of 128 in bf16, zigzag, one document; the busiest rank, forward and
+backward, MB. Nothing is measured: `ringattn plan "kinds=memory: gated_delta" n=... world=...
+heads=16 head_dim=128` says the same.
 """
 
 import json
@@ -31,7 +32,9 @@ def main() -> None:
         moved = min(x for name, x in all_ways.items() if name.startswith("contiguous"))
         cells = [all_ways["direct"], all_ways["doubling"], moved]
         shown = [f"{x:,.1f} MB" if x < 100 else f"{x:,.0f} MB" for x in cells]
-        shown = [f"**{text}**" if x == min(cells) else text for x, text in zip(cells, shown, strict=True)]
+        shown = [
+            f"**{text}**" if x == min(cells) else text for x, text in zip(cells, shown, strict=True)
+        ]
         print(f"| {n:,} | {world:,} | {' | '.join(shown)} |")
 
 

@@ -106,7 +106,10 @@ def main() -> None:
         ("causal", 2**20, 64, [2**20]),
         ("causal", 2**24, 1024, [2**24]),
     ]
-    print("| tokens | ranks | mask | layout | the layout itself | ring | its work lists | direct | its work lists |")
+    print(
+        "| tokens | ranks | mask | layout | the layout itself | ring | its work lists | direct "
+        "| its work lists |"
+    )
     print("|---" * 9 + "|")
     for name, n, world, lengths in draws:
         for layout_name in ra.layouts.NAMES:

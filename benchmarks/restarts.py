@@ -121,7 +121,8 @@ def main():
         print(json.dumps(report))
         print(
             f"\n{len(steps)} SIGKILLs of random ranks, {len(want)} steps, metrics bit for bit "
-            f"{'equal' if report['equal'] else 'UNEQUAL'}; {report['seconds_per_restart']} s per restart"
+            f"{'equal' if report['equal'] else 'UNEQUAL'}; {report['seconds_per_restart']} s per "
+            "restart"
         )
         if options.out:
             options.out.write_text(json.dumps(report) + "\n")

@@ -138,7 +138,11 @@ def main():
         options.out.write_text(json.dumps(lines) + "\n")
     names = list(dict.fromkeys(line["schedule"] for line in lines))
     shown = [name.replace("_", " ") for name in names]
-    print(f"| Mbit/s | mask | {' | '.join(shown)} | `auto` takes |\n" + "|---" * (len(names) + 3) + "|")
+    print(
+        f"| Mbit/s | mask | {' | '.join(shown)} | `auto` takes |\n"
+        + "|---" * (len(names) + 3)
+        + "|"
+    )
     for speed, mask in itertools.product(options.speeds, MASKS):
         some = {x["schedule"]: x for x in lines if (x["mbit_s"], x["mask"]) == (speed, mask)}
         each = [f"{some[x]['measured']:.2f} ({some[x]['predicted']:.2f})" for x in names]

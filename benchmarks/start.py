@@ -2,8 +2,8 @@
 
     python benchmarks/start.py [--rounds 9]
 
-Each a process of its own, in turns; medians (smallest-largest) of the whole process, start of Python included, whose
-own share is the first row. "torch" says whether the process has loaded it.
+Each a process of its own, in turns; medians (smallest-largest) of the whole process, start of
+Python included, whose own share is the first row. "torch" says whether the process has loaded it.
 """
 
 import argparse

@@ -120,17 +120,24 @@ def show(report, options):
     print("|---" * (len(lengths) + 4) + "|")
     for name, of in report["length"].items():
         peaks = " | ".join(f"{p / 2**20:,.0f}" for p in of["peaks"])
-        print(f"| {name} | {peaks} | {of['bytes_per_token']:,} | {of['written_bytes_per_token']:,} | "
-              f"{of['ratio']:.2f} |")  # fmt: skip
+        print(f"| {name} | {peaks} | {of['bytes_per_token']:,} | "
+              f"{of['written_bytes_per_token']:,} | {of['ratio']:.2f} |")  # fmt: skip
     print("\nThe written peak over the measured one:\n")
     for name, of in report["length"].items():
         shown = ", ".join(f"{100 * x:+.0f} %" for x in of["error"])
-        print(f"{name}: {shown} (R2 of the line {of['r2']}; attention {of['attention_forwards']} times "
-              f"forward, {of['attention_backwards']} backward)")  # fmt: skip
+        print(f"{name}: {shown} (R2 of the line {of['r2']}; attention {of['attention_forwards']} "
+              f"times forward, {of['attention_backwards']} backward)")  # fmt: skip
     sizes = [f"{x['vocab']:,}" for x in report["vocabulary"]]
     print(f"\n| vocabulary | {' | '.join(sizes)} |\n" + "|---" * (len(sizes) + 1) + "|")
-    for title, key, form in (("peak, MiB", "peak", ",.0f"), ("beyond its weights, MiB", "beyond", ".1f")):
-        print(f"| {title} | " + " | ".join(f"{x[key] / 2**20:{form}}" for x in report["vocabulary"]) + " |")
+    for title, key, form in (
+        ("peak, MiB", "peak", ",.0f"),
+        ("beyond its weights, MiB", "beyond", ".1f"),
+    ):
+        print(
+            f"| {title} | "
+            + " | ".join(f"{x[key] / 2**20:{form}}" for x in report["vocabulary"])
+            + " |"
+        )
 
 
 def main():

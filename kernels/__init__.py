@@ -37,6 +37,10 @@ class Scores:
 class Kernel(Protocol):
     """What a block kernel is.
 
+    ``q``, ``k``, ``v``, the output's gradient ``dout`` and ``scores`` are those of the step; shapes
+    are the module's. ``dtype``, ``device``, ``head_dim`` and ``v_dim`` are of what it would be
+    given.
+
     A forward is one ``forward`` per step. A backward is ``prepare``, one ``backward`` per step, and
     ``finish``; all steps share the final out and log-sum-exp, so the steps need no order.
     """
@@ -89,6 +93,7 @@ class Kernel(Protocol):
         """Adds to ``dq`` and to ``dk``, ``dv``, in place.
 
         Args:
+            prepared: of ``prepare``.
             dq: dense and in float32, in a measure of the kernel's own until ``finish``.
             dk, dv: float32, or without ``add_k`` also the dtype of q.
             add_q, add_k: False: they hold nothing yet, and all of them is written.
@@ -106,7 +111,9 @@ def select(
     head_dim: int,
     v_dim: int | None = None,
 ) -> Kernel:
-    """The kernel for ``name``; "auto" takes gluon or triton on a GPU that they support, in this
+    """The kernel for ``name``, for inputs of this ``dtype``, ``device``, ``head_dim`` and ``v_dim``
+    of v
+    (None: the same); "auto" takes gluon or triton on a GPU that they support, in this
     order, aten elsewhere, and reference for float64.
 
     Raises ValueError for an unknown name, or for a kernel that cannot do what is asked, with what
@@ -153,7 +160,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def begin(x: torch.Tensor, add: bool) -> torch.Tensor:
-    """A running state that goes on from x, or from 0: x itself where it can hold one."""
+    """A running state that goes on from ``x`` (``add``), or from 0: x itself where it can hold
+    one."""
     state = state_dtype(x.dtype)
     if x.dtype == state:
         return x if add else x.zero_()

@@ -1,7 +1,7 @@
 """ringattn: exact attention and training on sequences split over ranks."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringattn.make import make_blocks, make_plan, make_plans, make_segments
 from ringattn.planning import layouts, masks
@@ -9,6 +9,10 @@ from ringattn.planning.blocks import Blocks
 from ringattn.planning.layer_plans import LayerPlans
 from ringattn.planning.plan import Plan
 from ringattn.planning.segments import Segments
+
+if TYPE_CHECKING:  # what __getattr__ imports when it is first used
+    from ringattn import hf, kernels, mixers
+    from ringattn.execution.attention import ring_attention
 
 __all__ = [
     "Blocks", "LayerPlans", "Plan", "Segments", "hf", "kernels", "layouts", "make_blocks",

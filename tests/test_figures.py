@@ -20,13 +20,14 @@ UNITS = (
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
 # "1.2 s", "0.2 to 0.3 s", "10, 5 and 2 %": every number before the unit has it.
 QUANTITY = re.compile(
-    rf"(?<![\w.,/=^-])((?:{NUMBER}(?:,| to| and| or|, and|-| %,| %,? and)? )*{NUMBER}) ?({UNITS})(?![\w/])"
+    rf"(?<![\w.,/=^-])((?:{NUMBER}(?:,| to| and| or|, and|-| %,| %,? and)? )*{NUMBER}) ?"
+    rf"({UNITS})(?![\w/])"
 )
 
 
 def quantities(text: str) -> set[tuple[str, str]]:
     """(number, unit) of everything with a unit in a text."""
-    text = text.replace("×", "x").replace("µs", "us")
+    text = text.replace("\N{MULTIPLICATION SIGN}", "x").replace("µs", "us")
     found = set()
     for numbers, unit in QUANTITY.findall(text):
         found |= {(n.lstrip("+-").replace(",", ""), unit) for n in re.findall(NUMBER, numbers)}
@@ -74,7 +75,9 @@ def test_a_number_with_a_unit_is_in_a_result_or_stated(name):
 def test_a_table_of_numbers_is_between_markers(name):
     page = figures._MARKED.sub("", (ROOT / name).read_text())
     for table in figures.tables(page):
-        cells = [c.strip() for line in table.splitlines()[2:] for c in line.strip("| \n").split(" | ")]
+        cells = [
+            c.strip() for line in table.splitlines()[2:] for c in line.strip("| \n").split(" | ")
+        ]
         numbers = [c for c in cells if re.fullmatch(rf"\**{NUMBER}( \([^)]*\))? ?({UNITS})?\**", c)]
         assert len(numbers) < 4, f"{name}: this table is from no result:\n{table}"
 
@@ -105,7 +108,9 @@ def test_every_result_of_a_bench_says_what_ran_and_when():
 
 
 def test_a_number_that_is_in_no_result_is_seen(tmp_path):
-    page = "It takes 1.25 s (`benchmarks/start.py`), 10, 5 and 2 % of it, 7 × as long, 0.2 to 0.3 ms."
+    page = (
+        "It takes 1.25 s (`benchmarks/start.py`), 10, 5 and 2 % of it, 7 x as long, 0.2 to 0.3 ms."
+    )
     assert quantities(page) == {
         ("1.25", "s"), ("10", "%"), ("5", "%"), ("2", "%"), ("7", "x"), ("0.2", "ms"), ("0.3", "ms")
     }  # fmt: skip

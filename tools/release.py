@@ -1,6 +1,6 @@
 """What a release has to agree on, and its notes.
 
-    python tools/release.py check 0.2.0    # pyproject.toml, CITATION.cff and CHANGELOG.md say so too
+    python tools/release.py check 0.2.0    # pyproject.toml, CITATION.cff, CHANGELOG.md say so too
     python tools/release.py notes 0.2.0    # the part of CHANGELOG.md
 
 Standard library only; exits with 1 and a line for each file that disagrees.
@@ -19,7 +19,9 @@ def disagreements(version: str, root: Path = ROOT) -> list[str]:
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     cited = re.search(r"^version: (\S+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)[1]
     found = {"pyproject.toml": declared, "CITATION.cff": cited}
-    lines = [f"{name} says {said}, not {version}" for name, said in found.items() if said != version]
+    lines = [
+        f"{name} says {said}, not {version}" for name, said in found.items() if said != version
+    ]
     if not notes(version, root):
         lines.append(f"CHANGELOG.md has no part '## {version} (DATE)'")
     return lines

@@ -1,8 +1,10 @@
-"""What the site needs beside MkDocs: pages that live elsewhere in the checkout, and links to its files.
+"""What the site needs beside MkDocs: pages that live elsewhere in the checkout, and links to its
+files.
 
-A hook of mkdocs.yml. README.md is the first page, CONTRIBUTING.md and CHANGELOG.md are pages too. A link that leads out
-of docs/ (to an example, a result, a source) goes to a copy of that file in the site, as text, so that the site needs
-neither a host of the code nor the network; a link to a folder goes to a list of it.
+A hook of mkdocs.yml. README.md is the first page, CONTRIBUTING.md and CHANGELOG.md are pages too. A
+link that leads out of docs/ (to an example, a result, a source) goes to a copy of that file in the
+site, as text, so that the site needs neither a host of the code nor the network; a link to a folder
+goes to a list of it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 
 

@@ -1,12 +1,13 @@
 """Builds the packages and tries them where nothing else of ours is.
 
-    python tools/try_packages.py build                 # dist/: sdist and wheel, and what must be in them
-    python tools/try_packages.py core                  # the wheel alone, in an empty environment
-    python tools/try_packages.py extras [NAME ...]     # each extra on top of it, by itself
-    python tools/try_packages.py oldest                # the oldest set, with the tests of the core
+    python tools/try_packages.py build               # dist/: sdist, wheel, and what is in them
+    python tools/try_packages.py core                # the wheel alone, in an empty environment
+    python tools/try_packages.py extras [NAME ...]   # each extra on top of it, by itself
+    python tools/try_packages.py oldest              # the oldest set, with the tests of the core
 
-Environments are made in a temporary folder and removed. TORCH_INDEX: an index with CPU builds of torch. Without
-one, and without a GPU, the oldest set brings torch's CUDA build of some GB, if ALLOW_CUDA=1 says that it may.
+Environments are made in a temporary folder and removed. TORCH_INDEX: an index with CPU builds of
+torch. Without one, and without a GPU, the oldest set brings torch's CUDA build of some GB, if
+ALLOW_CUDA=1 says that it may.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ EXTRAS = {
         Path("text").mkdir()
         Path("text/a.txt").write_text("the ring goes round " * 200)
         assert main(["bpe", "root=text", "vocab_size=280", "out=tokenizer.json"]) == 0
-        assert main(["tokenize", "root=text", "tokenizer=tokenizer.json", "out=tokens", "workers=1"]) == 0
+        made = ["root=text", "tokenizer=tokenizer.json", "out=tokens", "workers=1"]
+        assert main(["tokenize", *made]) == 0
     """,
     "hf": """
         import torch, transformers
         import ringattn as ra
         import ringattn.hf
-        config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=64, vocab_size=99, attn_implementation="ringattn")
+        config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=99,
+            attn_implementation="ringattn")
         model = transformers.LlamaForCausalLM(config)
         plans = ra.hf.make_plans(model, ra.masks.causal(64), ra.layouts.zigzag(64, 1))
         batch = ra.hf.local_batch(plans, 0, torch.arange(64)[None] % 99)
@@ -86,8 +89,8 @@ CORE = """
         return done.stdout + done.stderr
     loaded = ask("-X", "importtime", "-c", "import ringattn")
     assert "ringattn.make" in loaded and "torch" not in loaded.replace("ringattn", "")
-    planned = ask("-X", "importtime", "-m", "ringattn", "plan", "n=4k", "world=8", "schedule=direct",
-                  "mask=sliding_window(512) | sinks(4)", "--check")
+    planned = ask("-X", "importtime", "-m", "ringattn", "plan", "n=4k", "world=8",
+                  "schedule=direct", "mask=sliding_window(512) | sinks(4)", "--check")
     assert "check passed" in planned and "| torch" not in planned, planned
     assert "ok" in ask("-m", "ringattn", "verify", "mask=causal", "n=256", "ranks=4", "dtype=fp32")
     assert "torch" in ask("-m", "ringattn", "info")
@@ -97,8 +100,8 @@ CORE = """
 
 # What needs nothing but the core and a test runner.
 CORE_TESTS = [
-    "tests/test_planning.py", "tests/test_attention.py", "tests/test_call.py", "tests/test_compile.py",
-    "tests/test_union.py", "tests/test_mixers.py",
+    "tests/test_planning.py", "tests/test_attention.py", "tests/test_call.py",
+    "tests/test_compile.py", "tests/test_union.py", "tests/test_mixers.py",
 ]  # fmt: skip
 
 
@@ -122,7 +125,11 @@ def install(python: Path, what: str, constraints: str = "constraints.txt") -> No
 def script(python: Path, code: str, folder: Path) -> None:
     """Runs it in a folder without a checkout."""
     folder.mkdir()
-    away = {"PATH": f"{python.parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"}
+    away = {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "offline",
+    }
     run(python, "-c", textwrap.dedent(code), cwd=folder, env=os.environ | away)
 
 
@@ -149,7 +156,11 @@ def build() -> None:
                 inside = path.relative_to(ROOT / folder)
                 assert f"{name}/{inside}" in in_wheel, f"the wheel lacks {folder}/{inside}"
                 assert f"{folder}/{inside}" in in_source, f"the sdist lacks {folder}/{inside}"
-    foreign = [x for x in in_wheel if not re.match(r"(ringattn|hydra_plugins|ringattn-[\d.]+\.dist-info)/", x)]
+    foreign = [
+        x
+        for x in in_wheel
+        if not re.match(r"(ringattn|hydra_plugins|ringattn-[\d.]+\.dist-info)/", x)
+    ]
     assert not foreign, f"the wheel holds {foreign}"
     print(f"{wheel().name}: {len(in_wheel)} files; {source.name}: {len(in_source)}")
 
@@ -161,9 +172,12 @@ def core(folder: Path) -> Path:
     script(python, CORE, folder / "core-work")
     page = (ROOT / "docs/start.md").read_text()
     (folder / "quick.py").write_text("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
-    run(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, folder / "quick.py",
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    print("core: imports, plans without torch, verifies, explains what is missing; the loop of docs/start.md runs on 2 ranks")
+    run(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+        folder / "quick.py", cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    print(
+        "core: imports, plans without torch, verifies, explains what is missing; the loop of "
+        "docs/start.md runs on 2 ranks"
+    )
     return python
 
 
@@ -171,7 +185,7 @@ def extras(folder: Path, names: list[str]) -> None:
     python = core(folder)
     below = next((folder / "core/lib").glob("python*/site-packages"))
     for name in names:
-        # The core's packages are seen, not installed again: an extra adds what it declares, no more.
+        # The core's packages are seen, not installed again: an extra adds what it declares.
         run(sys.executable, "-m", "venv", folder / name)
         own = next((folder / name / "lib").glob("python*/site-packages"))
         (own / "core.pth").write_text(f"{below}\n")
@@ -185,10 +199,10 @@ def extras(folder: Path, names: list[str]) -> None:
 def oldest(folder: Path) -> None:
     python = environment(folder / "oldest", "constraints-oldest.txt")
     install(python, str(wheel()), "constraints-oldest.txt")
-    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints-oldest.txt", "greenlet", "hypothesis",
-        "pytest", "pytest-xdist")  # fmt: skip
-    run(python, "-c", "import torch, triton, numpy; print('oldest set: torch', torch.__version__, 'triton',"
-        " triton.__version__, 'numpy', numpy.__version__)")  # fmt: skip
+    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints-oldest.txt",
+        "greenlet", "hypothesis", "pytest", "pytest-xdist")  # fmt: skip
+    run(python, "-c", "import torch, triton, numpy; print('oldest set: torch',"
+        " torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)")  # fmt: skip
     run(python.parent / "pytest", "-n", 2, "--dist", "loadgroup", *CORE_TESTS, cwd=ROOT)
     script(python, CORE, folder / "oldest-work")
 

@@ -13,7 +13,7 @@ In a trainer of transformers or TRL:
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringattn.hf.attention import NAME
 from ringattn.hf.batch import local_batch
@@ -24,6 +24,9 @@ from ringattn.hf.kinds import make_plans
 from ringattn.hf.logprobs import token_logprobs
 from ringattn.hf.planner import Split
 from ringattn.hf.split import check, split_sequence
+
+if TYPE_CHECKING:
+    from ringattn.hf.trainer import SplitSequences
 
 __all__ = [
     "NAME", "NotCovered", "Split", "SplitSequences", "check", "compile_layers", "local_batch",

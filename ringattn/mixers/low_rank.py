@@ -173,8 +173,8 @@ def scatterbrain(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Sparse and low-rank attention under one normaliser (Chen et al. 2021, arXiv:2110.15343):
-    ``exp`` of the scores within the token's block, the product of the features with all earlier
-    tokens of its document. Causal.
+    ``exp`` of the scores within the token's block (of ``blocks``), the product of the features with
+    all earlier tokens of its document. Causal.
 
     q_features and k_features ``[batch, local tokens, heads, features]``, positive, of q and k with
     the scale in them (see :mod:`ringattn.mixers.features`); k, v ``[batch, local tokens, kv_heads,

@@ -146,7 +146,8 @@ def combine(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`union`, with the results of other mixers under the same normaliser: the sum of all
+    """As :func:`union`, with ``states``, the results of other mixers, under the same normaliser:
+    the sum of all
     weights times values over the sum of all weights (Chen et al. 2021, "Scatterbrain").
 
     >>> state = State(*linear(q, k, v, segments=segments, normalize=True, return_lse=True))

@@ -120,6 +120,7 @@ class Blocks:
 
     @cached_property
     def pieces(self) -> Pieces:
+        """What each rank has of each block."""
         rows = []
         for rank in self.layout.ranks:
             for offset, run in self.layout.numbered(rank):

@@ -105,13 +105,15 @@ class Layout:
         return Layout(self.n, tuple(_joined(r) if join else tuple(r) for r in runs), self.name)
 
     def shard(self, x: Any, rank: int, dim: int = 1) -> Any:
-        """The part of ``x`` (NumPy array or torch tensor) that ``rank`` owns along ``dim``."""
+        """The part of ``x`` (NumPy array or torch tensor) that ``rank`` owns along ``dim``.
+        Raises ValueError where that has not ``n`` tokens."""
         if x.shape[dim] != self.n:
             raise ValueError(f"shard: dim {dim} has {x.shape[dim]} tokens, the layout {self.n}")
         return x[_at(x.ndim, dim, self.positions(rank))]
 
     def unshard(self, parts: Sequence[Any], dim: int = 1) -> Any:
-        """The inverse of :meth:`shard` along ``dim``, from the parts of all ranks in rank order."""
+        """The inverse of :meth:`shard` along ``dim``, from the parts of all ranks in rank order.
+        Raises ValueError for another number of parts."""
         if len(parts) != self.world:
             raise ValueError(f"unshard: {len(parts)} parts for a layout of {self.world} ranks")
         dim %= parts[0].ndim

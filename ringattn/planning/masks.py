@@ -199,7 +199,7 @@ def documents(lengths: Sequence[int], causal: bool = True) -> Mask:
 
 
 def side_by_side(parts: Sequence[Mask]) -> Mask:
-    """Masks of several sequences laid end to end: each sees itself only, by its own mask."""
+    """``parts``: masks of several sequences laid end to end. Each sees itself only, by its own."""
     slices: list[Slice] = []
     n_q = n_k = 0
     for part in parts:
@@ -217,8 +217,8 @@ def _moved(run: Run, by: int) -> Run:
 
 
 def from_cu_seqlens(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
-    """Packed documents from their boundaries ``[0, end, end, ..., n]``, as varlen kernels take
-    them (a list, an array or a CPU tensor)."""
+    """Packed documents from their boundaries, ``cu_seqlens`` ``[0, end, end, ..., n]``, as varlen
+    kernels take them (a list, an array or a CPU tensor)."""
     ends = np.asarray(cu_seqlens)
     if ends.ndim != 1 or not len(ends) or ends[0] or (np.diff(ends.astype(np.int64)) < 0).any():
         raise ValueError(f"cu_seqlens must ascend from 0, got {cu_seqlens!r}")
@@ -349,8 +349,9 @@ def log_sparse(n: int, local: int = 1, causal: bool = True) -> Mask:
 
 
 def chosen_blocks(n: int, block: int, chosen: Sequence[Sequence[int]], causal: bool = True) -> Mask:
-    """In blocks of ``block`` tokens: of each block of queries the blocks of keys that are listed,
-    one list for each block in order (block-sparse attention; Qiu et al. 2019, "BlockBERT"). Causal:
+    """In blocks of ``block`` tokens: of each block of queries the ``chosen`` blocks of keys, one
+    list
+    for each block in order (block-sparse attention; Qiu et al. 2019, "BlockBERT"). Causal:
     no key after its query."""
     n, block = integer("n", n, 0), integer("block", block, 1)
     blocks = -(-n // block)
@@ -400,7 +401,7 @@ def big_bird(
 
 
 def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
-    """A mask from any slices; overlaps are counted once.
+    """A mask of ``n_q`` queries and ``n_k`` keys from any slices; overlaps are counted once.
 
     A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or
     ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
