@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES.remove(ROOT / "docs/licences.md")  # tools/licences.py makes it
 _MARKED = re.compile(r"(<!-- figures: ([\w.-]+) (\d+) -->\n)(.*?)(<!-- figures end -->)", re.DOTALL)
 
 

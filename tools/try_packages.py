@@ -201,8 +201,8 @@ def oldest(folder: Path) -> None:
     install(python, str(wheel()), "constraints-oldest.txt")
     run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints-oldest.txt",
         "greenlet", "hypothesis", "pytest", "pytest-xdist")  # fmt: skip
-    run(python, "-c", "import torch, triton, numpy; print('oldest set: torch',"
-        " torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)")  # fmt: skip
+    show = "import numpy, torch, triton; print(*(m.__version__ for m in (torch, triton, numpy)))"
+    run(python, "-c", show)
     run(python.parent / "pytest", "-n", 2, "--dist", "loadgroup", *CORE_TESTS, cwd=ROOT)
     script(python, CORE, folder / "oldest-work")
 
