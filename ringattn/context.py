@@ -187,7 +187,7 @@ def check_engaged(
     n = 4 * context.cp
     alone = masks.sliding_window(n, 1)  # each token itself: one slice, however many there are
     pairs = [1, *[2] * (n // 2 - 1), 1]
-    for kind in (*kinds, *states, None):
+    for kind in (*kinds, *states, ""):  # at last in none
         each = dict.fromkeys(kinds, alone)
         along: dict[str, Sequence[int]] = dict.fromkeys(states, [1] * n)
         changed, reached = torch.arange(n) == 0, torch.zeros(n, dtype=torch.bool)
@@ -219,7 +219,7 @@ def check_engaged(
             several = len(kinds) + len(states) > 1
             raise RuntimeError(
                 "self-check failed: with "
-                + ("separate documents the first token leaks into later ones" if kind is None
+                + ("separate documents the first token leaks into later ones" if not kind
                    else f"documents of two tokens in the layers of kind {kind}, first ones do not "
                    "reach second ones, and those alone" if kind in states
                    else "a first token that all attend"
@@ -235,7 +235,7 @@ def check_same_data(context: Context, sequences: list[int], digest: str) -> None
     ``context`` is the run's; ``digest`` stands for the text of ``sequences`` as this rank reads it.
     Raises RuntimeError on all ranks, naming a pair that does not agree.
     """
-    everyone: list[tuple[int, list[int], str] | None] = [None] * context.world
+    everyone: list[Any] = [None] * context.world
     dist.all_gather_object(everyone, (context.dp_rank, sequences, digest))
     for b, (dp_b, sequences_b, digest_b) in enumerate(everyone):
         for a, (dp_a, sequences_a, digest_a) in enumerate(everyone[:b]):

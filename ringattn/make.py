@@ -71,11 +71,11 @@ def make_plan(
     key_layout = layout if key_layout is None else key_layout
     _check_layouts(mask, layout, key_layout)
     world = layout.world
-    for name, value in (("ulysses", ulysses), ("node_size", node_size)):
-        if value is not None and world % integer(name, value, 1):
+    for name, count in (("ulysses", ulysses), ("node_size", node_size)):
+        if count is not None and world % integer(name, count, 1):
             legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
             raise ValueError(
-                f"{name}={value} does not divide the {world} ranks; choose one of: {legal}"
+                f"{name}={count} does not divide the {world} ranks; choose one of: {legal}"
             )
     if heads is None and kv_heads is not None:
         raise ValueError(f"kv_heads={kv_heads} needs heads= beside it")

@@ -113,9 +113,10 @@ def layout_of(
     """Of the attention of all layers together; where none attends, every token is as much work."""
     each = [masks[kind] for kind in layers if kind in masks]
     if name == "balanced":
-        for kind in (kind for kind in layers if kind in (sets or {}) and kind in states):
+        known = sets or {}
+        for kind in (kind for kind in layers if kind in known and kind in states):
             one = layouts.contiguous(sum(states[kind]), 1)
-            each += [plan.mask for plan in sets[kind].plans(one, states[kind]).plans.values()]
+            each += [plan.mask for plan in known[kind].plans(one, states[kind]).plans.values()]
     if not each:
         each = [planning_masks.sliding_window(sum(next(iter(states.values()))), 1)]
     return layouts.build(name, each, cp)

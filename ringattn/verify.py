@@ -105,14 +105,15 @@ def compare(got: torch.Tensor, one_call: torch.Tensor, want: torch.Tensor) -> Co
     allowed = 2 * others + share * rows + rounding
     excess = (error / allowed.clamp(min=1e-300)).nan_to_num(torch.inf, torch.inf)
     at = int(excess.argmax())
-    place = tuple(int(x) for x in torch.unravel_index(torch.tensor(at), excess.shape))
+    batch, token, head = (int(x) for x in torch.unravel_index(torch.tensor(at), excess.shape))
     worst = float(excess.flatten()[at])
-    return Comparison(ours, theirs, worst, place, ours <= max(LIMIT * theirs, floor) and worst <= 1)
+    return Comparison(
+        ours, theirs, worst, (batch, token, head), ours <= max(LIMIT * theirs, floor) and worst <= 1
+    )
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Root mean square of the difference of ``got`` and ``want`` over that of ``want``, float64;
-    NaN
-    counts as infinite."""
+    NaN counts as infinite."""
     error = (got.double() - want).norm() / want.norm().clamp(min=1e-30)
     return float(error.nan_to_num(torch.inf, torch.inf))

@@ -26,7 +26,7 @@ def main() -> int:
         folder = lay_out(Path(name))
         use = folder / "typed_use.py"
         use.write_text((ROOT / "tests/typed_use.py").read_text())
-        command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent",
+        command = [sys.executable, "-m", "mypy", "--follow-imports=silent",
                    "--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache",
                    *(f"-m{each}" for each in modules), "-mtyped_use"]  # fmt: skip
         return subprocess.run(command, cwd=folder, env=os.environ | {"MYPYPATH": name}).returncode

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from einops import rearrange
@@ -23,6 +23,22 @@ from ringattn.execution.wanted import check_wanted
 from ringattn.kernels import Scores
 from ringattn.planning.head_split import HeadSplit, check_degree
 from ringattn.planning.plan import Plan, numbered
+
+
+@overload
+def ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, group: Any = None,
+    kernel: str = "auto", scale: float | None = None, return_lse: Literal[False] = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, group: Any = None,
+    kernel: str = "auto", scale: float | None = None, *, return_lse: Literal[True],
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def ring_attention(
@@ -97,34 +113,43 @@ def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 @_exact
-def _attention(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
+    return_lse: bool, plan: int, group: str, kernel: str, scale: float, softcap: float,
+    ulysses: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """(out, log-sum-exp, what the backward needs besides). With split heads the latter are q, k,
     v, out and log-sum-exp as this rank has worked on them, flat; the log-sum-exp of all heads is
     then exchanged for return_lse only, and empty otherwise."""
-    plan, comm = numbered(plan), connect(group)
+    known, comm = numbered(plan), connect(group)
     if torch.is_inference_mode_enabled():  # which passes autograd by
         check_wanted(comm, q)
-    _check(q, k, v, plan, comm, scale, softcap, sinks)
-    job = Job.make(plan, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
+    _check(q, k, v, known, comm, scale, softcap, sinks)
+    job = Job.make(known, comm, kernel, q, (q.shape[3], v.shape[3]), Scores(scale, softcap))
     split, heads, kv_heads = job.split, q.shape[2], k.shape[2]
     if not split:
         return *forward(q, k, v, sinks, job), []
     on_q, on_k = _sides(split, heads, kv_heads)
     q, k, v = scatter_heads([(q, *on_q), (k, *on_k), (v, *on_k)], split, comm, "heads of q, k, v")
-    out, lse = forward(q, k, v, _own(sinks, split), job)
+    out, lse = forward(q, k, v, None if sinks is None else _own(sinks, split), job)
     (own,) = gather_heads([(out, *on_q, heads)], split, comm, "heads of out")
     saved = [x.flatten() for x in (q, k, v, out, lse)]
     if not return_lse:
         return own, lse.new_empty(0), saved
-    rows = [(rearrange(lse, "b h q -> b q h 1"), *on_q, heads)]
-    (rows,) = gather_heads(rows, split, comm, "heads of the log-sum-exp")
+    of_heads = [(rearrange(lse, "b h q -> b q h 1"), *on_q, heads)]
+    (rows,) = gather_heads(of_heads, split, comm, "heads of the log-sum-exp")
     return own, rearrange(rows, "b q h 1 -> b h q").contiguous(), saved
 
 
 @torch.library.register_fake("ringattn::attention", lib=_library)
-def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
+    return_lse: bool, plan: int, group: str, kernel: str, scale: float, softcap: float,
+    ulysses: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    shape = (q.shape[0], q.shape[2], q.shape[1]) if return_lse or ulysses == 1 else (0,)
+    whole = return_lse or ulysses == 1
+    shape = [q.shape[0], q.shape[2], q.shape[1]] if whole else [0]
     lse = q.new_empty(shape, dtype=kernels.state_dtype(q.dtype))
     if ulysses == 1:
         return out, lse, []
@@ -134,11 +159,14 @@ def _(q, k, v, sinks, return_lse, plan, group, kernel, scale, softcap, ulysses):
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 @_exact
-def _attention_backward(dout, saved, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+def _attention_backward(
+    dout: torch.Tensor, saved: list[torch.Tensor], sinks: torch.Tensor | None, keys: list[int],
+    plan: int, group: str, kernel: str, scale: float, softcap: float, ulysses: int,
+) -> list[torch.Tensor]:  # fmt: skip
     """[dq, dk, dv], and dsinks if there are sinks. ``keys``: tokens, heads and head_dim of k."""
-    plan, comm = numbered(plan), connect(group)
+    known, comm = numbered(plan), connect(group)
     scores = Scores(scale, softcap)
-    job = Job.make(plan, comm, kernel, dout, (keys[2], dout.shape[3]), scores)
+    job = Job.make(known, comm, kernel, dout, (keys[2], dout.shape[3]), scores)
     split, heads, kv_heads, dtype = job.split, dout.shape[2], keys[1], dout.dtype
     if split:
         on_q, on_k = _sides(split, heads, kv_heads)
@@ -158,10 +186,14 @@ def _attention_backward(dout, saved, sinks, keys, plan, group, kernel, scale, so
 
 
 @torch.library.register_fake("ringattn::attention_backward", lib=_library)
-def _(dout, saved, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
+def _(
+    dout: torch.Tensor, saved: list[torch.Tensor], sinks: torch.Tensor | None, keys: list[int],
+    plan: int, group: str, kernel: str, scale: float, softcap: float, ulysses: int,
+) -> list[torch.Tensor]:  # fmt: skip
     tokens, heads, dim = keys
-    shapes = ((*dout.shape[:3], dim), (dout.shape[0], tokens, heads, dim))
-    shapes = (*shapes, (dout.shape[0], tokens, heads, dout.shape[3]))
+    batch, v_dim = dout.shape[0], dout.shape[3]
+    of_k = ((batch, tokens, heads, dim), (batch, tokens, heads, v_dim))
+    shapes = ((*dout.shape[:3], dim), *of_k)
     dsinks = [] if sinks is None else [torch.empty_like(sinks)]
     return [dout.new_empty(shape) for shape in shapes] + dsinks
 
@@ -170,7 +202,7 @@ def _(dout, saved, sinks, keys, plan, group, kernel, scale, softcap, ulysses):
 # Python, 60 us a call.
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keys, *inputs):
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse, saved = torch.ops.ringattn.attention.default.redispatch(keys, *inputs)
         q, k, v, sinks, _, *ctx.options = inputs
@@ -183,7 +215,7 @@ class _Differentiable(torch.autograd.Function):
         return out, lse, *saved
 
     @staticmethod
-    def backward(ctx, dout, *_):
+    def backward(ctx: Any, dout: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         none = (None,) * (1 + len(ctx.options))
         if dout is None:
             return None, None, None, None, None, *none
@@ -198,13 +230,15 @@ class _Once(torch.autograd.Function):
     """The first derivative, which has none itself."""
 
     @staticmethod
-    def forward(ctx, keys, count, dout, *inputs):
+    def forward(
+        ctx: Any, keys: Any, count: int, dout: torch.Tensor, *inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
         operator = torch.ops.ringattn.attention_backward.default
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(operator.redispatch(keys, dout, inputs[:count], *inputs[count:]))
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError("ring_attention has no second derivative")
 
 
@@ -217,7 +251,7 @@ def _wanted(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _differentiably(keys, *inputs):
+def _differentiably(keys: Any, *inputs: Any) -> Any:
     below = keys & torch._C._after_autograd_keyset
     check_wanted(inputs[6], *inputs[:4])
     if _wanted(*inputs[:4]):
@@ -227,7 +261,9 @@ def _differentiably(keys, *inputs):
         return torch.ops.ringattn.attention.default.redispatch(below, *inputs)
 
 
-def _once(keys, dout, saved, sinks, *options):
+def _once(
+    keys: Any, dout: torch.Tensor, saved: list[torch.Tensor], sinks: Any, *options: Any
+) -> Any:
     below = keys & torch._C._after_autograd_keyset
     if _wanted(dout, *saved, sinks):
         return list(_Once.apply(below, len(saved), dout, *saved, sinks, *options))
@@ -241,9 +277,9 @@ _library.impl("attention", _differentiably, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _once, "Autograd", with_keyset=True)
 
 
-def _own(sinks: torch.Tensor | None, split: HeadSplit | None) -> torch.Tensor | None:
+def _own(sinks: torch.Tensor, split: HeadSplit | None) -> torch.Tensor:
     """The sinks of the heads that this rank computes."""
-    if sinks is None or split is None:
+    if split is None:
         return sinks
     heads = split.q_heads(split.member, sinks.shape[0])
     return sinks[heads.start : heads.stop]
@@ -281,7 +317,7 @@ def _shaped(
     return [x.view(shape) for x, shape in zip(saved, shapes, strict=True)]
 
 
-def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple, tuple]:
+def _sides(split: HeadSplit, heads: int, kv_heads: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """(rows, heads) of every member, for queries and for keys."""
     members = range(split.degree)
     return (

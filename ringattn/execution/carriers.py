@@ -60,7 +60,8 @@ def connect(group: Any) -> Comm:
         known = _CARRIERS.get(group)
         if known is not None:
             return known
-        group = dist.distributed_c10d._resolve_process_group(group) if group else None
+        by_name: Any = dist.distributed_c10d
+        group = by_name._resolve_process_group(group) if group else None
     if group is None or isinstance(group, dist.ProcessGroup):
         return ProcessRank(group)
     return _carrier(group)
@@ -147,7 +148,7 @@ class VirtualWorld:
     """``world`` ranks as threads of this process, exchanging through queues. ``timeout``: seconds
     that a rank waits for another that is still at work."""
 
-    _boxes: dict[tuple[int, int], queue.SimpleQueue]  # from, to: of one run
+    _boxes: dict[tuple[int, int], queue.SimpleQueue[Any]]  # from, to: of one run
 
     def __init__(self, world: int, timeout: float = 600.0) -> None:
         self.world, self.timeout = world, timeout

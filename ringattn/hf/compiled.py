@@ -30,16 +30,15 @@ def compile_layers(model: nn.Module, **as_torch_compile: Any) -> None:
     _COMPILED.update(layers)
     for layer in layers:
         if layer.gradient_checkpointing:
-            plain = type(layer).forward.__wrapped__
-            run = torch.compile(plain, **as_torch_compile)
-            layer._gradient_checkpointing_func = partial(
-                _checkpointed, layer._gradient_checkpointing_func, run
-            )
+            plain: Any = type(layer).forward
+            run = torch.compile(plain.__wrapped__, **as_torch_compile)
+            theirs = layer._gradient_checkpointing_func
+            layer.__dict__["_gradient_checkpointing_func"] = partial(_checkpointed, theirs, run)
         else:
             layer.__dict__["forward"] = torch.compile(layer.forward, **as_torch_compile)
 
 
-def _checkpointed(checkpoint: Any, run: Any, function: partial, *args: Any) -> Any:
+def _checkpointed(checkpoint: Any, run: Any, function: partial[Any], *args: Any) -> Any:
     return checkpoint(partial(run, *function.args, **function.keywords), *args)
 
 

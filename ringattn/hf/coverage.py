@@ -110,8 +110,8 @@ def _check_first_position(
         return
     told = shortened(model, kwargs, torch.arange(TOKENS) + 7)  # no token that pads
     outs = [call(**told), call(**{k: x for k, x in told.items() if k != "position_ids"})]
-    told, usual = (_by_token(out) for out in outs)
-    if bool(_moved(told, usual).any()):
+    shifted, usual = (_by_token(out) for out in outs)
+    if bool(_moved(shifted, usual).any()):
         raise NotCovered(
             f"{type(model).__name__}: its positions do not begin at 0 (with RoBERTa they begin "
             "after the padding's): what it is given here would be others"
@@ -159,7 +159,7 @@ def _run(
     seen: dict[str, tuple[_Rows, _Rows]] = {}
 
     def hook(path: str) -> Any:
-        def record(_: nn.Module, ins: tuple, more: dict, out: Any) -> None:
+        def record(_: nn.Module, ins: tuple[Any, ...], more: dict[str, Any], out: Any) -> None:
             seen[path] = (_by_token((ins, more)), _by_token(out))
 
         return record
@@ -246,7 +246,8 @@ def check_loss(model: nn.Module, kwargs: dict[str, Any], out: Any) -> None:
 
 def router_weight(model: nn.Module) -> float:
     """What the router loss is multiplied by in the model's loss."""
-    for where in (model, model.config, model.config.get_text_config()):
+    config: Any = model.config
+    for where in (model, config, config.get_text_config()):
         if (weight := getattr(where, "router_aux_loss_coef", None)) is not None:
             return float(weight)
     raise NotCovered(f"{type(model).__name__} has a router loss and no router_aux_loss_coef")
@@ -270,7 +271,7 @@ def _by_token(tree: Any) -> _Rows:
     ]
 
 
-def _leaks(first: dict, second: dict, token: int) -> dict[str, int]:
+def _leaks(first: dict[str, Any], second: dict[str, Any], token: int) -> dict[str, int]:
     """The modules of which rows of other tokens have moved at the end and not at the beginning; as
     often as it takes to be sure, if there nothing has moved at all: where something has, by
     rounding, a router on the edge may send a token elsewhere."""

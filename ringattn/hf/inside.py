@@ -64,7 +64,7 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
         if hasattr(module, HERE):
             raise RuntimeError("whole_sequences: this model is inside of a split; leave that first")
     text = [
-        c.get_text_config()
+        c.get_text_config()  # type: ignore[union-attr]  # of modules that have a config
         for m in model.modules()
         if hasattr(c := getattr(m, "config", None), "get_text_config")
     ]

@@ -101,7 +101,7 @@ def make_plans(
             raise ValueError(f"layout={layout!r}: give world= too, the ranks that share a sequence")
         layout = layouts.build(layout, [each[kind] for kind in layer_types], world)
     by_kind = [name for name, x in as_make_plan.items() if isinstance(x, Mapping)]
-    made = {}
+    made: dict[str, Plan] = {}
     for kind, own_mask in each.items():
         own_arguments = as_make_plan | {name: as_make_plan[name][kind] for name in by_kind}
         made |= plans_of({kind: own_mask}, layout, **own_arguments)
@@ -110,7 +110,7 @@ def make_plans(
     return plans
 
 
-def check_segments(model: nn.Module, plans: Plan | Mapping[str, Plan]) -> None:
+def check_segments(model: nn.Module, plans: Plan | Mapping[Any, Plan]) -> None:
     """Raises ValueError where ``model`` has layers with a state along the sequence, and the plans'
     layout has no segments, or what all layers share is no packed documents: a state sees all tokens
     of its document before it."""
@@ -374,8 +374,8 @@ def assign(
         index = layer.index
         kind = types[index] if index is not None and index < len(types) else None
         named = kind in split.plans or None in split.plans
-        own = [split.plans.get(kind, split.plans.get(None))] if named else split.plans.values()
-        for plan in own:
+        own = split.plans.get(kind, split.plans.get(None))
+        for plan in [own] if named and own else split.plans.values():
             if (apart := compare(plan, layer, kind)) is None:
                 assigned[module] = plan
                 break

@@ -117,8 +117,11 @@ class Planner:
     def told(self, dp: int) -> str:
         """What is said of the split at the first batch, in a few lines."""
         plans, split = self.first, self.split
+        assert plans is not None and plans.shared is not None
         n = plans.layout.n
-        received = sum(count * plans[kind].recv_tokens(0) for kind, count in plans.counts.items())
+        received = sum(
+            int(count * plans[kind].recv_tokens(0)) for kind, count in plans.counts.items()
+        )
         kinds = ", ".join(f"{kind} x{count}" for kind, count in plans.counts.items())
         documents = len(plans.shared.pieces)
         lines = [

@@ -142,7 +142,7 @@ def make_split(
     """Raises ValueError where the plans do not fit each other."""
     if mixers not in ("refuse", "gather"):
         raise ValueError(f'mixers must be "refuse" or "gather", got {mixers!r}')
-    mapping = {None: plans} if isinstance(plans, Plan) else plans
+    mapping: dict[Any, Plan] = {None: plans} if isinstance(plans, Plan) else dict(plans)
     if not mapping or not all(isinstance(plan, Plan) for plan in mapping.values()):
         raise ValueError(f"plans must be a plan or a mapping of kinds to plans, got {plans!r}")
     layout = LayerPlans(mapping).layout
@@ -152,8 +152,8 @@ def make_split(
 
 
 def _called(
-    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], check: bool
-) -> tuple[tuple, dict[str, Any]]:
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), before_call(model, by_name(model, args, kwargs), check)
 
 
@@ -198,7 +198,8 @@ def _assign(model: nn.Module, bound: dict[str, Any]) -> None:
     def find() -> None:
         config = text_config(model)
         if names not in known:
-            known[names] = (probe_gathering if split.gather else probe)(model, bound)
+            search: Any = probe_gathering if split.gather else probe
+            known[names] = search(model, bound)
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in parameters and not open_ended:
@@ -244,13 +245,13 @@ def _together(
             )
 
 
-def _keep_router_logits(body: nn.Module, args: tuple, out: Any) -> None:
+def _keep_router_logits(body: nn.Module, args: tuple[Any, ...], out: Any) -> None:
     """Outputs of others than transformers (TRL's) have a router loss without them."""
     split: ActiveSplit = getattr(body, HERE)
     split.router_logits = getattr(out, "router_logits", None)
 
 
-def after_call(model: PreTrainedModel, args: tuple, out: Any) -> None:
+def after_call(model: PreTrainedModel, args: tuple[Any, ...], out: Any) -> None:
     """After every forward: the router loss becomes that of all ranks' tokens."""
     split: ActiveSplit = getattr(model, HERE)
     if split.probe is None and not split.checking:
@@ -279,8 +280,8 @@ def follows_length(module: nn.Module) -> bool:
 
 
 def _with_last_position(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Adds the last position of the longest document to those of this rank."""
     split: ActiveSplit = getattr(module, HERE)
 
@@ -294,7 +295,7 @@ def _with_last_position(
     return (args[0], longer(args[1]), *args[2:]), kwargs
 
 
-def _without_last_position(module: nn.Module, args: tuple, out: Any) -> Any:
+def _without_last_position(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
     split: ActiveSplit = getattr(module, HERE)
     if split.probe is not None or split.whole:
         return None

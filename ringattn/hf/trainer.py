@@ -72,6 +72,7 @@ class SplitSequences:
         elif isinstance(model, nn.Module):
             check_model(model)
         super().__init__(*args, **kwargs)
+        self.data_collator: Any
         check_model(self.model)
         theirs = type(self.data_collator) is DataCollatorWithPadding
         if not chosen and (theirs or self.data_collator is default_data_collator):
@@ -122,7 +123,7 @@ class SplitSequences:
         x = x if self._real is None else x[: self._real]
         if self.dp == 1:
             return x
-        group, count = self.context.mesh.get_group("data"), x.new_tensor(len(x), dtype=torch.int64)
+        group, count = self._data_group(), x.new_tensor(len(x), dtype=torch.int64)
         counts = [torch.empty_like(count) for _ in range(self.dp)]
         dist.all_gather(counts, count, group=group)
         kind = torch.uint8 if x.dtype == torch.bool else x.dtype
@@ -317,11 +318,15 @@ class SplitSequences:
         seen = self.state.num_input_tokens_seen - before
         self.state.num_input_tokens_seen = before + seen // self.split.cp
 
+    def _data_group(self) -> Any:
+        assert self.context is not None  # made before the first batch
+        return self.context.mesh.get_group("data")
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._work and "loss" in logs:
             own = torch.tensor(self._work, dtype=torch.float64, device=self.args.device)
             everyone = [torch.empty_like(own) for _ in range(self.dp)]
-            dist.all_gather(everyone, own, group=self.context.mesh.get_group("data"))
+            dist.all_gather(everyone, own, group=self._data_group())
             logs["imbalance"] = imbalance(torch.stack(everyone, 1).cpu().numpy())
         if "loss" in logs:
             self._work.clear()

@@ -66,20 +66,25 @@ def _rows(
     before = width - 1
     halo = segments.halo(rank, before)
     none = segments.layout.count(rank) + sum(halo.recvs.values())
-    rows, keep, at = [], [], 0
+    rows: list[Any] = []
+    keep: list[Any] = []
+    at = 0
     for piece, known in zip(segments.pieces(rank), halo.before, strict=True):
         rows += [[none] * (before - len(known)) + known, np.arange(piece.start, piece.stop)]
         keep.append(np.arange(at + before, at + before + len(piece)))
         at += before + len(piece)
-    each = (np.concatenate(parts).astype(np.int64) for parts in (rows, keep))
-    return halo, *(torch.from_numpy(x).to(device) for x in each)
+    laid, kept = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+        for parts in (rows, keep)
+    )
+    return halo, laid, kept
 
 
 class _Halo(torch.autograd.Function):
     """The rows that come from other ranks, in the order of the peers."""
 
     @staticmethod
-    def forward(ctx, x, halo: Halo, comm: Comm):
+    def forward(ctx: Any, x: torch.Tensor, halo: Halo, comm: Comm) -> torch.Tensor:
         ctx.halo, ctx.comm, ctx.shape = halo, comm, x.shape
         got = x.new_empty(x.shape[0], sum(halo.recvs.values()), x.shape[2])
         parts = [x.new_empty(x.shape[0], n, x.shape[2]) for n in halo.recvs.values()]
@@ -92,7 +97,7 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         halo, comm, shape = ctx.halo, ctx.comm, ctx.shape
         parts = grad.split(list(halo.recvs.values()), 1) if halo.recvs else ()
         counts = {peer: sum(map(len, rows)) for peer, rows in halo.sends.items()}

@@ -23,7 +23,7 @@ from ringattn.execution.carriers import Comm, connect
 from ringattn.mixers.chunks import in_float32
 from ringattn.mixers.heads import split_heads
 from ringattn.mixers.pooling import gather
-from ringattn.mixers.union import Part, union
+from ringattn.mixers.union import Part, Rows, union
 from ringattn.planning.blocks import Blocks
 from ringattn.planning.layouts import contiguous
 from ringattn.planning.masks import Mask
@@ -71,7 +71,8 @@ def hashed(
         for one in buckets.unbind(-1):
             plan, sorting = by_bucket(one, blocks, itself, comm)
             there = _Sorted.apply(both, sorting)
-            parts.append(Part(*there.split([k.shape[3], v.shape[3]], 3), plan, rows=sorting))
+            keys, values = there.split([k.shape[3], v.shape[3]], 3)
+            parts.append(Part(keys, values, plan, rows=sorting))
         return union(q, parts, comm, kernel, scale)
 
     return split_heads(mixer, blocks, connect(group), q, k, v, buckets)
@@ -94,7 +95,7 @@ def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bthd,hcd->bthc", x.to(centroids.dtype), centroids).argmax(-1, keepdim=True)
 
 
-class Sorting:
+class Sorting(Rows):
     """Tokens to where they lie in the order by bucket, and back: see
     :class:`ringattn.mixers.union.Rows`. ``sends[peer]`` are rows of ``[batch, heads, tokens]``,
     flat, ``recvs[peer]`` rows of the own part of the order."""
@@ -102,8 +103,8 @@ class Sorting:
     def __init__(
         self, sends: list[torch.Tensor], recvs: list[torch.Tensor], comm: Comm, shared: int
     ) -> None:
-        self.sends, self.recvs, self.comm, self.shared = sends, recvs, comm, shared
-        self.index = torch.cat(recvs)  # so many rows
+        super().__init__(torch.cat(recvs), shared)  # so many rows
+        self.sends, self.recvs, self.comm = sends, recvs, comm
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Of ``[batch, tokens, heads, dim]``: ``[1, own rows of the order, 1, dim]``."""
@@ -152,13 +153,13 @@ class Sorting:
 
 class _Sorted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sorting: Sorting):
+    def forward(ctx: Any, x: torch.Tensor, sorting: Sorting) -> torch.Tensor:
         ctx.sorting, ctx.like = sorting, x.new_empty(0).expand(*x.shape[:3], 0)
         return sorting.take(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.sorting.summed(grad, ctx.like), None
 
 
@@ -170,8 +171,8 @@ def by_bucket(
     Collective."""
     comm, device = connect(group), buckets.device
     layout = blocks.layout
-    everyone = gather(buckets.int(), layout, comm)  # [batch, n, heads]
-    everyone = rearrange(everyone, "b n h -> (b h) n").cpu().numpy()
+    whole = gather(buckets.int(), layout, comm)  # [batch, n, heads]
+    everyone: np.ndarray = rearrange(whole, "b n h -> (b h) n").cpu().numpy()
     copies, n = everyone.shape
     document = np.searchsorted(np.cumsum(blocks.lengths), np.arange(n), side="right")
     # By document, bucket and position, each copy by itself.
@@ -193,8 +194,8 @@ def by_bucket(
     recvs = [mine[source[mine] == peer] - cuts[comm.rank] for peer in range(comm.world)]
     mask = _mask(np.take_along_axis(everyone, order, 1), document, blocks.size, itself)
     plan = Plan(mask, there, there, "direct", 1, comm.world)
-    indices = ([torch.from_numpy(x).to(device) for x in some] for some in (sends, recvs))
-    return plan, Sorting(*indices, comm, buckets.shape[2])
+    out, into = ([torch.from_numpy(x).to(device) for x in some] for some in (sends, recvs))
+    return plan, Sorting(out, into, comm, buckets.shape[2])
 
 
 def _mask(buckets: np.ndarray, document: np.ndarray, chunk: int, itself: bool) -> Mask:

@@ -8,6 +8,7 @@ into the future.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,8 @@ def linformer(
             f"{list(project_k.shape)} and {list(project_v.shape)}"
         )
     documents, comm = _documents(blocks), connect(group)
-    at = blocks.layout.positions(comm.rank)
-    at = torch.from_numpy(at - blocks.begins[_document(blocks, at)]).to(q.device)
+    own = blocks.layout.positions(comm.rank)
+    at = torch.from_numpy(own - blocks.begins[_document(blocks, own)]).to(q.device)
     shape = (*k.shape[:3], slots)
     k, v = (
         pool(x, documents, comm, "sum", project[at][None, :, None].expand(shape)).to(q.dtype)
@@ -131,8 +132,9 @@ def nystrom(
         counts = blocks.lasts - blocks.firsts
         slots = int(counts.max(initial=1))
         at = blocks.layout.positions(comm.rank)
-        index = blocks.firsts[_document(blocks, at)][:, None] + np.arange(slots)
-        index = torch.from_numpy(np.minimum(index, max(0, len(blocks) - 1))).to(q.device)
+        numbers = blocks.firsts[_document(blocks, at)][:, None] + np.arange(slots)
+        numbers = np.minimum(numbers, max(0, len(blocks) - 1))
+        index = torch.from_numpy(numbers).to(q.device)
         logits = torch.einsum("bthd,blhd->bthl", k_all, q_mean) * factor
         logits = logits.take_along_dim(index[None, :, None], 3)
         packed = pool(v_all, documents, comm, "softmax", logits)
@@ -146,12 +148,11 @@ def nystrom(
             value = inverse @ packed[:, number, :, : a.shape[-1]]
             keys.append(k_mean[:, some])
             values.append(value.transpose(1, 2))
-        if keys:
-            keys, values = (torch.cat(x, 1).to(q.dtype) for x in (keys, values))
-        else:  # what others do with its shares has a gradient here
-            keys, values = (x[:, :0].to(q.dtype) for x in (k_mean, v_all))
+        if not keys:  # what others do with its shares has a gradient here
+            keys, values = [k_mean[:, :0]], [v_all[:, :0]]
+        own_keys, own_values = (torch.cat(x, 1).to(q.dtype) for x in (keys, values))
         layout = blocks.remember("landmarks", lambda: _of_documents(blocks, documents))
-        part = Part(keys, values, blocks.plan(blocks.whole(), layout))
+        part = Part(own_keys, own_values, blocks.plan(blocks.whole(), layout))
         out = union(q, [part], comm, kernel, scale)
         # Connected on every rank: the exchanges of the backward are everybody's.
         return out + 0 * (q_mean.sum() + k_mean.sum() + packed.sum()).to(out.dtype)
@@ -190,7 +191,7 @@ def scatterbrain(
         ("own", (blocks.stops - blocks.starts).tolist()),
     ):
         segments = blocks.remember(
-            ("segments", name), lambda of=lengths: Segments(blocks.layout, of, None)
+            ("segments", name), partial(Segments, blocks.layout, lengths, None)
         )
         sums.append(
             linear(q_features, k_features, values, segments=segments, group=comm, scale=1.0)

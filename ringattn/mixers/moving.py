@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 
@@ -11,9 +12,17 @@ from ringattn.execution.exchange import Inbox, put, take
 from ringattn.planning.state_exchange import Relayout
 
 
+@overload
+def moved(tensors: list[torch.Tensor], move: Relayout, comm: Comm) -> list[torch.Tensor]: ...
+
+
+@overload
 def moved(
     tensors: Sequence[torch.Tensor | None], move: Relayout, comm: Comm
-) -> list[torch.Tensor | None]:
+) -> list[torch.Tensor | None]: ...
+
+
+def moved(tensors: Sequence[torch.Tensor | None], move: Relayout, comm: Comm) -> Any:
     """``[batch, tokens, ...]`` of this rank in the layout that ``move`` goes to, in one exchange;
     None stays None. Gradients go the way back. Collective."""
     given = [x for x in tensors if x is not None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 
@@ -34,7 +33,7 @@ def pooled(
     if causal:
         allowed = [place.earlier & (place.within[None] >= edge(sizes[0])[:, None])]
     keys, values, log = [k], [v], [q.new_zeros(q.shape[1])]
-    for size, coarser in pairwise([*sizes, None]):
+    for size, coarser in zip(sizes, [*sizes[1:], 0], strict=True):
         far = edge(coarser) if coarser else torch.zeros_like(place.within)
         for document, start, stop in _blocks(place.lengths, size):
             tokens = slice(start, stop)
@@ -92,10 +91,8 @@ def nsa(
                 important[:, :, start:stop, forced] = torch.inf
     second = _softmax(_scores(q, k), _chosen(important, blocks, top_k - 1), v)
     third = _softmax(_scores(q, k), place.earlier & (at[None] > at[:, None] - window), v)
-    return sum(
-        out * gate[..., None]
-        for out, gate in zip((first, second, third), gates.unbind(-1), strict=True)
-    )
+    each = zip((first, second, third), gates.unbind(-1), strict=True)
+    return torch.stack([out * gate[..., None] for out, gate in each]).sum(0)
 
 
 def dsa(
@@ -245,7 +242,7 @@ def _summary(
     x: torch.Tensor, how: str, weights: torch.Tensor | None, tokens: slice
 ) -> torch.Tensor:
     """``[batch, 1, heads, dim]`` of the tokens of a block."""
-    if how == "softmax":
+    if how == "softmax" and weights is not None:
         return (x * weights[:, tokens].softmax(1)).sum(1, keepdim=True)
     return x.amax(1, keepdim=True) if how == "max" else x.mean(1, keepdim=True)
 

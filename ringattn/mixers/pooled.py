@@ -64,7 +64,8 @@ def pooled(
             mask = level.past(near, coarser) if causal else level.whole()
             plan = level.plan(mask, level.summaries())
             weight = math.log(level.size) if causal else 0.0
-            parts.append(Part(*means.split([k.shape[3], v.shape[3]], 3), plan, weight))
+            keys, values = means.split([k.shape[3], v.shape[3]], 3)
+            parts.append(Part(keys, values, plan, weight))
         return union(q, parts, comm, kernel, scale)
 
     return split_heads(mixer, levels[0], connect(group), q, k, v, *others)

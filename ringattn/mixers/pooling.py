@@ -58,7 +58,8 @@ def pool(
         )
     with torch.autocast(x.device.type, enabled=False):
         dtype = state_dtype(x.dtype)
-        x, weights = x.to(dtype), None if weights is None else weights.to(dtype)
+        x = x.to(dtype)
+        weights = None if weights is None else weights.to(dtype)
         tables = blocks.remember(
             ("pooling", comm.rank, x.device), lambda: _Tables(blocks, comm.rank, x.device)
         )
@@ -163,7 +164,7 @@ def gather(x: torch.Tensor, layout: Layout, group: Any = None) -> torch.Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout: Layout, comm: Comm):
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout, comm: Comm) -> torch.Tensor:
         ctx.layout, ctx.comm = layout, comm
         parts = [x.new_empty(x.shape[0], layout.count(r), *x.shape[2:]) for r in layout.ranks]
         parts[comm.rank] = x.contiguous()
@@ -175,7 +176,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         layout, comm = ctx.layout, ctx.comm
         own = layout.shard(grad, comm.rank)
         others = [peer for peer in layout.ranks if peer != comm.rank]

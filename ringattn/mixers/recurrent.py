@@ -8,7 +8,7 @@ segment to segment a summary: see ``chunks`` and ``states``. ``segments``: of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -23,6 +23,23 @@ from ringattn.planning.segments import Segments
 from ringattn.planning.state_exchange import StateExchange, exchange_of
 
 CHUNK, CHUNK_OF_VECTORS = 64, 16  # tokens; with a decay for each of dk all pairs of them exist
+
+
+@overload
+def linear(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None = None, *,
+    segments: Segments, group: Any = None, scale: float | None = None, normalize: bool = False,
+    initial: torch.Tensor | None = None, chunk: int | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def linear(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None = None, *,
+    segments: Segments, group: Any = None, scale: float | None = None, normalize: bool = False,
+    initial: torch.Tensor | None = None, chunk: int | None = None, return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def linear(

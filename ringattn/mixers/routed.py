@@ -126,7 +126,7 @@ def nsa(
         means = pool(torch.cat([k, v], -1).double(), small, comm)
         means = means.to(state_dtype(q.dtype)).to(q.dtype)
         k_mean, v_mean = means.split([k.shape[3], v.shape[3]], 3)
-        options = (comm, kernel, scale)
+        options: Any = (comm, kernel, scale)
         seen = Part(k_mean, v_mean, small.plan(small.ended(), small.summaries()))
         first, lse = union(q, [seen], *options, return_lse=True)
         chosen = nsa_choice(q, k_mean, lse, blocks, small, top_k, comm, scale)
@@ -134,8 +134,8 @@ def nsa(
         parts.append(chosen_part(q, k, v, chosen, blocks, comm))
         second = union(q, parts, *options)
         third = union(q, [Part(k, v, blocks.plan(blocks.window(window)))], *options)
-        each = zip((first, second, third), gates.unbind(-1), strict=True)
-        return sum(out * gate[..., None] for out, gate in each).to(q.dtype)
+        near, choice, last = (gate[..., None] for gate in gates.unbind(-1))
+        return (first * near + second * choice + third * last).to(q.dtype)
 
     return split_heads(mixer, blocks, connect(group), q, k, v, gates)
 
@@ -295,8 +295,8 @@ def chosen_part(
     size = batch * kv_heads * len(blocks)
     counts = torch.bincount(where.clamp(0, max(0, size - 1)), minlength=size)
     counts = torch.cat([counts, wrong[None].long()]).int()  # every rank has to know
-    everyone = gather(counts[None], contiguous(comm.world * len(counts), comm.world), comm)
-    everyone = everyone.view(comm.world, -1).cpu().numpy()
+    all_counts = gather(counts[None], contiguous(comm.world * len(counts), comm.world), comm)
+    everyone: np.ndarray = all_counts.view(comm.world, -1).cpu().numpy()
     if everyone[:, -1].any():
         raise ValueError(
             "selected: a chosen block is of another document, does not exist, or has not ended "
@@ -317,11 +317,12 @@ def _seen(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each local token: the first block of its document, its own block, and its position."""
 
-    def work() -> tuple[torch.Tensor, ...]:
+    def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         at = blocks.layout.positions(comm.rank)
         own = np.searchsorted(blocks.starts, at, side="right") - 1
         first = blocks.firsts[blocks.document[own]]
-        return tuple(torch.from_numpy(x).to(device) for x in (first, own, at))
+        on_device = [torch.from_numpy(x).to(device) for x in (first, own, at)]
+        return on_device[0], on_device[1], on_device[2]
 
     return blocks.remember(("seen", comm.rank, device), work)
 

@@ -56,7 +56,7 @@ def adaptive_span(
         heads = [head for head, own in enumerate(whole) if own == span]
         kv = [head // wide for head in heads]
         q_own, k_own, v_own = q[:, :, heads], k[:, :, kv], v[:, :, kv]
-        options = (comm, kernel, scale)
+        options: Any = (comm, kernel, scale)
         parts = [Part(k_own, v_own, _plan(blocks, 0, span))]
         for step in range(1, ramp + 1):
             share = (ramp - step + beyond[heads]) / ramp

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from einops import rearrange
@@ -110,6 +110,22 @@ class State:
     weight: float | torch.Tensor = 1.0
 
 
+@overload
+def union(
+    q: torch.Tensor, parts: Sequence[Part], group: Any = None, kernel: str = "auto",
+    scale: float | None = None, return_lse: Literal[False] = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def union(
+    q: torch.Tensor, parts: Sequence[Part], group: Any = None, kernel: str = "auto",
+    scale: float | None = None, *, return_lse: Literal[True],
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def union(
     q: torch.Tensor,
     parts: Sequence[Part],
@@ -132,7 +148,24 @@ def union(
     >>> far = Part(k_mean, v_mean, plan_over_means, log_weight=math.log(64))
     >>> out = union(q, [near, far], group)
     """
-    return combine(q, parts, (), group, kernel, scale, return_lse, softcap, sinks)
+    options: Any = (group, kernel, scale, return_lse, softcap, sinks)
+    return combine(q, parts, (), *options)
+
+
+@overload
+def combine(
+    q: torch.Tensor, parts: Sequence[Part], states: Sequence[State], group: Any = None,
+    kernel: str = "auto", scale: float | None = None, return_lse: Literal[False] = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def combine(
+    q: torch.Tensor, parts: Sequence[Part], states: Sequence[State], group: Any = None,
+    kernel: str = "auto", scale: float | None = None, *, return_lse: Literal[True],
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def combine(
@@ -147,8 +180,8 @@ def combine(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """As :func:`union`, with ``states``, the results of other mixers, under the same normaliser:
-    the sum of all
-    weights times values over the sum of all weights (Chen et al. 2021, "Scatterbrain").
+    the sum of all weights times values over the sum of all weights (Chen et al. 2021,
+    "Scatterbrain").
 
     >>> state = State(*linear(q, k, v, segments=segments, normalize=True, return_lse=True))
     >>> out = combine(q, [Part(k, v, plan)], [state], group)
@@ -245,7 +278,10 @@ def _weight(x: float | torch.Tensor) -> float | torch.Tensor:
 
 class _Union(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plans, comm, kernel, scores, q, sinks, *tensors):
+    def forward(
+        ctx: Any, plans: Any, comm: Comm, kernel: str, scores: Scores, q: torch.Tensor,
+        sinks: torch.Tensor | None, *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         ctx.given, ctx.sinks = (plans, comm, kernel, scores), sinks is not None
         merged = _Merged(q, tensors[1].shape[3], sinks)
         count = 2 * len(plans)
@@ -268,7 +304,7 @@ class _Union(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _):
+    def backward(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         plans, comm, kernel, scores = ctx.given
         count = 2 * len(plans)
         q, *saved = ctx.saved_tensors
@@ -332,15 +368,15 @@ def _check(
         if part.rows is None and plan.ulysses != degree:
             raise ValueError("all parts need plans with one degree of ulysses")
         rows = q.shape[1] if part.rows is None else len(part.rows.index)
-        for name, x, axis, layouts in (
-            ("q", rows, "rows", plan.layout),
-            ("k", part.k.shape[1], "rows", plan.key_layout),
-            ("v", part.v.shape[1], "rows", plan.key_layout),
+        for name, count, owned in (
+            ("q", rows, plan.layout),
+            ("k", part.k.shape[1], plan.key_layout),
+            ("v", part.v.shape[1], plan.key_layout),
         ):
-            if x != layouts.count(comm.rank):
+            if count != owned.count(comm.rank):
                 raise ValueError(
-                    f"{name} has {x} {axis}, rank {comm.rank} of its layout owns "
-                    f"{layouts.count(comm.rank)}"
+                    f"{name} has {count} rows, rank {comm.rank} of its layout owns "
+                    f"{owned.count(comm.rank)}"
                 )
         for name, x in (("k", part.k), ("v", part.v)):
             if x.dtype != q.dtype or x.device != q.device:

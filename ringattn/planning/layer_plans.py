@@ -64,11 +64,11 @@ class LayerPlans(dict[str, Plan]):
         if unknown := set(self.layers) - {*kinds, NONE}:
             raise ValueError(f"layers of kind {', '.join(sorted(unknown))} have no plan")
         for kind, plan in self.items():
-            for name, own in (("layout", plan.layout), ("key layout", plan.key_layout)):
-                if own is not self.layout and own != self.layout:
+            for name, layout in (("layout", plan.layout), ("key layout", plan.key_layout)):
+                if layout is not self.layout and layout != self.layout:
                     raise ValueError(f"the {name} of {kind} is not that of the first plan")
-        for kind, own in self.sets.items():
-            if own.blocks.layout is not self.layout and own.blocks.layout != self.layout:
+        for kind, several in self.sets.items():
+            if several.blocks.layout is not self.layout and several.blocks.layout != self.layout:
                 raise ValueError(f"the blocks of {kind} have another layout than the first plan")
         # After that check: summaries have layouts of their own.
         self.of_set = {
@@ -79,8 +79,8 @@ class LayerPlans(dict[str, Plan]):
             for kind, own in self.sets.items()
             for name, plan in own.plans.items()
         )
-        for kind, own in self.segments.items():
-            if own.layout is not self.layout and own.layout != self.layout:
+        for kind, states in self.segments.items():
+            if states.layout is not self.layout and states.layout != self.layout:
                 raise ValueError(f"the segments of {kind} have another layout than the first plan")
 
     @classmethod
@@ -98,8 +98,8 @@ class LayerPlans(dict[str, Plan]):
         """The one layout of all kinds."""
         if self:
             return self.first.layout
-        each = [*self.segments.values(), *(own.blocks for own in self.sets.values())]
-        return each[0].layout
+        each = [segments.layout for segments in self.segments.values()]
+        return [*each, *(own.blocks.layout for own in self.sets.values())][0]
 
     @property
     def world(self) -> int:
@@ -114,7 +114,7 @@ class LayerPlans(dict[str, Plan]):
     @property
     def degree(self) -> int:
         """Ranks that the heads of the heaviest are split over."""
-        return self.heaviest.ulysses if self else 1
+        return heaviest.ulysses if (heaviest := self.heaviest) else 1
 
     @property
     def counts(self) -> Counter[str]:

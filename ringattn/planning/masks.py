@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import index
+from typing import Any
 
 import numpy as np
 
@@ -147,7 +148,7 @@ def _without(part: Slice, holes: Iterable[Slice]) -> list[Slice]:
     return left
 
 
-def _parsed(item: Slice | tuple) -> Slice:
+def _parsed(item: Slice | tuple[Any, ...]) -> Slice:
     try:
         q, k, lo, hi = (item.q, item.k, item.lo, item.hi) if isinstance(item, Slice) else item
         q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
@@ -359,11 +360,11 @@ def chosen_blocks(n: int, block: int, chosen: Sequence[Sequence[int]], causal: b
         raise ValueError(f"chosen must list blocks for each of {blocks}, got {len(chosen)} lists")
     parts = []
     for row, some in enumerate(chosen):
-        some = {integer("every chosen block", x, 0) for x in _listed(some)}
-        if some and max(some) >= blocks:
-            raise ValueError(f"every chosen block must be below {blocks}, got {max(some)}")
+        own = {integer("every chosen block", x, 0) for x in _listed(some)}
+        if own and max(own) >= blocks:
+            raise ValueError(f"every chosen block must be below {blocks}, got {max(own)}")
         q = Run(row * block, min(n, (row + 1) * block))
-        keys = union([Run(x * block, min(n, (x + 1) * block)) for x in some])
+        keys = union([Run(x * block, min(n, (x + 1) * block)) for x in own])
         parts += [Slice.make(q, k, None, 0 if causal else None) for k in keys]
     return Mask(tuple(part for part in parts if part), n, n)
 
@@ -400,7 +401,7 @@ def big_bird(
     return Mask(tuple(part for part in parts if part), n, n)
 
 
-def from_slices(slices: Iterable[Slice | tuple], n_q: int, n_k: int) -> Mask:
+def from_slices(slices: Iterable[Slice | tuple[Any, ...]], n_q: int, n_k: int) -> Mask:
     """A mask of ``n_q`` queries and ``n_k`` keys from any slices; overlaps are counted once.
 
     A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or

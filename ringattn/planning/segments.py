@@ -214,11 +214,11 @@ class Segments:
         base = dict(zip(recvs, accumulate(recvs.values(), initial=tokens), strict=False))
         before = []
         for piece in self.pieces(rank):
-            rows: list[tuple[int, int]] = []
+            found: list[tuple[int, int]] = []
             if piece.carries:
                 for peer, parts in places.get(piece.segment.number, {}).items():
                     shift = 0 if peer == rank else base[peer]
                     for at, first, count in parts:
-                        rows += [(at + i, shift + first + i) for i in range(count)]
-            before.append([row for _, row in sorted(rows)])
+                        found += [(at + i, shift + first + i) for i in range(count)]
+            before.append([row for _, row in sorted(found)])
         return Halo(dict(sorted(sends.items())), recvs, before)

@@ -20,6 +20,28 @@ _TITLES = {
     "predicted": "Predicted against measured",
     "loss": "Loss",
 }
+# The page asks nobody for anything: a browser would refuse it.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# A table wider than the screen scrolls by itself, its first column in sight; pictures are drawn
+# for a light ground, and keep it in the dark.
+_STYLE = """
+:root { --ground: #fff; --ink: #1c1e21; --line: #d8dbe0; --stripe: #f5f6f8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #16181c; --ink: #e3e5e8; --line: #3a3e45; --stripe: #1f2227 }
+}
+body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 75em; padding: 0 1em;
+  background: var(--ground); color: var(--ink); overflow-wrap: anywhere }
+h1, h2 { line-height: 1.2 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+td, th { padding: 4px 8px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+tbody tr:nth-child(odd) td { background: var(--stripe) }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--ground); max-width: 40vw; overflow: hidden; text-overflow: ellipsis }
+tbody tr:nth-child(odd) td:first-child { background: var(--stripe) }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+"""
 
 
 def rows(runs: list[RunRecord]) -> list[dict[str, str]]:
@@ -123,28 +145,27 @@ def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
         **known.get("versions", {}),
     }
     facts = ", ".join(f"{key} {value}" for key, value in about.items() if value)
+    notes = notes and f"<ul>{notes}</ul>"
     figures = "".join(
         f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
         f'src="data:image/png;base64,{data}">'
         for title, data in images
     )
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ringattn report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
-table {{ border-collapse: collapse; font-size: 13px }}
-td, th {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child, th:first-child {{ text-align: left }}
-img {{ max-width: 100% }}
-</style>
+<html lang="en"><head><meta charset="utf-8"><title>ringattn report</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<style>{_STYLE}</style></head><body>
 <h1>ringattn report</h1>
 <p>{html.escape(summary(runs))}</p>
-<table><tr>{head}</tr>{body}</table>
-<ul>{notes}</ul>
+<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
+{notes}
 {figures}
 <p>Medians over steps, without the first two; spread is (largest - smallest) / median. MFU: 6
 FLOPs per matmul parameter and token plus 12 x attended pairs x heads x head_dim per layer, over the
 peak of every rank. Exposed: share of a step in which rank 0 waits for attention's exchanges.</p>
 <p>{html.escape(facts)}</p>
-</html>
+</body></html>
 """

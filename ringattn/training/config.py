@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sysconfig
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -47,10 +48,11 @@ _REQUIRED = "<must be given>"
 def register() -> None:
     """Hands hydra what the types say: the default of every key, and the groups that have no file.
     Needed before it composes, and harmless twice."""
-    # For configs: ${required:} where the command line must say it, and ${times:a,b}, as of the
-    # tokens of all ranks. (hydra's own ??? does not hide a default.)
+    # For configs: ${required:} where the command line must say it (hydra's own ??? does not hide a
+    # default); ${times:a,b}, as of the tokens of all ranks; ${stdlib:}, text that is everywhere.
     OmegaConf.register_new_resolver("required", lambda: _REQUIRED, replace=True)
     OmegaConf.register_new_resolver("times", lambda *factors: math.prod(factors), replace=True)
+    OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_path("stdlib"), replace=True)
     store = ConfigStore.instance()
     store.store(name="keys", node=typed.defaults(TrainingRun))
     for group, kinds in (("engine", ENGINES), ("logger", LOGGERS)):
