@@ -74,6 +74,14 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("model.tied=7", ["model.tied", "True, False"]),
         ("+model.bias=true", ["unknown key 'model.bias'"]),
         ("data.root=5", ["data.root", "5"]),
+        ("data.mix=[{weight:1},{root:a,weight:1}]", ["data.mix", "root", "passkey"]),
+        ("data.mix=[{format:recall,root:a,weight:1},{root:a,weight:1}]", ["data.mix", "in place of a root"]),
+        (
+            "data.mix=[{format:recall,weight:1},{format:recall,weight:2}] eval.holdout=0.1 "
+            "eval.every=1",
+            ["eval.holdout", "no documents to hold out"],
+        ),
+        ("eval.first=true", ["eval.first", "eval.every"]),
         ("kernel=cudnn", ["kernel", "cudnn", "aten"]),
         ("kernel=gluon", ["kernel='gluon'", "bfloat16", "triton"]),
         ("model.kv_heads=3", ["model.kv_heads", "heads=4"]),

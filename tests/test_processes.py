@@ -157,12 +157,13 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
     worlds[4] |= case("fsdp-to-shards", 2, 3, 1, 3, "engine=fsdp", "engine.shard=context",
                       of("fsdp"))  # fmt: skip
     worlds[4] |= case("zero1-to-zero2", 4, 6, 1, 2, of("long"))
-    # Two sources by weight, packed by best fit, evaluated.
+    # Two sources by weight and a task, packed by best fit, evaluated before and after.
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("".join(json.dumps({"text": "round " * n}) + "\n" for n in range(1, 30)))
     mix = (
         f"data.mix=[{{root: {text.split('=')[1]}, weight: 2, glob: '*.txt'}},"
-        f"{{root: {tmp_path}, weight: 1, glob: '*.jsonl'}}]",
+        f"{{root: {tmp_path}, weight: 1, glob: '*.jsonl'}},{{format: recall, weight: 1}}]",
+        "eval.first=true",
         "data.packing=best_fit", f"data.cache={tmp_path / 'cache'}", "eval.every=3",
         "eval.holdout=0.3", "eval.sequences=5", "eval.probes=[passkey,recall]",
         "eval.lengths=[130]", "eval.samples=3", save,
@@ -177,8 +178,11 @@ def test_same_losses_for_every_split_stage_and_accumulation(tmp_path, text):
         base = "mix" if name.startswith("mix") else "base"
         _assert_equal(runs[base][-len(got) :], got, name)
         if base == "mix":
-            (line,) = (tmp_path / name / "eval.jsonl").read_text().splitlines()
-            evaluations[name] = json.loads(line)
+            lines = (tmp_path / name / "eval.jsonl").read_text().splitlines()
+            found = [json.loads(line) for line in lines]
+            # A run that goes on from another's checkpoint has no first step of its own.
+            assert [x["step"] for x in found] == ([3] if "-to-" in name else [0, 3])
+            evaluations[name] = found[-1]
         assert [m["step"] for m in got] == ([3] if "-to-" in name else [1, 2, 3])
     # And fewer ranks continue more.
     smaller = {2: {}, 1: {}}

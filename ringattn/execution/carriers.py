@@ -86,7 +86,7 @@ class ProcessRank:
         self.world = 1 if alone else dist.get_world_size(group)
 
     def start(self, sends: Sequence[Message], recvs: Sequence[Message], label: str) -> Pending:
-        """Begins one exchange: (contiguous tensor, peer) of all that is sent and received at once.
+        """Begins one exchange: ``sends`` and ``recvs`` are (contiguous tensor, peer), all at once.
         ``label`` names it in errors; wait for what is returned."""
         copies = []
         if self._staged(sends, recvs):
