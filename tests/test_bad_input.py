@@ -75,7 +75,10 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("+model.bias=true", ["unknown key 'model.bias'"]),
         ("data.root=5", ["data.root", "5"]),
         ("data.mix=[{weight:1},{root:a,weight:1}]", ["data.mix", "root", "passkey"]),
-        ("data.mix=[{format:recall,root:a,weight:1},{root:a,weight:1}]", ["data.mix", "in place of a root"]),
+        (
+            "data.mix=[{format:recall,root:a,weight:1},{root:a,weight:1}]",
+            ["data.mix", "in place of a root"],
+        ),
         (
             "data.mix=[{format:recall,weight:1},{format:recall,weight:2}] eval.holdout=0.1 "
             "eval.every=1",

@@ -11,6 +11,8 @@ from ringattn.cli import main
 from ringattn.report import page
 from ringattn.report.read import find
 
+from . import browser
+
 
 def out(capsys, *arguments):
     status = main(arguments)
@@ -155,6 +157,27 @@ def run_dir(path, seconds=1.0, predicted=1.1, status="finished", ranks=2, seq_le
     ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium")
+def test_the_report_is_readable_on_a_phone_light_and_dark_and_asks_nobody(tmp_path, capsys):
+    for n in (1024, 2048, 16384):
+        run_dir(tmp_path / "runs" / f"seq_len-{n}", seconds=n / 1024, seq_len=n)
+    assert out(capsys, "report", str(tmp_path / "runs"))[0] == 0
+    script = """{
+      width: d.documentElement.scrollWidth,
+      asked: w.performance.getEntriesByType("resource")
+        .filter(x => !x.name.startsWith("data:")).length,
+      pictures: [...d.images].filter(x => x.complete && x.naturalWidth > 0).length,
+      ground: w.getComputedStyle(d.body).backgroundColor, ink: w.getComputedStyle(d.body).color}"""
+    page = tmp_path / "runs/report/index.html"
+    light = browser.measured(page, 390, tmp_path, script)
+    dark = browser.measured(page, 390, tmp_path, script, "--force-dark-mode")
+    for found in (light, dark):
+        assert found["width"] <= 390 and found["asked"] == 0 and found["pictures"] == 4, found
+    brightness = [sum(map(int, re.findall(r"\d+", x["ground"])[:3])) for x in (light, dark)]
+    assert brightness[0] > 700 > 200 > brightness[1], (light, dark)
+    assert light["ink"] != dark["ink"]
 
 
 def test_report_reads_a_sweep_and_needs_nothing_but_itself(capsys, tmp_path):

@@ -70,7 +70,7 @@ def parts(runs: list[RunRecord]) -> Figure:
         at = [x + size for x, size in zip(at, sizes, strict=True)]
     axis.invert_yaxis()
     axis.set_xlabel("seconds of a step (rank 0)")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=len(PARTS))
     return figure
 
 

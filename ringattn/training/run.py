@@ -129,8 +129,8 @@ class Parallel:
 class Train:
     """How long training goes on, and what comes after."""
 
-    steps: Count = 600
-    """Optimizer steps."""
+    steps: Whole = 600
+    """Optimizer steps; 0: only evaluates, with eval.first."""
     grad_accum: Count = 1
     """Micro-steps of an optimizer step."""
     max_skipped: Whole = 3
@@ -202,6 +202,8 @@ class TrainingRun:
 
     @model_validator(mode="after")
     def _mask_fits(self) -> TrainingRun:
+        if not self.train.steps and not self.eval.first:
+            raise ValueError("train.steps=0: nothing to do; with eval.first=true it evaluates")
         self.attention.check(self.seq_len)
         mixers, sets = self.attention.mixers, self.attention.sets
         kinds = set(self.attention.layers(self.model.layers)) - {NONE} - set(mixers)

@@ -158,7 +158,7 @@ class Steps:
                     at = state.step
                 self._evaluate(state.step, saver)
         self.heartbeat.where = f"step {state.step}, last checkpoint"
-        if at != state.step and every is not None:
+        if at != state.step and every is not None and run.train.steps:
             saver.save(self.engine, state)
         saver.finish()
         self.heartbeat.where = f"step {state.step}, data read to its end"
