@@ -1,14 +1,14 @@
 # syntax=docker/dockerfile:1
 # ringattn with everything that training needs, as a user without rights.
 #
-#   docker build -t ringattn .                                             # CPUs
+#   docker build -t ringattn --build-arg TORCH_INDEX=URL .                 # CPUs
 #   docker build -t ringattn:cuda --build-arg VARIANT=cuda .               # NVIDIA GPUs
 #   docker run --rm ringattn ringattn info
-#   docker run --rm --gpus all --ipc host -v "$PWD/runs:/work/runs" ringattn:cuda \
-#       torchrun --nproc-per-node 8 -m ringattn.training experiment=continue_llama ...
+#   mkdir -p runs && docker run --rm --gpus all --ipc host -v "$PWD/runs:/home/ringattn/runs" \
+#       ringattn:cuda torchrun --nproc-per-node 8 -m ringattn.training experiment=continue_llama ...
 #
-# TORCH_INDEX: an index with CPU builds of torch, where pip would take a CUDA build otherwise. The CUDA
-# variant needs no toolkit but the compiler: torch brings CUDA's libraries, Triton its own assembler.
+# TORCH_INDEX: an index with CPU builds of torch; without it pip may want a CUDA build, which the CPU
+# variant refuses. `runs` has to be writable for user 1000. The CUDA variant needs no toolkit but the compiler: torch brings CUDA's libraries, Triton its own assembler.
 # --ipc host: ranks of a machine exchange through shared memory.
 ARG VARIANT=cpu
 ARG PYTHON=3.11
@@ -40,9 +40,10 @@ COPY hydra_plugins hydra_plugins
 RUN python -m pip install -c constraints.txt '.[train,data,hf,lora,trl]'
 
 FROM compiler AS base
-RUN useradd --create-home --uid 1000 ringattn && mkdir /work && chown ringattn /work
+RUN useradd --create-home --uid 1000 ringattn
 COPY --from=build /opt/ringattn /opt/ringattn
-COPY --chown=ringattn examples /work/examples
+COPY --chown=ringattn train.py /home/ringattn/
+COPY --chown=ringattn examples /home/ringattn/examples
 ENV PATH=/opt/ringattn/bin:$PATH PYTHONUNBUFFERED=1
 
 FROM base AS cpu
@@ -55,5 +56,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # hadolint ignore=DL3006
 FROM ${VARIANT}
 USER 1000
-WORKDIR /work
+WORKDIR /home/ringattn
 CMD ["ringattn", "info"]

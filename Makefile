@@ -53,6 +53,7 @@ $(DOCS)/ready: docs/requirements.txt constraints.txt
 	touch $@
 
 site: $(DOCS)/ready
+	rm -rf build
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
 

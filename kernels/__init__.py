@@ -112,9 +112,8 @@ def select(
     v_dim: int | None = None,
 ) -> Kernel:
     """The kernel for ``name``, for inputs of this ``dtype``, ``device``, ``head_dim`` and ``v_dim``
-    of v
-    (None: the same); "auto" takes gluon or triton on a GPU that they support, in this
-    order, aten elsewhere, and reference for float64.
+    of v (None: the same); "auto" takes gluon or triton on a GPU that they support, in this order,
+    aten elsewhere, and reference for float64.
 
     Raises ValueError for an unknown name, or for a kernel that cannot do what is asked, with what
     to do about it.

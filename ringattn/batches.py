@@ -17,9 +17,8 @@ IGNORED = -100  # the label of a token that is not supervised
 
 def position_ids(layout: Layout, rank: int, lengths: Sequence[int] | None = None) -> torch.Tensor:
     """int64 ``[tokens]``: where each token that ``layout`` gives to ``rank`` stands in the
-    sequence, or from 0 in its
-    document if the ``lengths`` of packed documents are given. Raises ValueError if these do not
-    add up to the sequence.
+    sequence, or from 0 in its document if the ``lengths`` of packed documents are given. Raises
+    ValueError if these do not add up to the sequence.
     """
     own = layout.positions(rank)
     if lengths is not None:

@@ -89,8 +89,7 @@ class Comparison:
 
 def compare(got: torch.Tensor, one_call: torch.Tensor, want: torch.Tensor) -> Comparison:
     """``got`` and ``one_call`` ``[batch, tokens, heads, head_dim]`` in one dtype against ``want``
-    in
-    float64.
+    in float64.
 
     The whole may be ``LIMIT`` times as far off as the one call. A wrong row can hide in the whole:
     under a causal mask the last keys have next to no gradient. So each row is held against itself:

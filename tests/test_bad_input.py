@@ -46,7 +46,7 @@ def refused(monkeypatch, capsys, text, tmp_path):
         ("seq_len=-4", ["seq_len", "-4", "at least 1"]),
         ("seq_len=abc", ["seq_len", "abc", "integer"]),
         ("batch_size=0", ["batch_size", "at least 1"]),
-        ("train.steps=0", ["train.steps", "at least 1"]),
+        ("train.steps=-1", ["train.steps", "at least 0"]),
         ("checkpoint.every=-1", ["checkpoint.every", "at least 0"]),
         ("precision=fp8", ["precision", "fp8", "fp32, bf16"]),
         ("optim.lr=nan", ["optim.lr", "finite"]),
@@ -80,10 +80,23 @@ def refused(monkeypatch, capsys, text, tmp_path):
             ["data.mix", "in place of a root"],
         ),
         (
-            "data.mix=[{format:recall,weight:1},{format:recall,weight:2}] eval.holdout=0.1 "
+            "data.mix=[{format:recall,weight:1},{format:passkey,weight:2}] eval.holdout=0.1 "
             "eval.every=1",
             ["eval.holdout", "no documents to hold out"],
         ),
+        (
+            "data.mix=[{format:recall,weight:1},{format:recall,weight:2}]",
+            ["data.mix", "once"],
+        ),
+        (
+            "data.format=recall data.mix=[{root:a,weight:1},{root:b,weight:2}]",
+            ["data.format=recall", "name it in the mix"],
+        ),
+        (
+            "data.mix=[{format:recall,glob:a,weight:1},{root:a,weight:1}]",
+            ["data.mix", "in place of a root"],
+        ),
+        ("train.steps=0", ["train.steps=0", "eval.first=true"]),
         ("eval.first=true", ["eval.first", "eval.every"]),
         ("kernel=cudnn", ["kernel", "cudnn", "aten"]),
         ("kernel=gluon", ["kernel='gluon'", "bfloat16", "triton"]),

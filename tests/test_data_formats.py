@@ -21,11 +21,12 @@ from ringattn.data.formats import jsonl, saved
 from ringattn.data.formats.ranges import Corrupt, FileRange
 from ringattn.data.open_data import open_data
 from ringattn.data.packing import balanced, best_fit
-from ringattn.data.probes import Probe
+from ringattn.data.probes import PAIRS, Probe
 from ringattn.data.records import Source
 from ringattn.data.stream import EMPTY, Mixture, Stream
 from ringattn.data.tokenizer import ByteTokenizer, TokenizerKeys, train_bpe
 from ringattn.models.sizes import ModelConfig
+from ringattn.planning.layouts import contiguous
 from ringattn.training import config
 from ringattn.training.attention import Attention
 from ringattn.training.batch import numbers
@@ -398,6 +399,22 @@ def test_a_mixture_has_its_shares_and_loses_no_sequence():
     again = Mixture(streams, [5, 3, 0.001], seed=0)
     assert again.place(2500) == places[2500]
     assert {s.source for s in again.spans(2500)} == {places[2500][0]}
+
+
+def test_a_task_in_a_mixture_asks_for_its_answers_only():
+    """As alone; and each source's rows are those that it has by itself."""
+    probe = Probe("recall", ByteTokenizer(), 97, seed=3, halvings=1)
+    text = Stream(Numbers([40, 70, 300]), 97, seed=0, filler=probe.filler)
+    mixture = Mixture([text, probe], [1, 1], seed=0)
+    layout = contiguous(97, 1)
+    for number in range(12):
+        source, own = mixture.place(number)
+        alone = mixture.streams[source]
+        got = mixture.local(mixture.spans(number), layout, 0)
+        want = alone.local(alone.spans(own), layout, 0)
+        assert (got.tokens == want.tokens).all() and (got.labels == want.labels).all()
+        asked = int((got.labels >= 0).sum())
+        assert asked > 80 if source == 0 else asked <= 2 * PAIRS
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=2, max_size=6))

@@ -15,7 +15,8 @@ _spec.loader.exec_module(figures)
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in figures.PAGES]
 UNITS = (
-    "TFLOP/s|tokens/s|GB/s|Mbit/s|GiB|MiB|KiB|GB|MB|ms|us|s|seconds|minutes|min|%|x|times faster"
+    "TFLOP/s|tokens/s|TB/s|GB/s|Mbit/s|TiB|GiB|MiB|KiB|TB|GB|MB|kB|ns|ms|us|s|seconds|minutes|min|"
+    "hours|h|days|nats|%|x"
 )
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
 # "1.2 s", "0.2 to 0.3 s", "10, 5 and 2 %": every number before the unit has it.
@@ -74,7 +75,13 @@ def test_a_number_with_a_unit_is_in_a_result_or_stated(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_of_numbers_is_between_markers(name):
     page = figures._MARKED.sub("", (ROOT / name).read_text())
+    known = quantities(cited((ROOT / name).read_text()))
     for table in figures.tables(page):
+        text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", table)
+        for words in stated_words(name):
+            text = text.replace(words, "")
+        loose = quantities(text) - known
+        assert not loose, f"{name}: in no result that it names: {sorted(loose)}, in\n{table}"
         cells = [
             c.strip() for line in table.splitlines()[2:] for c in line.strip("| \n").split(" | ")
         ]

@@ -90,6 +90,7 @@ def test_workflows_call_what_is_there():
                 assert (ROOT / script).exists()
     release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
     assert release["jobs"]["publish"]["needs"] == "build"
+    assert ".ci/run" in [step.get("run") for step in release["jobs"]["build"]["steps"]]
 
 
 def test_the_licence_list_has_every_requirement():

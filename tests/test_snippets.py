@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ringattn import typed
-from ringattn.cli import COMMANDS, calibrate, export, kernels, plan, verify
+from ringattn.cli import COMMANDS, calibrate, export, kernels, plan, tokenize, verify
 from ringattn.training.run import TrainingRun
 
 from .processes import ROOT, launch
@@ -23,6 +23,7 @@ RUN_BY = {
 KEYS = {
     "plan": {*plan.KEYS}, "verify": {*verify.KEYS}, "kernels": {*kernels.KEYS},
     "calibrate": {*calibrate.KEYS}, "export": {*export.KEYS},
+    "tokenize": {*tokenize.TOKENIZE}, "bpe": {*tokenize.BPE}, "report": set(), "info": set(),
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     assert_type(out, Tensor)
     both = ra.ring_attention(q, k, v, plan, return_lse=True)
     assert_type(both, tuple[Tensor, Tensor])
+    flag: bool = plan.ulysses > 1
+    assert_type(ra.ring_attention(q, k, v, plan, return_lse=flag), Tensor | tuple[Tensor, Tensor])
     return out
 
 

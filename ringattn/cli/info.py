@@ -1,6 +1,5 @@
 """``ringattn info``: versions, devices, links and the kernels that would be chosen, to read or to
-put
-into a report of a fault."""
+put into a report of a fault."""
 
 from __future__ import annotations
 
@@ -99,12 +98,15 @@ def _links(torch: Any) -> dict[str, str]:
         pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
         direct = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
         found["peer access"] = f"{direct} of {len(pairs)} pairs of GPUs"
+    if not here().exists():
+        found["calibrated"] = "no (ringattn calibrate measures it)"
+        return found
     try:
         machine = load("this")
-    except HardwareError:
-        found["calibrated"] = f"no ({here()}; ringattn calibrate measures it)"
+    except HardwareError as error:
+        found["calibrated"] = f"unreadable: {error}"
         return found
-    found["calibrated"] = f"{here()}: {machine.source}"
+    found["calibrated"] = machine.source
     for name in ("intra_node", "inter_node"):
         if link := getattr(machine, name):
             speed, wait = float(link.bandwidth(2**26)) / 1e9, link.latency * 1e6

@@ -82,7 +82,8 @@ def open_data(
             "eval.holdout, eval.root: data.mix has no documents to hold out; leave them out"
         )
     if held_out_root is not None:
-        other = replace(parts[0], root=held_out_root, **_tokenizer_of(opened[0]))
+        text = next(part for part, task in zip(parts, tasks, strict=True) if not task)
+        other = replace(text, root=held_out_root, **_tokenizer_of(opened[0]))
         evaluation = [_open(other, progress)]
         if _tokenizer(data, evaluation).fingerprint != loaded.fingerprint:
             raise SettingsError(

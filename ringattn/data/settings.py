@@ -28,12 +28,12 @@ class Part:
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> Part:
-        made = self.format in TASKS
-        if made == (self.root is not None):
+        files = {name: getattr(self, name) for name in ("root", "glob", "field", "split")}
+        if self.format not in TASKS and self.root is None:
+            raise ValueError(f"data.mix: a source needs a root, or a format of {', '.join(TASKS)}")
+        if self.format in TASKS and any(value is not None for value in files.values()):
             raise ValueError(
-                f"data.mix: format={self.format} is made on the fly and has no root"
-                if made
-                else f"data.mix: a source needs a root, or a format of {', '.join(TASKS)}"
+                f"data.mix: format={self.format} is made on the fly and has no {', '.join(files)}"
             )
         return self
 
@@ -82,6 +82,18 @@ class Data:
     """Where text is kept tokenized; null: ~/.cache/ringattn/tokens."""
     workers: Count | None = None
     """Processes that tokenize; null: one per core."""
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> Data:
+        if self.mix and self.format in TASKS:
+            raise ValueError(
+                f"data.format={self.format} beside data.mix: name it in the mix, as "
+                f"{{format: {self.format}, weight: 1}}"
+            )
+        tasks = [part.format for part in self.mix or () if part.format in TASKS]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("data.mix: a task can be there once; give it more weight")
+        return self
 
     @property
     def tokenizer_keys(self) -> TokenizerKeys:

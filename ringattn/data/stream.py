@@ -211,6 +211,9 @@ class Mixture(Sequences):
     def tokens(self, span: Span, start: int, stop: int, step: int) -> np.ndarray:
         return self.streams[span.source].tokens(span, start, stop, step)
 
+    def labels(self, span: Span, start: int, stop: int, step: int) -> np.ndarray:
+        return self.streams[span.source].labels(span, start, stop, step)
+
     def spans(self, sequence: int) -> list[Span]:
         source, number = self.place(sequence)
         return [replace(span, source=source) for span in self.streams[source].spans(number)]

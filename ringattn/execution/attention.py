@@ -41,6 +41,14 @@ def ring_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
+@overload
+def ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, group: Any = None,
+    kernel: str = "auto", scale: float | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def ring_attention(
     q: torch.Tensor,
     k: torch.Tensor,

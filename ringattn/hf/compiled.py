@@ -18,9 +18,8 @@ _COMPILED: WeakSet[nn.Module] = WeakSet()
 
 def compile_layers(model: nn.Module, **as_torch_compile: Any) -> None:
     """Compiles the layers of ``model``, in place, each by itself; ``as_torch_compile`` are
-    torch.compile's arguments.
-    Where a layer is computed again in the backward (transformers' own checkpointing), what is
-    computed is compiled.
+    torch.compile's arguments. Where a layer is computed again in the backward (transformers' own
+    checkpointing), what is computed is compiled.
 
     Raises ValueError where no layer is found.
     """

@@ -26,7 +26,7 @@ PREFIX = "inner."  # of parameters in :class:`ringattn.hf.trained.SplitModel`
 def config_of(folder: Path) -> PretrainedConfig:
     """The config of a folder; nothing is fetched. Raises NotCovered for one that is not read."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds
         reason = str(error).strip().splitlines()
         raise NotCovered(f"{folder}: {reason[0] if reason else type(error).__name__}") from None
@@ -40,7 +40,7 @@ def empty_model(config: PretrainedConfig, weights: bool = False) -> PreTrainedMo
     try:
         with torch.device("cpu"), no_init_weights():
             with nullcontext() if weights else init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, **options)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
             model.tie_weights()
             return model
     except (ValueError, KeyError, AttributeError) as error:

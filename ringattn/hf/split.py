@@ -142,8 +142,12 @@ def make_split(
     """Raises ValueError where the plans do not fit each other."""
     if mixers not in ("refuse", "gather"):
         raise ValueError(f'mixers must be "refuse" or "gather", got {mixers!r}')
-    mapping: dict[Any, Plan] = {None: plans} if isinstance(plans, Plan) else dict(plans)
-    if not mapping or not all(isinstance(plan, Plan) for plan in mapping.values()):
+    mapping: Any = {None: plans} if isinstance(plans, Plan) else plans
+    if (
+        not isinstance(mapping, Mapping)
+        or not mapping
+        or not all(isinstance(plan, Plan) for plan in mapping.values())
+    ):
         raise ValueError(f"plans must be a plan or a mapping of kinds to plans, got {plans!r}")
     layout = LayerPlans(mapping).layout
     if empty := [rank for rank in layout.ranks if not layout.count(rank)]:

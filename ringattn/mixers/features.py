@@ -17,8 +17,7 @@ def performer(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 
 def random_fourier(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """By ``projection``: Random Feature Attention (Peng et al. 2021, arXiv:2103.02143): ``exp(|x|^2
-    / 2) [sin w x,
-    cos w x] / sqrt(features)``, whose product is ``exp(q . k)`` on the mean. As in
+    / 2) [sin w x, cos w x] / sqrt(features)``, whose product is ``exp(q . k)`` on the mean. As in
     :func:`performer`; returns ``[..., 2 * features]``."""
     angle = x @ projection.mT
     size = (x.square().sum(-1, keepdim=True) / 2).exp()

@@ -90,8 +90,7 @@ def lsh(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 @in_float32
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Buckets of ``x`` ``[batch, tokens, heads, dim]`` by the one of ``centroids`` ``[heads,
-    buckets,
-    dim]`` with the largest product, one round: int64 ``[batch, tokens, heads, 1]``."""
+    buckets, dim]`` with the largest product, one round: int64 ``[batch, tokens, heads, 1]``."""
     return torch.einsum("bthd,hcd->bthc", x.to(centroids.dtype), centroids).argmax(-1, keepdim=True)
 
 

@@ -50,8 +50,7 @@ def convolution(
     x: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int] | None = None
 ) -> torch.Tensor:
     """``out_t = sum over j of weight[:, j] x_{t - width + 1 + j}``, of the tokens of a document of
-    ``lengths`` (None: one);
-    x ``[batch, tokens, channels]``, weight ``[channels, width]``."""
+    ``lengths`` (None: one); x ``[batch, tokens, channels]``, weight ``[channels, width]``."""
     parts = []
     for part in x.split(list(lengths) if lengths is not None else [x.shape[1]], 1):
         out = torch.zeros_like(part)

@@ -242,7 +242,9 @@ def _summary(
     x: torch.Tensor, how: str, weights: torch.Tensor | None, tokens: slice
 ) -> torch.Tensor:
     """``[batch, 1, heads, dim]`` of the tokens of a block."""
-    if how == "softmax" and weights is not None:
+    if how == "softmax":
+        if weights is None:
+            raise ValueError("pooled: how='softmax' needs weights")
         return (x * weights[:, tokens].softmax(1)).sum(1, keepdim=True)
     return x.amax(1, keepdim=True) if how == "max" else x.mean(1, keepdim=True)
 

@@ -42,6 +42,14 @@ def linear(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
+@overload
+def linear(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor | None = None, *,
+    segments: Segments, group: Any = None, scale: float | None = None, normalize: bool = False,
+    initial: torch.Tensor | None = None, chunk: int | None = None, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def linear(
     q: torch.Tensor,
     k: torch.Tensor,

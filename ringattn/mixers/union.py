@@ -59,8 +59,7 @@ class Rows:
 
     def summed(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`take`, from ``x`` to the rows of ``like``: what was taken several
-        times
-        is summed."""
+        times is summed."""
         total = torch.zeros_like(like, dtype=x.dtype)
         lse = x.new_zeros(1, x.shape[2], x.shape[1])
         for part, _ in self.turns(x, lse, like):
@@ -126,6 +125,14 @@ def union(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
+@overload
+def union(
+    q: torch.Tensor, parts: Sequence[Part], group: Any = None,
+    kernel: str = "auto", scale: float | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def union(
     q: torch.Tensor,
     parts: Sequence[Part],
@@ -148,8 +155,7 @@ def union(
     >>> far = Part(k_mean, v_mean, plan_over_means, log_weight=math.log(64))
     >>> out = union(q, [near, far], group)
     """
-    options: Any = (group, kernel, scale, return_lse, softcap, sinks)
-    return combine(q, parts, (), *options)
+    return combine(q, parts, (), group, kernel, scale, return_lse, softcap, sinks)
 
 
 @overload
@@ -166,6 +172,14 @@ def combine(
     kernel: str = "auto", scale: float | None = None, *, return_lse: Literal[True],
     softcap: float | None = None, sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def combine(
+    q: torch.Tensor, parts: Sequence[Part], states: Sequence[State], group: Any = None,
+    kernel: str = "auto", scale: float | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def combine(

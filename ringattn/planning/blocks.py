@@ -157,8 +157,7 @@ class Blocks:
 
     def plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
         """For a ``mask`` of the tokens' queries over ``keys`` (None: the tokens). Each rank
-        receives the rows that
-        it attends."""
+        receives the rows that it attends."""
         return self.remember(("plan", mask, keys), lambda: self.new_plan(mask, keys))
 
     def new_plan(self, mask: Mask, keys: Layout | None = None) -> Plan:
@@ -205,9 +204,8 @@ class Blocks:
 
     def past(self, near: int = 1, coarser: Blocks | None = None, slots: int = 1) -> Mask:
         """All blocks (``slots`` summaries of each) of its document before the ``near`` nearest (see
-        :meth:`near`), so that every
-        earlier token counts once; with ``coarser`` ones, which summarise what is further away, only
-        those that their own :meth:`past` leaves."""
+        :meth:`near`), so that every earlier token counts once; with ``coarser`` ones, which
+        summarise what is further away, only those that their own :meth:`past` leaves."""
         return self.remember(
             ("past", near, coarser and coarser.size, slots),
             lambda: self._past(near, coarser, slots),

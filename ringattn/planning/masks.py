@@ -351,9 +351,8 @@ def log_sparse(n: int, local: int = 1, causal: bool = True) -> Mask:
 
 def chosen_blocks(n: int, block: int, chosen: Sequence[Sequence[int]], causal: bool = True) -> Mask:
     """In blocks of ``block`` tokens: of each block of queries the ``chosen`` blocks of keys, one
-    list
-    for each block in order (block-sparse attention; Qiu et al. 2019, "BlockBERT"). Causal:
-    no key after its query."""
+    list for each block in order (block-sparse attention; Qiu et al. 2019, "BlockBERT"). Causal: no
+    key after its query."""
     n, block = integer("n", n, 0), integer("block", block, 1)
     blocks = -(-n // block)
     if len(chosen) != blocks:

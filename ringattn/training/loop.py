@@ -62,7 +62,7 @@ def train(job: Job, context: Context, stops: Sized, heartbeat: Heartbeat) -> boo
     display = Display(rank == 0, run.train.steps, start.step)
     at = checkpoints.folder(job.run_dir, start.step)
     saved = resume is not None and resume[0].resolve() == at.resolve()
-    evaluate_first = run.eval.first and not resume
+    evaluate_first = run.eval.first and not saved
     evaluate_first |= saved and _lacks_evaluation(run, job.run_dir, start.step)
     if resume and start.step >= run.train.steps and not evaluate_first:
         display.say(
@@ -250,6 +250,7 @@ def _lacks_evaluation(run: TrainingRun, run_dir: Path, step: int) -> bool:
     """Collective. Whether the run was to be evaluated at this step, and was not: the checkpoint
     comes first."""
     due = run.eval.every and (step % run.eval.every == 0 or step == run.train.steps)
+    due = due and (step > 0 or run.eval.first)
     shared = [False]
     if due and dist.get_rank() == 0:
         shared = [step not in recorded(run_dir / EVALUATIONS)]
