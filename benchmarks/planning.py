@@ -19,6 +19,7 @@ from ringattn.kernels.work import work
 import ringattn as ra
 from ringattn import make
 from ringattn.cost.presets import load
+from ringattn.planning.layer_plans import LayerPlans
 from ringattn.strategy import Strategy
 from ringattn.training import config
 from ringattn.training.forecast import Forecast
@@ -86,7 +87,8 @@ def starts(repeat):
             checks, _ = timed(check, repeat)
 
             def ahead(run=run, cp=cp, own=own):
-                forecast = Forecast(run, cp, own(), hardware)
+                plans = LayerPlans.alike(own(), run.model.layers)
+                forecast = Forecast(run, cp, plans, hardware)
                 begin = time.perf_counter()
                 _ = forecast.received, forecast.memory, forecast.step.seconds
                 return time.perf_counter() - begin
