@@ -1,8 +1,7 @@
 """Model families of transformers on split sequences: which are right, and which are refused and
 why.
 
-    python benchmarks/model_families.py           print the table of docs/models.md
-    python benchmarks/model_families.py --write   put it there
+    python benchmarks/model_families.py
 
 Every family is a small random model, unchanged, in float32: packed documents of odd lengths over 2
 and 3 ranks, the loss and all gradients beside transformers' own eager attention in one process.
@@ -34,7 +33,6 @@ from ringattn.strategy import Strategy
 from ringattn.training.attention import Attention
 
 LENGTHS = [23, 5, 17, 1, 13]  # tokens of the documents
-PAGE = Path(__file__).resolve().parent.parent / "docs/models.md"
 PLAIN = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2,
@@ -498,19 +496,10 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/models.md")
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
-    text = table()
-    if not options.write:
-        print(text)
-        return
-    begin, end = "<!-- model_families.py: begin -->\n", "\n<!-- model_families.py: end -->"
-    page = PAGE.read_text()
-    before, rest = page.split(begin)
-    PAGE.write_text(before + begin + text + end + rest.split(end, 1)[1])
+    print(table())
 
 
 if __name__ == "__main__":
