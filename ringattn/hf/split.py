@@ -152,7 +152,8 @@ def make_split(
     layout = LayerPlans(mapping).layout
     if empty := [rank for rank in layout.ranks if not layout.count(rank)]:
         raise ValueError(f"ranks {empty} have no token: transformers models need one on every rank")
-    return ActiveSplit(dict(mapping), group, kernel, lengths_of(plans), gather=mixers == "gather")
+    own: Any = mapping  # itself: LayerPlans know more than a mapping
+    return ActiveSplit(own, group, kernel, lengths_of(plans), gather=mixers == "gather")
 
 
 def _called(
