@@ -135,3 +135,9 @@ def test_types_are_for_users_too():
     assert (ROOT / "ringattn/py.typed").exists()
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "py.typed" in packed["package-data"]["ringattn"]
+
+
+def test_the_readme_counts_the_builders_of_masks():
+    from ringattn.planning.masks import BUILDERS
+
+    assert f"[{len(BUILDERS)} builders]" in (ROOT / "README.md").read_text()
