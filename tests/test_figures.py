@@ -1,4 +1,4 @@
-"""Every number that a document quotes is in a result that the document names."""
+"""Every number that a document quotes is in a result that the same section of it names."""
 
 import importlib.util
 import re
@@ -19,9 +19,9 @@ UNITS = (
     "hours|h|days|nats|%|x"
 )
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
-# "1.2 s", "0.2 to 0.3 s", "10, 5 and 2 %": every number before the unit has it.
+# "1.2 s", "0.2 to 0.3 s", "4-6 kB", "10, 5 and 2 %": every number before the unit has it.
 QUANTITY = re.compile(
-    rf"(?<![\w.,/=^-])((?:{NUMBER}(?:,| to| and| or|, and|-| %,| %,? and)? )*{NUMBER}) ?"
+    rf"(?<![\w.,/=^-])((?:{NUMBER}(?:-|(?:,| to| and| or|, and| %,| %,? and)? ))*{NUMBER}) ?"
     rf"({UNITS})(?![\w/])"
 )
 
@@ -31,8 +31,15 @@ def quantities(text: str) -> set[tuple[str, str]]:
     text = text.replace("\N{MULTIPLICATION SIGN}", "x").replace("µs", "us")
     found = set()
     for numbers, unit in QUANTITY.findall(text):
-        found |= {(n.lstrip("+-").replace(",", ""), unit) for n in re.findall(NUMBER, numbers)}
+        # A minus between digits is a range.
+        each = re.findall(NUMBER, re.sub(r"(?<=[\d%])-", " ", numbers))
+        found |= {(n.lstrip("+").replace(",", ""), unit) for n in each}
     return found
+
+
+def sections(page: str) -> list[str]:
+    """A page, cut before its headings of the second level."""
+    return re.split(r"^(?=## )", page, flags=re.MULTILINE)
 
 
 def prose(page: str) -> list[str]:
@@ -62,31 +69,31 @@ def test_a_table_between_markers_is_that_of_its_result(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_number_with_a_unit_is_in_a_result_or_stated(name):
-    page = (ROOT / name).read_text()
-    known, allowed = quantities(cited(page)), stated_words(name)
-    loose = []
-    for paragraph in prose(page):
-        for words in allowed:
-            paragraph = re.sub(r"\s+".join(map(re.escape, words.split())), " ", paragraph)
-        loose += sorted(quantities(paragraph) - known)
-    assert not loose, f"{name}: in no result that it names, nor in stated.md: {loose}"
+    allowed = stated_words(name)
+    for section in sections((ROOT / name).read_text()):
+        known, loose = quantities(cited(section)), []
+        for paragraph in prose(section):
+            for words in allowed:
+                paragraph = re.sub(r"\s+".join(map(re.escape, words.split())), " ", paragraph)
+            loose += sorted(quantities(paragraph) - known)
+        title = section.splitlines()[0]
+        assert not loose, f"{name}, {title!r}: in no result named there, nor in stated.md: {loose}"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_of_numbers_is_between_markers(name):
-    page = figures._MARKED.sub("", (ROOT / name).read_text())
-    known = quantities(cited((ROOT / name).read_text()))
-    for table in figures.tables(page):
-        text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", table)
-        for words in stated_words(name):
-            text = text.replace(words, "")
-        loose = quantities(text) - known
-        assert not loose, f"{name}: in no result that it names: {sorted(loose)}, in\n{table}"
-        cells = [
-            c.strip() for line in table.splitlines()[2:] for c in line.strip("| \n").split(" | ")
-        ]
-        numbers = [c for c in cells if re.fullmatch(rf"\**{NUMBER}( \([^)]*\))? ?({UNITS})?\**", c)]
-        assert len(numbers) < 4, f"{name}: this table is from no result:\n{table}"
+    for section in sections((ROOT / name).read_text()):
+        known = quantities(cited(section))
+        for table in figures.tables(figures._MARKED.sub("", section)):
+            text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", table)
+            for words in stated_words(name):
+                text = text.replace(words, "")
+            loose = quantities(text) - known
+            assert not loose, f"{name}: in no result named there: {sorted(loose)}, in\n{table}"
+            rows = [line.strip("| \n").split(" | ") for line in table.splitlines()[2:]]
+            alone = rf"\**{NUMBER}( \([^)]*\))? ?({UNITS})?\**"
+            numbers = [x for row in rows for x in row if re.fullmatch(alone, x.strip())]
+            assert len(numbers) < 4, f"{name}: this table is from no result:\n{table}"
 
 
 def stated_words(name: str) -> list[str]:
@@ -116,9 +123,11 @@ def test_every_result_of_a_bench_says_what_ran_and_when():
 
 def test_a_number_that_is_in_no_result_is_seen(tmp_path):
     page = (
-        "It takes 1.25 s (`benchmarks/start.py`), 10, 5 and 2 % of it, 7 x as long, 0.2 to 0.3 ms."
+        "It takes 1.25 s (`benchmarks/start.py`), 10, 5 and 2 % of it, 7 x as long, 0.2 to 0.3 ms, "
+        "4-6 kB, -8 % and +9 %."
     )
     assert quantities(page) == {
-        ("1.25", "s"), ("10", "%"), ("5", "%"), ("2", "%"), ("7", "x"), ("0.2", "ms"), ("0.3", "ms")
+        ("1.25", "s"), ("10", "%"), ("5", "%"), ("2", "%"), ("7", "x"), ("0.2", "ms"),
+        ("0.3", "ms"), ("4", "kB"), ("6", "kB"), ("-8", "%"), ("9", "%"),
     }  # fmt: skip
     assert ("1.25", "s") not in quantities("1.26 s and 11.25 s and 1.250 s")

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from dataclasses import is_dataclass
 
 import pytest
 
@@ -62,6 +63,10 @@ def test_it_is_described(dotted, member, owner):
     if inspect.isclass(member):
         wanted = [x for x in vars(member).get("__annotations__", {}) if not x.startswith("_")]
         parameters = []
+        if inspect.isfunction(vars(member).get("__init__")) and not is_dataclass(member):
+            if not getattr(member, "_is_protocol", False):  # that has one which is no one's
+                parameters = list(inspect.signature(member).parameters.values())
+                wanted += [p.name for p in parameters]
     else:
         parameters = list(inspect.signature(member).parameters.values())
         wanted = [p.name for p in parameters if p.name not in ("self", "cls", "arguments")]

@@ -40,6 +40,18 @@ def test_version_changelog_and_citation_agree(tmp_path, monkeypatch, capsys):
     assert wanted <= cited.keys() and cited["license"] == PROJECT["license"]
 
 
+def test_the_readme_of_a_package_leads_to_the_files_of_its_release():
+    files = "https://host/owner/name/blob/v1"
+    given = (ROOT / "README.md").read_text()
+    page = tool("release").addressed(given, files)
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert len(links) > 20 and all(x.startswith(f"{files}/") for x in links)
+    for link in links:
+        assert (ROOT / re.split("[?#]", link.removeprefix(f"{files}/"))[0]).exists(), link
+    assert f"]({files}/docs/ring.png?raw=true)" in page and "[start here](" in page
+    assert tool("release").addressed(page, "again") == page
+
+
 def test_info_says_what_a_fault_depends_on_and_nothing_else(capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

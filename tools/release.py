@@ -1,9 +1,12 @@
-"""What a release has to agree on, and its notes.
+"""What a release has to agree on, its notes, and its page in a package index.
 
     python tools/release.py check 0.2.0    # pyproject.toml, CITATION.cff, CHANGELOG.md say so too
     python tools/release.py notes 0.2.0    # the part of CHANGELOG.md
+    python tools/release.py readme https://github.com/OWNER/NAME/blob/v0.2.0    # links get it
 
-Standard library only; exits with 1 and a line for each file that disagrees.
+An index shows README.md alone: before the packages of a release are built, ``readme`` makes its
+links and pictures addresses of the tagged files. Standard library only; exits with 1 and a line for
+each file that disagrees.
 """
 
 import re
@@ -36,10 +39,23 @@ def notes(version: str, root: Path = ROOT) -> str:
     return part[1].strip() if part else ""
 
 
+def addressed(readme: str, files: str) -> str:
+    """A README whose links lead to ``files``, the address of the checkout's files. Pictures are
+    asked for as they are (``?raw=true``), not as a page that shows them."""
+    readme = re.sub(r"(!\[[^]]*\]\()([\w./-]+)(?=\))", rf"\1{files}/\2?raw=true", readme)
+    return re.sub(r"(?<=\]\()(?!\w+:|#)([\w./-]+)(?=[)#])", rf"{files}/\1", readme)
+
+
 def main(what: str, version: str) -> int:
     if what == "notes":
         print(notes(version))
         return 0
+    if what == "readme":
+        page = ROOT / "README.md"
+        page.write_text(addressed(page.read_text(), version.rstrip("/")))
+        return 0
+    if what != "check":
+        sys.exit(__doc__)
     lines = disagreements(version)
     print("\n".join(lines), file=sys.stderr) if lines else print(f"{version}: all agree")
     return bool(lines)

@@ -45,7 +45,7 @@ RECORD = "ringattn.json"  # in a checkpoint
 
 class SplitSequences:
     """To be put before a Trainer: ``class LongTrainer(SplitSequences, transformers.Trainer)``.
-    Takes what that takes, and ``split``.
+    Takes what that takes (``args``, ``kwargs``), and ``split``: how (:class:`ringattn.hf.Split`).
 
     The model is made with ``attn_implementation="ringattn"`` (one that is given by name is).
     Neighbouring ranks share a sequence. Batches, labels, collators, packing, arguments and
