@@ -63,10 +63,11 @@ def test_it_is_described(dotted, member, owner):
     if inspect.isclass(member):
         wanted = [x for x in vars(member).get("__annotations__", {}) if not x.startswith("_")]
         parameters = []
-        if inspect.isfunction(vars(member).get("__init__")) and not is_dataclass(member):
-            if not getattr(member, "_is_protocol", False):  # that has one which is no one's
-                parameters = list(inspect.signature(member).parameters.values())
-                wanted += [p.name for p in parameters]
+        # A dataclass and a protocol have one that nobody wrote.
+        made = is_dataclass(member) or getattr(member, "_is_protocol", False)
+        if inspect.isfunction(vars(member).get("__init__")) and not made:
+            parameters = list(inspect.signature(member).parameters.values())
+            wanted += [p.name for p in parameters]
     else:
         parameters = list(inspect.signature(member).parameters.values())
         wanted = [p.name for p in parameters if p.name not in ("self", "cls", "arguments")]
