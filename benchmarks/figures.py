@@ -65,6 +65,7 @@ BENCHES = {
     "loading": Bench("loading.py", 2, ranks=4),
     "restarts": Bench("restarts.py", 3),
     "balance": Bench("balance.py", 3),
+    "paper_scaling": Bench("paper_scaling.py", 5),
     "mixers": Bench("mixers.py", 4),
     "training_memory": Bench("training_memory.py", 5),
     "kernel_report": Bench("kernel_report.py", 6),
