@@ -417,6 +417,23 @@ def test_a_task_in_a_mixture_asks_for_its_answers_only():
         assert asked > 80 if source == 0 else asked <= 2 * PAIRS
 
 
+@pytest.mark.parametrize("halvings", [0, 2, 9])
+def test_rows_of_a_task_are_halved_as_often_as_is_said(halvings, tmp_path):
+    """Alone and in a mixture, and no further than the task needs (passkey: above 64 bytes)."""
+    (tmp_path / "a.txt").write_text("some text " * 300)
+    alone = ["data=passkey"]
+    mixed = [
+        "data=mix",
+        f"data.mix=[{{root: {tmp_path}, weight: 1}}, {{format: passkey, weight: 1}}]",
+    ]
+    for keys in (alone, mixed):
+        run = config.load([*TINY, *keys, "seq_len=2048", f"data.halvings={halvings}"])
+        train = open_data(run.data, run.seq_len, run.seed, lambda *_: None).train
+        task = train if keys is alone else train.streams[1]
+        lengths = {span.length for n in range(20) for span in task.spans(n)}
+        assert lengths == {2048 >> i for i in range(min(halvings, 4) + 1)}
+
+
 @given(st.lists(st.floats(0.001, 1), min_size=2, max_size=6))
 def test_shares_of_a_mixture_never_drift(weights):
     mixture = Mixture([Stream(Numbers([9]), 3, seed=0)] * len(weights), weights, seed=0)

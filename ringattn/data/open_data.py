@@ -65,7 +65,7 @@ def open_data(
                 "eval.holdout and eval.root, and give eval.probes"
             )
         loaded = tokenizer.make(data.tokenizer_keys)
-        task = _task(data.format, loaded, seq_len, seed)
+        task = _task(data.format, data.halvings, loaded, seq_len, seed)
         return Opened(loaded, task, None, [f"data: {data.format}, made on the fly"])
     parts, weights = [data], [1.0]
     if data.mix:
@@ -107,7 +107,7 @@ def open_data(
     remarks += [_remark(documents, own) for documents, own in zip(whole, streams, strict=True)]
     for at, part in enumerate(parts):
         if tasks[at]:
-            streams.insert(at, _task(part.format, loaded, seq_len, seed))
+            streams.insert(at, _task(part.format, data.halvings, loaded, seq_len, seed))
             remarks.append(f"data: {part.format}, made on the fly")
     train = together(streams, weights, seed)
     held_out = None
@@ -122,9 +122,9 @@ def open_data(
     return Opened(loaded, train, held_out, remarks, files, _cache(data) / "whole")
 
 
-def _task(name: str, loaded: Tokenizer, seq_len: int, seed: int) -> Probe:
+def _task(name: str, halvings: int, loaded: Tokenizer, seq_len: int, seed: int) -> Probe:
     """To train on: with a seed that no evaluation draws from."""
-    return Probe(name, loaded, seq_len, seed + 2**32, halvings=3)
+    return Probe(name, loaded, seq_len, seed + 2**32, halvings=halvings)
 
 
 def _like(data: settings.Data, part: settings.Part) -> settings.Data:

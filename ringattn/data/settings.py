@@ -76,6 +76,9 @@ class Data:
         ),
     ] = None
     """Several sources: [{root: A, weight: 2}, {format: passkey, weight: 1}]."""
+    halvings: Whole = 3
+    """Of a task's rows, some are one text, others two of half the length, and so on down to this many
+    halvings, or to what the task needs: short texts are learned first, and teach the long ones."""
     max_corrupt: Whole = 10
     """Records that may be left out because they cannot be read."""
     cache: Text | None = None
