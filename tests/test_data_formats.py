@@ -237,7 +237,7 @@ def test_text_that_spells_a_control_token_stays_text_unless_asked(tmp_path, work
         found = opened.train.documents
         end, ids = opened.tokenizer.end, documents(opened.train.documents)
         assert [d[-1] for d in ids] == [end] * 4
-        assert [d[:-1].count(end) + d.count(begin) for d in ids] == [asked, 0, 2 * asked, 0]
+        assert [d[:-1].count(end) + d.count(begin) for d in ids] == [asked, 0, asked, 0]
         if not asked:
             assert [found.tokenizer.decode(d[:-1]) for d in ids] == texts
     assert len(list((tmp_path / "cache").glob("*/tokens.json"))) == 2
@@ -260,6 +260,12 @@ def test_documents_have_what_the_template_puts_around_them(tmp_path):
     assert make(path).document("the ring").tolist() == [*text, end]
     bpe_with(path, **template(("<|endoftext|>", end), ("<|begin|>", begin)))
     assert make(path).document("the ring").tolist() == [end, *text, begin, end]
+    # So do a beginning and an end that a text spells, if they become what they spell.
+    bpe_with(path, **template(("<|begin|>", begin)))
+    spelled = "<|begin|>the ring<|endoftext|>"
+    assert make(path, special_tokens=True).document(spelled).tolist() == [begin, *text, end]
+    assert make(path).document(spelled).tolist().count(end) == 1
+    assert len(make(path).document(spelled)) > len(text) + 2
     # What stands beside it must not say otherwise.
     bpe_with(path, **template(("<|begin|>", begin)))
     beside = tmp_path / "tokenizer_config.json"

@@ -14,6 +14,7 @@ import yaml
 
 from ringattn import living
 from ringattn.cli.request import Key, RequestError, choice, parse
+from ringattn.data.tokenizer import other_tokens, tokenizer_file
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
 from ringattn.models.lora_config import Lora
@@ -66,6 +67,8 @@ def _export(values: dict[str, Any]) -> tuple[Path, int, int]:
     tokenizer = _tokenizer_files(values["tokenizer"])
     sound, _ = saver.find(values["checkpoint"], Path(values["checkpoint"]), "checkpoint")
     path, manifest = sound[0]
+    if tokenizer:
+        _check_tokenizer(values["tokenizer"], path)
     unchanged = manifest.model.get("unchanged", False)
     lora = Lora(**manifest.model["lora"]) if "lora" in manifest.model else None
     if values["lora"] == "adapters" and lora is None:
@@ -150,6 +153,18 @@ def _tokenizer_files(tokenizer: str | None) -> list[Path]:
     if not files:
         raise ValueError(f"tokenizer={where}: no tokenizer*.json there")
     return files
+
+
+def _check_tokenizer(given: str, checkpoint: Path) -> None:
+    """Raises ValueError if the run learned other tokens than those of a tokenizer, as far as its
+    config.yaml leads to a tokenizer.json: data.tokenizer, or beside token shards."""
+    config = checkpoint.parent.parent / "config.yaml"
+    data = yaml.safe_load(config.read_text())["data"] if config.is_file() else {}
+    told = [tokenizer_file(Path(x)) for x in (data.get("tokenizer"), data.get("root")) if x]
+    learned = next((file for file in told if file is not None), None)
+    own = tokenizer_file(Path(given))
+    if learned and own and (different := other_tokens(learned, own)):
+        raise ValueError(f"tokenizer={given} is not that of the run, {learned}: {different}")
 
 
 def _special_tokens(source: Path, config: Path) -> None:

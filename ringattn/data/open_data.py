@@ -152,6 +152,8 @@ def _cached(source: Source, part: settings.Data, progress: Progress) -> Shards:
     """Token shards of a source, written by the first process of a machine that comes here."""
     loaded = tokenizer.make(part.tokenizer_keys)
     about = [loaded.fingerprint, source.format, source.field, source.split, str(source.root)]
+    if part.special_tokens:
+        about.append("spelled ends once")  # a cache of before has them twice
     for each in source.parts:
         about += [each.path, str(each.start), str(each.stop), _age(each.path)]
     key = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()[:16]
@@ -250,6 +252,7 @@ def _remark(documents: Documents, stream: Stream) -> str:
     """Of a source as it was opened, and what is trained on of it."""
     lengths = stream.documents.lengths
     text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
+    text += " (bytes)" if isinstance(documents, Corpus) else ""
     if stream.packing != "cut":
         text += f", {stream.packing} leaves {stream.waste:.2%} of the rows empty"
     if isinstance(documents, Shards) and (corrupt := documents.about["corrupt"]):

@@ -77,7 +77,7 @@ class Data:
     ] = None
     """Several sources: [{root: A, weight: 2}, {format: passkey, weight: 1}]."""
     halvings: Whole = 3
-    """Of a task's rows, some are one text, others two of half the length, and so on down to this many
+    """A task's rows are one text, or two of half the length, and so on, in turns, down to this many
     halvings, or to what the task needs: short texts are learned first, and teach the long ones."""
     max_corrupt: Whole = 10
     """Records that may be left out because they cannot be read."""

@@ -76,21 +76,12 @@ class FileTokenizer:
     tokenizer_config.json beside it calls eos_token, or a usual one. ``keys.template``: whether
     documents get what the file's post-processor puts around a text (a beginning, as of Llama 3);
     None: as it says. ``keys.special_tokens``: whether text that spells a control token becomes that
-    token; it stays text otherwise. Raises DataError."""
+    token; it stays text otherwise. Beginning and end that a text spells itself are not put twice.
+    Raises DataError."""
 
     def __init__(self, path: Path, keys: TokenizerKeys) -> None:
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError:
-            raise missing("tokenizers", f"data.tokenizer={path}") from None
         self.path = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            content = self.path.read_bytes()
-            self._fast = Fast.from_str(content.decode())
-        except OSError as error:
-            raise DataError(f"data.tokenizer={path}: {error.strerror}") from None
-        except Exception as error:  # tokenizers raises Exception itself
-            raise DataError(f"data.tokenizer={self.path}: not a tokenizer.json: {error}") from None
+        self._fast, content = _load(self.path)
         # Settings of the file for short inputs; documents are to come whole.
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -106,7 +97,8 @@ class FileTokenizer:
             )
         self.end = ids[0]
         self.before, self._after = self._around(keys.template, beside)
-        used = f"{self.end} {self.before} {self._after} {keys.special_tokens}"
+        self._spelled = keys.special_tokens
+        used = f"{self.end} {self.before} {self._after} {self._spelled}"
         self.fingerprint = hashlib.sha256(content + used.encode()).hexdigest()[:16]
         control = [t.content for t in self._fast.get_added_tokens_decoder().values() if t.special]
         longest_first = sorted(filter(None, control), key=len, reverse=True)
@@ -143,7 +135,11 @@ class FileTokenizer:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int64)
 
     def document(self, text: str) -> np.ndarray:
-        return np.array([*self.before, *self.encode(text), *self._after, self.end], np.int64)
+        ids = self.encode(text).tolist()
+        if self._spelled:  # a chat template has written them already: they stand there once
+            ids = ids[len(self.before) :] if ids[: len(self.before)] == self.before else ids
+            ids = ids[:-1] if ids[-1:] == [self.end] else ids
+        return np.array([*self.before, *ids, *self._after, self.end], np.int64)
 
     def control_tokens(self, text: str) -> int:
         return len(self._control.findall(text))
@@ -166,6 +162,46 @@ def _named(config: dict[str, Any], key: str) -> list[str]:
     token = config.get(key)
     token = token.get("content") if isinstance(token, dict) else token
     return [token] if isinstance(token, str) else []
+
+
+def _load(path: Path) -> tuple[Any, bytes]:
+    """A tokenizer.json, and its bytes. Raises DataError."""
+    try:
+        from tokenizers import Tokenizer as Fast
+    except ImportError:
+        raise missing("tokenizers", f"data.tokenizer={path}") from None
+    try:
+        content = path.read_bytes()
+        return Fast.from_str(content.decode()), content
+    except OSError as error:
+        raise DataError(f"data.tokenizer={path}: {error.strerror}") from None
+    except Exception as error:  # tokenizers raises Exception itself
+        raise DataError(f"data.tokenizer={path}: not a tokenizer.json: {error}") from None
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The tokenizer.json that a path is or has in it."""
+    path = path.expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    return path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
+
+
+def other_tokens(ours: Path, theirs: Path) -> str | None:
+    """Which tokens of one ``tokenizer.json`` are others in another, None if none are. Control
+    tokens and later ones may have other names: chats give reserved ones a use. Raises DataError if
+    one cannot be read."""
+    named = []
+    for path in (ours, theirs):
+        fast, _ = _load(path)
+        added = fast.get_added_tokens_decoder().keys()
+        vocabulary = fast.get_vocab(with_added_tokens=False).items()
+        named.append({i: token for token, i in vocabulary if i not in added})
+    own, other = named
+    wrong = sorted(i for i in own.keys() & other.keys() if own[i] != other[i])
+    if not wrong:
+        return None
+    return f"{len(wrong):,} differ, token {wrong[0]} is {own[wrong[0]]!r} and {other[wrong[0]]!r}"
 
 
 def make(keys: TokenizerKeys) -> Tokenizer:

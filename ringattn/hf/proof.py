@@ -71,7 +71,9 @@ def compare(
         for each in (*quiet, installed(model, inner)):
             stack.enter_context(each)
         inputs = [_inputs(model, kwargs, n, change) for change in (0, 1)]
-        ours = [_result(call(**_rows(each, own, everywhere[own]))) for each in inputs]
+        with _coarsest(model) as sizes:
+            ours = [_result(call(**_rows(each, own, everywhere[own]))) for each in inputs]
+        half = min(sizes, default=4) < 4
         for ends in ways:
             theirs = []
             with _in_one_process(model, inner):
@@ -79,16 +81,17 @@ def compare(
                     parts = torch.arange(n).split(ends)
                     outs = [_result(call(**_rows(each, rows, everywhere[rows]))) for rows in parts]
                     theirs.append(torch.cat(outs, 1)[:, own.to(outs[0].device)])
-            if (wrong := _judged(split, ours, theirs, own)) is None:
+            if (wrong := _judged(split, ours, theirs, own, half)) is None:
                 return max(lengths) > 1
     raise ValueError(wrong)
 
 
 def _judged(
-    split: ActiveSplit, ours: list[torch.Tensor], theirs: list[torch.Tensor], own: torch.Tensor
-) -> str | None:
-    """What is wrong, the same on all ranks: outputs that are apart, or that moved otherwise."""
-    half = ours[0].dtype.itemsize < 4
+    split: ActiveSplit, ours: list[torch.Tensor], theirs: list[torch.Tensor], own: torch.Tensor,
+    half: bool,
+) -> str | None:  # fmt: skip
+    """What is wrong, the same on all ranks: outputs that are apart, or that moved otherwise.
+    ``half``: they were computed in half precision."""
     size = theirs[0].float().norm(dim=-1).clamp(min=1e-6)
     apart = (ours[0] - theirs[0]).float().norm(dim=-1) / size
     moved = ((ours[1] - ours[0]) - (theirs[1] - theirs[0])).float().norm(dim=-1) / size
@@ -110,8 +113,8 @@ def _judged(
     token, error = everyone[everyone[:, 3].argmax(), 2:].tolist()
     return (
         f"ringattn.hf.check: of {tokens} tokens {count} differ from the same model in one "
-        f"process with eager attention, token {token:.0f} by {error:.3g} of its size: the split "
-        f"model is not the model"
+        f"process with eager attention, token {token:.0f} by {error:.3g} of its size (in "
+        f"{'half precision' if half else 'float32'}): the split model is not the model"
     )
 
 
@@ -167,6 +170,24 @@ def _rows(kwargs: dict[str, Any], rows: torch.Tensor, positions: torch.Tensor) -
     device = next(x.device for x in named.values() if isinstance(x, torch.Tensor))
     named["position_ids"] = positions.to(device).expand(*shape[:-2], 1, len(rows))
     return named
+
+
+@contextmanager
+def _coarsest(model: nn.Module) -> Iterator[set[int]]:
+    """Bytes of the elements that modules give. What the model itself gives says less: where
+    accelerate has autocast compute in bf16, it is made float32 again."""
+    sizes: set[int] = set()
+
+    def see(module: nn.Module, given: Any, out: Any) -> None:
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            sizes.add(out.itemsize)
+
+    hooks = [module.register_forward_hook(see) for module in model.modules()]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _result(out: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ringattn.data.open_data import Opened, Progress, open_data
 from ringattn.models.decoder import ModelConfig, shapes
 from ringattn.models.hf_config import UnknownModel
 from ringattn.models.hf_weights import Pretrained
+from ringattn.training import fits
 from ringattn.training.checkpoints import saver, states
 from ringattn.training.checkpoints.saver import Found, Manifest
 from ringattn.training.config import hardware_of, path_errors
@@ -49,6 +50,7 @@ def prepare(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} "
             "tokens; give at least so many"
         )
+    fits.check_tokenizer(run, data.tokenizer)
     manifest = Manifest(
         step=0,
         sequences_seen=0,

@@ -187,6 +187,8 @@ def make_trainer(case, folder):
     model = make_model(case.get("model", "llama"), attention, **case.get("config", {}))
     if case.get("quantized"):
         model = quantized(model, folder)
+    if case.get("half"):
+        model = model.bfloat16()
     more, data = {}, {"sft": chats, "dpo": preferences, "plain": texts}[kind]
     if case.get("data") == "completions":
         data = completions
@@ -245,8 +247,8 @@ def run(case, folder):
         own.mkdir(exist_ok=True)
         trained = {k: x.detach().clone() for k, x in weights.items() if x is not None}
         if case.get("quantized"):
-            trained = {k: x.float() for k, x in trained.items() if "lora" in k}
-        torch.save(trained, own / "weights.pt")
+            trained = {k: x for k, x in trained.items() if "lora" in k}
+        torch.save({k: x.float() for k, x in trained.items()}, own / "weights.pt")
         (own / "found.json").write_text(json.dumps(found))
     ra.make.forget()
 

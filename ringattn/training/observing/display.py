@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ringattn.models.mixer_config import Mixer
 from ringattn.planning.layer_plans import NONE, LayerPlans
+from ringattn.training.fits import beyond
 from ringattn.training.forecast import Forecast
 
 _TEXTS = {"documents": "document", "causal": "sequence"}
@@ -28,6 +29,10 @@ def plan_table(
     for name, value in (
         ("model", f"{model.parameters:,} parameters, {model.layers} layers, {run.precision}"
                   + (f", of which {model.trained:,} are trained" if lora else "")),
+        *([("length", longer)] if (longer := beyond(run)) else []),
+        ("optimizer",
+         f"{run.train.steps:,} steps of {ahead.tokens // run.seq_len:,} x {run.seq_len:,} tokens, "
+         f"learning rate {run.optim.lr:g} after {run.optim.warmup_tokens:,} tokens"),
         ("mesh", f"data {ahead.dp} x context {plans.world}, {ahead.device}"),
         *((f"mask{_of(plans, kind)}",
            f"of each {_TEXTS[run.attention.name]}: {text}")
