@@ -215,6 +215,16 @@ def test_value_head_dim_may_differ():
         assert worst_error(*inputs(300, 4, 2, 8, 24), plan, kernel) <= 1e-5
 
 
+def test_a_plan_for_more_ranks_than_there_are_says_what_is_missing():
+    plan = ra.make_plan(ra.masks.causal(8), ra.layouts.zigzag(8, 2))
+    q = torch.zeros(1, 4, 1, 8)
+    shown = "for 2 ranks, the group has 1; torch.distributed is not initialized: .*torchrun"
+    with pytest.raises(ValueError, match=shown):
+        ra.ring_attention(q, q, q, plan)
+    with pytest.raises(ValueError, match=r"for 2 ranks, the group has 3$"):
+        VirtualWorld(3).run(lambda rank: ra.ring_attention(q, q, q, plan, group=rank))
+
+
 def bf16_growth(kernel, schedule="ring", ulysses=1, mask=None):
     """Of out, dq, dk, dv: the error on up to 16 ranks over that of one kernel call, bf16 inputs."""
     mask = mask or ra.masks.causal(512)

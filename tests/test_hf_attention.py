@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import ringattn as ra
+from ringattn.batches import shift_labels
 from ringattn.execution.carriers import VirtualWorld
 from ringattn.hf import local_batch, split_sequence
 
@@ -78,6 +79,34 @@ def test_losses_and_gradients_are_those_of_eager_attention(name):
             if p.grad is None:
                 continue
             assert (sum(parts) - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, (name, cp, key)
+
+
+def test_a_loss_that_would_be_a_rank_s_own_mean_is_refused():
+    ours = make(CONFIGS["llama"][0], "ringattn")
+    plan = ra.make_plan(ra.masks.causal(45), ra.layouts.zigzag(45, 2))
+    tokens = torch.arange(45)[None]
+
+    def work(rank):
+        batch = local_batch(plan, rank.rank, tokens)
+        with split_sequence(ours_of[rank.rank], plan, rank):
+            with pytest.raises(ValueError, match="num_items_in_batch is missing"):
+                ours_of[rank.rank](**batch)
+            logits = {k: x for k, x in batch.items() if "labels" not in k}
+            return ours_of[rank.rank](**logits).logits.shape[1]
+
+    ours_of = [copy.deepcopy(ours) for _ in range(2)]
+    assert sum(VirtualWorld(2).run(work)) == 45
+
+
+def test_labels_that_are_shifted_already_are_refused():
+    plan = ra.make_plan(ra.masks.documents([20, 25]), ra.layouts.zigzag(45, 2))
+    tokens = torch.randint(60, (2, 45), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, :7] = -100  # a prompt
+    given = local_batch(plan, 0, tokens, labels)["shift_labels"]
+    assert (given >= 0).sum() > 10
+    with pytest.raises(ValueError, match="labels are those of the next token"):
+        local_batch(plan, 0, tokens, shift_labels(labels, [20, 25]))
 
 
 def test_packed_documents():

@@ -246,4 +246,9 @@ def test_points_that_vary_in_anything_are_drawn(tmp_path):
     runs = find([tmp_path])
     files = page.write(runs, tmp_path / "report")
     assert all(file.stat().st_size > 3_000 for file in files)
-    assert page.rows(runs)[0]["status"] == "finished"
+    table = page.rows(runs)
+    assert table[0]["status"] == "finished"
+    shown = page.columns(table)
+    assert "step s" in shown and all(any(row[title] for row in table) for title in shown)
+    text = files[0].read_text()
+    assert f"<h1>2 runs in {tmp_path.name}</h1>" in text and page.what_ran(runs[0]) in text

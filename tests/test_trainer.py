@@ -202,7 +202,7 @@ def test_a_mistake_is_one_line_before_data_is_read(workers, tmp_path, case, show
         ({"args": {"packing": False, "max_length": None, "per_device_train_batch_size": 3}}, None,
          "tokens are padding; .*packing=True or padding_free=True"),
         ({"trainer": "plain"}, lambda batch: batch | {"labels": batch["labels"].roll(-1, 1)},
-         "labels are those of the next token: the collator has shifted them"),
+         "labels are those of the next token: they have been shifted"),
         ({"trainer": "plain"}, lambda batch: batch | {"labels": batch["labels"] * 0 - 1},
          "labels of -1: what is not supervised is -100"),
         ({"trainer": "plain"},

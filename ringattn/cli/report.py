@@ -52,10 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     from ringattn.cli.tables import wide_console
 
     console, table = wide_console(), Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for title in page.COLUMNS:
+    rows = page.rows(runs)
+    shown = page.columns(rows)
+    for title in shown:
         table.add_column(title, justify="left" if title in ("point", "status") else "right")
-    for row in page.rows(runs):
-        table.add_row(*(row[title] for title in page.COLUMNS))
+    for row in rows:
+        table.add_row(*(row[title] for title in shown))
+    console.print(page.what_ran(runs[0]), soft_wrap=True, markup=False)
     console.print(table)
     for each in runs:
         if each.reason:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch.autograd import forward_ad
 
 from ringattn import kernels
-from ringattn.execution.carriers import Comm, connect, name_of
+from ringattn.execution.carriers import Comm, check_world, connect, name_of
 from ringattn.execution.exchange import gather_heads, scatter_heads
 from ringattn.execution.executor import Job, backward, forward
 from ringattn.execution.wanted import check_wanted
@@ -344,8 +344,7 @@ def _check(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> None:
-    if comm.world != plan.world:
-        raise ValueError(f"the plan is for {plan.world} ranks, the group has {comm.world}")
+    check_world(comm, plan.world)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(

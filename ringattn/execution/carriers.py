@@ -67,6 +67,19 @@ def connect(group: Any) -> Comm:
     return _carrier(group)
 
 
+def check_world(comm: Comm, world: int) -> None:
+    """Raises ValueError where a plan for ``world`` ranks meets a group of others."""
+    if comm.world == world:
+        return
+    why = ""
+    if isinstance(comm, ProcessRank) and not dist.is_initialized():
+        why = (
+            "; torch.distributed is not initialized: start the processes with torchrun, and join "
+            "them with torch.distributed.init_process_group"
+        )
+    raise ValueError(f"the plan is for {world} ranks, the group has {comm.world}{why}")
+
+
 def _carrier(group: Any) -> Comm:
     if not isinstance(group, Comm):
         raise ValueError(

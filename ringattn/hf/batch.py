@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ringattn.batches import position_ids, shift_labels
+from ringattn.batches import IGNORED, position_ids, shift_labels
 from ringattn.planning import masks
 from ringattn.planning.layouts import Layout
 from ringattn.planning.masks import Mask, pieces
@@ -32,7 +32,8 @@ def local_batch(
     Labels of an encoder, whose documents see themselves whole, are not shifted: they come as
     ``labels`` alone, if they are given.
 
-    Raises ValueError if ``lengths`` are not those of the masks, or ``input_ids`` of another length.
+    Raises ValueError if ``lengths`` are not those of the masks, ``input_ids`` of another length, or
+    labels shifted already.
     """
     layout = (plans if isinstance(plans, Plan) else next(iter(plans.values()))).layout
     documents = lengths_of(plans)
@@ -52,8 +53,24 @@ def local_batch(
     }
     if both_ways(plans):
         return batch if labels is None else batch | {"labels": labels[:, own]}
+    if labels is not None:
+        check_not_shifted(input_ids, labels)
     shifted = shift_labels(input_ids if labels is None else labels, documents)[:, own]
     return batch | {"labels": shifted, "shift_labels": shifted}
+
+
+def check_not_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises ValueError for labels ``[batch, tokens]`` that somebody has shifted already: they are
+    those of the next token, and not of their own."""
+    wanted = labels != IGNORED
+    own = (labels == ids)[wanted]
+    following = (labels[:, :-1] == ids[:, 1:])[wanted[:, :-1]]
+    if len(own) and not bool(own.all()) and len(following) and bool(following.all()):
+        raise ValueError(
+            "labels are those of the next token: they have been shifted (by the collator?), and "
+            "would be shifted again; give labels that stand with their own tokens, as transformers "
+            "does"
+        )
 
 
 def lengths_of(plans: Plan | Mapping[str, Plan]) -> list[int]:

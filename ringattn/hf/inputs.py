@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringattn.execution.carriers import connect
+from ringattn.execution.carriers import check_world, connect
 from ringattn.hf.attention import PADDED, ActiveSplit
 from ringattn.hf.batch import both_ways, positions_of
 
@@ -64,9 +64,7 @@ def check_inputs(split: ActiveSplit, model: nn.Module, bound: dict[str, Any]) ->
             "position_ids are missing: this rank's tokens do not stand at 0, 1, 2...; "
             "ringattn.hf.local_batch gives them with the tokens"
         )
-    world = connect(split.group).world
-    if world != split.any.world:
-        raise ValueError(f"the plan is for {split.any.world} ranks, the group has {world}")
+    check_world(connect(split.group), split.any.world)
     want = positions_of(split.any.layout, split.rank, split.lengths)
     if positions is not None:
         same = positions.shape[-1] == len(want)
@@ -77,9 +75,16 @@ def check_inputs(split: ActiveSplit, model: nn.Module, bound: dict[str, Any]) ->
                 f"{split.rank} has {len(want)} tokens at {want[:6].tolist()}...; "
                 f"ringattn.hf.local_batch gives them"
             )
+    shifted = bound.get("shift_labels")
+    if shifted is not None and split.any.world > 1 and bound.get("num_items_in_batch") is None:
+        raise ValueError(
+            "num_items_in_batch is missing: the loss would be a mean over this rank's own labels, "
+            "and its gradient not that of one process. Give the number of labels that are "
+            "supervised on all ranks; for logits alone, leave labels and shift_labels out"
+        )
     labels = bound.get("labels")
     by_token = isinstance(labels, torch.Tensor) and labels.dim() > 1
-    alone = split.any.world == 1 or both_ways(split.plans) or bound.get("shift_labels") is not None
+    alone = split.any.world == 1 or both_ways(split.plans) or shifted is not None
     if by_token and not alone and "TokenClassification" not in type(model).__name__:
         raise ValueError(
             "labels without shift_labels: the model would shift them on this rank's tokens; "

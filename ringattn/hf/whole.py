@@ -24,7 +24,7 @@ from ringattn.batches import IGNORED
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree
 from ringattn.hf.attention import HERE, PADDED
-from ringattn.hf.batch import both_ways, local_batch
+from ringattn.hf.batch import both_ways, check_not_shifted, local_batch
 from ringattn.hf.coverage import NotCovered, language_model
 from ringattn.hf.head import check_labels, scoring
 from ringattn.hf.inputs import by_name
@@ -145,18 +145,6 @@ def supervised(labels: torch.Tensor, documents: Documents) -> torch.Tensor:
         starts = documents.kept[starts]
     flat[starts] = IGNORED
     return flat.view(labels.shape)
-
-
-def check_not_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
-    """Raises ValueError for labels ``[1, tokens]`` that a collator has shifted already."""
-    wanted = labels[0] != IGNORED
-    own = (labels[0] == ids[0])[wanted]
-    following = (labels[0, :-1] == ids[0, 1:])[wanted[:-1]]
-    if len(own) and not bool(own.all()) and len(following) and bool(following.all()):
-        raise ValueError(
-            "labels are those of the next token: the collator has shifted them, and they would be "
-            "shifted again; give labels that stand with their own tokens, as transformers does"
-        )
 
 
 @dataclass

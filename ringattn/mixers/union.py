@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 
 from ringattn import kernels
-from ringattn.execution.carriers import Comm, connect
+from ringattn.execution.carriers import Comm, check_world, connect
 from ringattn.execution.executor import Job, backward, forward
 from ringattn.execution.wanted import check_wanted
 from ringattn.kernels import Scores
@@ -373,8 +373,7 @@ def _check(
     layout = next((part.plan.layout for part in parts if part.rows is None), None)
     for part in parts:
         plan = part.plan
-        if comm.world != plan.world:
-            raise ValueError(f"a plan is for {plan.world} ranks, the group has {comm.world}")
+        check_world(comm, plan.world)
         if part.rows is not None and degree > 1:
             raise ValueError("parts with rows need plans with ulysses=1")
         if part.rows is None and plan.layout is not layout and plan.layout != layout:

@@ -106,7 +106,11 @@ class Layout:
 
     def shard(self, x: Any, rank: int, dim: int = 1) -> Any:
         """The part of ``x`` (NumPy array or torch tensor) that ``rank`` owns along ``dim``.
-        Raises ValueError where that has not ``n`` tokens."""
+        Raises ValueError where that has not ``n`` tokens, or there is no such dim or rank."""
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"shard: no dim {dim} in {list(x.shape)}; give dim= of the tokens")
+        if not 0 <= rank < self.world:
+            raise ValueError(f"shard: rank {rank} of a layout for ranks 0 to {self.world - 1}")
         if x.shape[dim] != self.n:
             raise ValueError(f"shard: dim {dim} has {x.shape[dim]} tokens, the layout {self.n}")
         return x[_at(x.ndim, dim, self.positions(rank))]

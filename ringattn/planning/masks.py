@@ -153,12 +153,21 @@ def _parsed(item: Slice | tuple[Any, ...]) -> Slice:
         q, k, lo, hi = (item.q, item.k, item.lo, item.hi) if isinstance(item, Slice) else item
         q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
         lo, hi = (bound if bound is None else index(bound) for bound in (lo, hi))
-        return Slice.make(q, k, lo, hi)
     except (TypeError, ValueError):
         raise ValueError(
             "a slice is Slice(q, k, lo, hi) or ((start, stop[, step]), (start, stop[, step]), "
             f"lo, hi); got {item!r}"
         ) from None
+    if not isinstance(item, Slice):  # written by somebody: what is there is meant
+        for run in item[:2]:
+            if not isinstance(run, Run) and not 0 <= run[0] <= run[1]:
+                raise ValueError(
+                    f"{item!r}: a run is start, stop with 0 <= start <= stop; nothing counts from "
+                    f"the end; got {tuple(run)}"
+                )
+        if lo is not None and hi is not None and lo > hi:
+            raise ValueError(f"{item!r}: no k - q is at least {lo} and at most {hi}")
+    return Slice.make(q, k, lo, hi)
 
 
 def _listed(values: Iterable[int]) -> list[int]:
@@ -400,14 +409,18 @@ def big_bird(
     return Mask(tuple(part for part in parts if part), n, n)
 
 
-def from_slices(slices: Iterable[Slice | tuple[Any, ...]], n_q: int, n_k: int) -> Mask:
-    """A mask of ``n_q`` queries and ``n_k`` keys from any slices; overlaps are counted once.
+def from_slices(
+    slices: Iterable[Slice | tuple[Any, ...]], n_q: int, n_k: int | None = None
+) -> Mask:
+    """A mask of ``n_q`` queries and ``n_k`` keys (by default as many) from any slices; overlaps are
+    counted once.
 
     A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or
     ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
-    anything else, and outside of the range.
+    anything else, for runs that end before they begin, and outside of the range.
     """
-    n_q, n_k = integer("n_q", n_q, 0), integer("n_k", n_k, 0)
+    n_q = integer("n_q", n_q, 0)
+    n_k = n_q if n_k is None else integer("n_k", n_k, 0)
     parts = [part for item in slices if (part := _parsed(item))]
     for part in parts:
         if part.q.start < 0 or part.k.start < 0 or part.q.stop > n_q or part.k.stop > n_k:

@@ -49,6 +49,34 @@ def rows(runs: list[RunRecord]) -> list[dict[str, str]]:
     return [_row(run) for run in runs]
 
 
+def columns(table: list[dict[str, str]]) -> list[str]:
+    """Of the table, those with a figure in some row."""
+    return [title for title in COLUMNS if any(row[title] for row in table)]
+
+
+def what_ran(run: RunRecord) -> str:
+    """Model, data and split of a run, in a line."""
+    config, setup = run.config, run.facts.get("setup") or {}
+    plan, data = run.facts.get("plan") or {}, config.get("data") or {}
+    kinds = {kind: each.get("mask") for kind, each in (plan.get("kinds") or {}).items()}
+    masks = {
+        kind: mask if isinstance(mask, str) else "a mask" for kind, mask in kinds.items() if mask
+    }
+    said = {
+        "parameters": f"{run.facts['parameters']:,}" if run.facts.get("parameters") else None,
+        "model": (config.get("model") or {}).get("path"),
+        "data": data.get("root") or ("a mixture" if data.get("mix") else data.get("format")),
+        "mask": ", ".join(f"{mask} ({kind})" if len(masks) > 1 else mask
+                          for kind, mask in masks.items()),
+        "split": f"{setup['cp']} of {run.ranks} ranks share a sequence" if "cp" in setup else None,
+        "schedule": plan.get("schedule"),
+        "layout": plan.get("layout"),
+        "precision": setup.get("precision"),
+        "engine": (setup.get("engine") or {}).get("name"),
+    }  # fmt: skip
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value)
+
+
 def _row(run: RunRecord) -> dict[str, str]:
     def show(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -127,9 +155,10 @@ def write(runs: list[RunRecord], folder: Path) -> list[Path]:
 
 def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
     table = rows(runs)
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS)
+    shown = columns(table)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in shown)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row[title])}</td>" for title in COLUMNS) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(row[title])}</td>" for title in shown) + "</tr>"
         for row in table
     )
     notes = "".join(
@@ -144,6 +173,9 @@ def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
         "hardware": (known.get("hardware") or {}).get("source"),
         **known.get("versions", {}),
     }
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs in {runs[0].path.parent.name}"
+    varied = sorted({key for run in runs for key in run.varied})
+    ran = what_ran(runs[0]) + (f"; the points vary {', '.join(varied)}" if varied else "")
     facts = ", ".join(f"{key} {value}" for key, value in about.items() if value)
     notes = notes and f"<ul>{notes}</ul>"
     figures = "".join(
@@ -152,12 +184,13 @@ def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
         for title, data in images
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ringattn report</title>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}: ringattn report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <style>{_STYLE}</style></head><body>
-<h1>ringattn report</h1>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(ran)}</p>
 <p>{html.escape(summary(runs))}</p>
 <div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
@@ -165,7 +198,8 @@ def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
 {figures}
 <p>Medians over steps, without the first two; spread is (largest - smallest) / median. MFU: 6
 FLOPs per matmul parameter and token plus 12 x attended pairs x heads x head_dim per layer, over the
-peak of every rank. Exposed: share of a step in which rank 0 waits for attention's exchanges.</p>
+peak of every rank. GiB: allocated memory of a GPU, resident memory of a process without. Exposed:
+share of a step in which rank 0 waits for attention's exchanges.</p>
 <p>{html.escape(facts)}</p>
 </body></html>
 """

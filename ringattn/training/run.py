@@ -183,7 +183,7 @@ class TrainingRun:
     """h100, h200, b200, mi300x or a .yaml file, for forecasts; auto: this machine's, once
     `ringattn calibrate` has measured it; null: none."""
     ranks: Count | None = None
-    """Processes of a job that --multirun starts; null: 2."""
+    """Processes: of `ringattn estimate`, and of a job that --multirun starts; null: 2."""
     peak_flops: Positive | None = None
     """Per rank, what MFU divides by; null: the hardware's, or a matrix product measured at
     start."""

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from ringattn.data.formats.ranges import RANGE_BYTES, RECORD_BYTES, Corrupt, FileRange
+from ringattn.data.formats.ranges import RANGE_BYTES, RECORD_BYTES, Corrupt, FileRange, not_text
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
 MARKS: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def _field(line: bytes, field: str) -> str | Corrupt:
     if not isinstance(record, dict) or field not in record:
         return Corrupt("", f"no field {field!r}")
     if not isinstance(record[field], str):
-        return Corrupt("", f"{field!r} is {type(record[field]).__name__}, not text")
+        return Corrupt("", not_text(field, record[field]))
     try:
         record[field].encode()
     except UnicodeEncodeError as error:

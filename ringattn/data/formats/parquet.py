@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ringattn.data.documents import DataError, missing
-from ringattn.data.formats.ranges import RECORD_BYTES, Corrupt, FileRange
+from ringattn.data.formats.ranges import RECORD_BYTES, Corrupt, FileRange, not_text
 
 ENDINGS = (".parquet",)
 MARKS: tuple[str, ...] = ()
@@ -52,4 +52,4 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
         text = value.as_py()
         ok = isinstance(text, str)
         where = f"{part.path}: row {first + number}"
-        yield text if ok else Corrupt(where, f"{field!r} is {type(text).__name__}, not text")
+        yield text if ok else Corrupt(where, not_text(field, text))

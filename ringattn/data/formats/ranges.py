@@ -22,6 +22,12 @@ class FileRange:
     size: int
 
 
+def not_text(field: str, value: object) -> str:
+    """Why a record is no text."""
+    chat = "; chats are for the trainers of docs/trainers.md" if isinstance(value, list) else ""
+    return f"{field!r} is {type(value).__name__}, not text{chat}"
+
+
 @dataclass(frozen=True)
 class Corrupt:
     """A record that cannot be read, or where many are lost together, about how many."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.data.documents import DataError, missing
-from ringattn.data.formats.ranges import RANGE_BYTES, Corrupt, FileRange
+from ringattn.data.formats.ranges import RANGE_BYTES, Corrupt, FileRange, not_text
 
 ENDINGS: tuple[str, ...] = ()
 MARKS = ("state.json", "dataset_dict.json")
@@ -28,7 +28,7 @@ def texts(part: FileRange, field: str, split: str) -> Iterator[str | Corrupt]:
         text = data[number][field]
         where = f"{part.path}: row {number}"
         ok = isinstance(text, str)
-        yield text if ok else Corrupt(where, f"{field!r} is {type(text).__name__}, not text")
+        yield text if ok else Corrupt(where, not_text(field, text))
 
 
 def _dataset(root: Path, split: str) -> Any:
