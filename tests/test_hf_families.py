@@ -267,7 +267,8 @@ def test_the_proof_runs_once_before_the_first_step(monkeypatch):
         own = copy.deepcopy(model)
         for _ in range(3):
             with split_sequence(own, plans, rank):
-                own(**local_batch(plans, rank.rank, tokens)).loss.backward()
+                batch = local_batch(plans, rank.rank, tokens)
+                own(**batch, num_items_in_batch=44).loss.backward()
 
     VirtualWorld(2, 60).run(work)
     assert len(calls) == 2  # once on each rank
@@ -312,7 +313,7 @@ def test_a_hole_in_a_plan_is_seen_wherever_it_is():
 
     def work(own, rank):
         with split_sequence(own, plan, rank):
-            own(**local_batch(plan, rank.rank, tokens))
+            own(**local_batch(plan, rank.rank, tokens), num_items_in_batch=n - 1)
 
     with pytest.raises(ValueError, match=r"narrower.* token 30\d attends token 40 in the layer"):
         on_two_ranks(model, plan, work)
@@ -370,7 +371,8 @@ def test_a_recomputation_with_a_later_plan_is_refused():
         losses = []
         for plans in both:
             with split_sequence(own, plans, rank):
-                losses.append(own(**local_batch(plans, rank.rank, tokens)).loss)
+                batch = local_batch(plans, rank.rank, tokens)
+                losses.append(own(**batch, num_items_in_batch=43).loss)
                 if plans is both[1]:
                     sum(losses).backward()
 
