@@ -5,8 +5,8 @@
 The forecast is `ringattn estimate experiment=continue_llama` of a model with the sizes of Llama 3.1
 8B on 8 GPUs: nothing is measured. The small run is examples/million_tokens/small.sh: base/, a model
 of 1,024 tokens, goes on at 16,384 on two ranks of one thread each; held-out loss by position and
-needles are evaluated of the base, with its own RoPE, and after the last step. --run: a finished
-run directory, with FOLDER-before beside it, to draw again.
+needles are evaluated of the base, with its own RoPE and with a stretched one, and after the last
+step. --run: a finished run directory, with FOLDER-before beside it, to draw again.
 """
 
 import argparse
@@ -81,22 +81,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.run or Path(name, "run")
         seconds = None if options.run else small(folder)
-        before, after = (
-            json.loads(Path(f"{folder}{end}", "eval.jsonl").read_text().splitlines()[-1])
-            for end in ("-before", "")
+        before, stretched, after = (
+            json.loads(Path(f"{folder}{end}", "eval.jsonl").read_text().splitlines()[at])
+            for end, at in (("-before", -1), ("", 0), ("", -1))
         )
+    lines = {"before": before, "RoPE stretched, no step": stretched}
+    lines[f"after {after['step']} steps"] = after
     lengths = sorted({cell["length"] for cell in before["probes"]})
     print("\n| | " + " | ".join(f"needles, {n:,} tokens" for n in lengths) + " | held-out loss |")
     print("|---" * (len(lengths) + 2) + "|")
-    for title, line in (("before", before), (f"after {after['step']} steps", after)):
+    for title, line in lines.items():
         found = [[c["accuracy"] for c in line["probes"] if c["length"] == n] for n in lengths]
         cells = " | ".join(f"{100 * sum(x) / len(x):.0f} %" for x in found)
         print(f"| {title} | {cells} | {line['loss']:.2f} |")
     if seconds is not None:
         print(f"\nAll of small.sh took {seconds / 60:.1f} minutes.")
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(4, 5, 5))
-    for title, line in (("before", before), ("after", after)):
+    figure = Figure(figsize=(17, 3.6), layout="constrained")
+    left, *maps = figure.subplots(1, 4, width_ratios=(4, 5, 5, 5))
+    for title, line in lines.items():
         places = line["loss_by_position"]
         left.plot([x["below"] for x in places], [x["loss"] for x in places], "o-", label=title)
     left.axvline(1024, color="grey", linestyle="--", linewidth=0.8)
@@ -104,8 +106,8 @@ def main() -> None:
     left.set(xlabel="position below (dashed: trained length of the base)", ylabel="loss (nats)",
              title="held-out source code")  # fmt: skip
     left.legend()
-    heat_map(before["probes"], "needles found, before", middle)
-    heat_map(after["probes"], "needles found, after", right)
+    for axes, (title, line) in zip(maps, lines.items(), strict=True):
+        heat_map(line["probes"], f"needles found, {title}", axes)
     figure.savefig(options.out, dpi=110)
 
 

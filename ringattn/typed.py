@@ -158,7 +158,8 @@ def check_keys(kind: type, names: Iterable[str], others: Iterable[str] = ()) -> 
     known = {key.name for key in keys(kind)} | set(others)
     for key in names:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 3, 0.5)
+            same = sorted(each for each in known if each.rpartition(".")[2] == key)  # without group
+            near = same or difflib.get_close_matches(key, known, 3, 0.5)
             near = near or sorted({each.split(".")[0] for each in known})
             raise SettingsError(f"unknown key {key!r}; did you mean: {', '.join(near)}?")
 

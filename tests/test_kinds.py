@@ -62,6 +62,7 @@ def test_keys_of_kinds_become_masks_and_layers():
         (["attention.kinds=causal", "attention.pattern=[a]"], "attention.kinds must be null"),
         (['attention.kinds={a:"block(2)"}', "attention.pattern=[a]"], "kinds.a='block(2)'"),
         (["attention.kind=[a]"], "did you mean: attention.kinds"),
+        (["lr=0.1"], "did you mean: optim.lr?"),
         ([*KEYS, "model.rope_kinds={far:{theta:2.0}}"], "no layer is of kind far"),
         ([*KEYS, "model.rope_kinds={local:{thet:2.0}}"], "model.rope_kinds must be null"),
         ([*KEYS, "model.qk_norm=true", "model.qk_norm_whole=true"], "give one"),

@@ -218,9 +218,9 @@ def _segment_facts(segments: Segments, mixer: Mixer, shape: AttentionShape) -> d
 
 
 def _print_segments(segments: Segments, facts: dict, title: str) -> None:
-    from rich.console import Console
+    from ringattn.cli.tables import wide_console
 
-    console, ranks = Console(highlight=False), facts["ranks"]
+    console, ranks = wide_console(), facts["ranks"]
     console.print(f"{title}{facts['mixer']['mixer']}; {segments}", soft_wrap=True)
     most = {key: max(rank[key] for rank in ranks) for key in list(ranks[0])[3:]}
     console.print(
@@ -284,10 +284,11 @@ def _short(value: float) -> str:
 
 def _print(plan: Plan, facts: dict, title: str = "") -> None:
     from rich.box import SIMPLE_HEAD  # here: machines ask for --json, and may have no rich
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from ringattn.cli.tables import wide_console
+
+    console = wide_console()
     console.print(title + str(plan), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     columns = {
