@@ -4,6 +4,7 @@ import json
 
 import pytest
 import transformers
+import yaml
 
 from ringattn.cli import main as cli
 from ringattn.data.records import Source
@@ -53,9 +54,10 @@ def prepared(folder, *keys, model="hf"):
 @pytest.mark.parametrize("model", ["hf", "transformers"])
 def test_bytes_are_refused_for_a_model_with_a_tokenizer(folder, model):
     text = [f"data.root={folder}/text", "data.glob=*.txt"]
-    with pytest.raises(SettingsError, match=r"data\.tokenizer=.*model \(or bytes"):
+    with pytest.raises(SettingsError, match=r"is bytes, .*give data\.tokenizer=.*model, or"):
         prepared(folder, *text, model=model)
-    with pytest.raises(SettingsError, match="would become bytes"):
+    assert not list(folder.glob("cache/*/tokens.json"))  # before anything was tokenized
+    with pytest.raises(SettingsError, match="the data is bytes"):
         prepared(folder, "data=passkey", "seq_len=128", model=model)
     said = prepared(folder, *text, "data.tokenizer=bytes", model=model).data.remarks[0]
     assert "(bytes)" in said
@@ -92,6 +94,17 @@ def test_a_tokenizer_that_the_run_did_not_learn_is_not_exported(folder, tmp_path
     assert "is not that of the run" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
     assert cli([*export, f"out={tmp_path}/right", f"tokenizer={folder}/model"]) == 0
+    # As a run whose config says bytes, and one in a mixture.
+    config_of = tmp_path / "run/config.yaml"
+    was = config_of.read_text()
+    told = yaml.safe_load(was)
+    told["data"] |= {"root": f"{folder}/text", "format": "auto"}
+    config_of.write_text(yaml.safe_dump(told))
+    assert cli([*export, f"out={tmp_path}/wrong", f"tokenizer={folder}/model"]) == 2
+    assert "tokens are bytes" in capsys.readouterr().err
+    told["data"] |= {"mix": [{"root": f"{folder}/own", "weight": 1}, {"root": "x", "weight": 1}]}
+    config_of.write_text(yaml.safe_dump(told))
+    assert cli([*export, f"out={tmp_path}/wrong", f"tokenizer={folder}/other.json"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,6 +122,48 @@ def test_texts_longer_than_a_model_was_made_for_are_named(folder, keys, shown):
     run = config.load([*KEYS, "model=hf", f"model.path={folder}/model", "data.root=x", *keys])
     said = beyond(run)
     assert said is None if shown is None else shown in said
+
+
+ROPES = {
+    # As Llama 3.1: 8,192 stretched to 131,072 by more than the factor.
+    "llama3": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    # As Qwen 3 with the factor of its model card, max_position_embeddings left as it was.
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+             "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "most", "keys", "shown"),
+    [
+        ("llama3", 256, ["seq_len=256"], None),
+        ("llama3", 256, ["seq_len=512"], "256 (max_position_embeddings"),
+        ("llama3", 256, ["seq_len=512"], "model.rope.original_length=16 model.rope.factor=32 "),
+        ("llama3", 256, ["seq_len=512", "model.rope.type=yarn", "model.rope.factor=32"], None),
+        ("llama3", 256, ["seq_len=512", "model.rope.type=yarn", "model.rope.factor=2"],
+         "made for 32 (model.rope.original_length"),
+        ("llama3", 256, ["seq_len=512", "model.rope.theta=9e6"], None),
+        ("yarn", 64, ["seq_len=256"], None),
+        ("yarn", 64, ["seq_len=300"], "made for 256 (the RoPE of its config.json)"),
+        ("yarn", 64, ["seq_len=300"], "model.rope.original_length=64 model.rope.factor=8 "),
+    ],
+)  # fmt: skip
+def test_a_stretched_rope_counts_from_what_it_was_stretched_from(tmp_path, rope, most, keys, shown):
+    made = {"rope_parameters": ROPES[rope], "max_position_embeddings": most}
+    transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=300, architectures=["LlamaForCausalLM"], **made,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    for model in ("hf", "transformers") if len(keys) == 1 else ("hf",):
+        model_keys = [f"model={model}", f"model.path={tmp_path}", "data.root=x"]
+        said = beyond(config.load([*KEYS, *model_keys, *keys]))
+        if shown is None:
+            assert said is None
+        elif model == "hf":
+            assert shown in said
+        elif "model.rope" not in shown:
+            assert shown.partition(" ")[0] in said and "yarn" in said
 
 
 def test_they_are_named_of_an_unchanged_model_and_in_an_estimate(folder, capsys):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -235,6 +236,25 @@ def test_a_directory_of_another_version_is_one_line(capsys, tmp_path, damage, me
     assert not (path / "report").exists()
 
 
+def test_the_page_says_what_ran_as_far_as_all_runs_agree(tmp_path, monkeypatch):
+    for name, schedule in (("a", "ring"), ("b", "direct")):
+        path = run_dir(tmp_path / name)
+        facts = json.loads((path / "facts.json").read_text())
+        facts |= {"parameters": 1234, "setup": {"world": 2, "cp": 2, "precision": "bf16"},
+                  "plan": {"schedule": schedule, "layout": "zigzag",
+                           "kinds": {"all": {"mask": "causal"}}}}  # fmt: skip
+        (path / "facts.json").write_text(json.dumps(facts))
+    run_dir(tmp_path / "c", status="failed")
+    runs = find([tmp_path])
+    shared = page.what_ran(runs)
+    for words in ("parameters 1,234", "mask causal", "over 2 of 2 ranks", "layout zigzag", "bf16"):
+        assert words in shared
+    assert "schedule" not in shared and "schedule ring" in page.what_ran(runs[:1])
+    monkeypatch.chdir(tmp_path / "a")
+    assert page.titled(find([Path()])) == "a"
+    assert page.titled(runs) == f"3 runs in {tmp_path.name}"
+
+
 def test_an_empty_folder_is_refused(capsys, tmp_path):
     status, shown = out(capsys, "report", str(tmp_path))
     assert status == 2 and "no run directory" in shown.err
@@ -251,4 +271,4 @@ def test_points_that_vary_in_anything_are_drawn(tmp_path):
     shown = page.columns(table)
     assert "step s" in shown and all(any(row[title] for row in table) for title in shown)
     text = files[0].read_text()
-    assert f"<h1>2 runs in {tmp_path.name}</h1>" in text and page.what_ran(runs[0]) in text
+    assert f"<h1>2 runs in {tmp_path.name}</h1>" in text and page.what_ran(runs) in text

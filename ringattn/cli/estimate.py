@@ -253,7 +253,7 @@ def _print_one(ahead: Forecast, plain: TrainingRun, keys: list[str]) -> None:
     console.print(plan_table(ahead, ahead.run.kernel, peak, f"peak of {ahead.hardware.name}"))
     if ahead.step.misfit:
         console.print(f"does not fit: {ahead.step.misfit}", soft_wrap=True)
-        console.print("memory=long keeps less, more ranks share it; --search tries what there is")
+        console.print("--search tries what keeps less: recomputation, offloading, other splits")
     if ahead.world > ahead.hardware.node(ahead.world):
         console.print("on each machine, with --master-addr and --node-rank (docs/operations.md):")
     console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ import yaml
 
 from ringattn import living
 from ringattn.cli.request import Key, RequestError, choice, parse
-from ringattn.data.tokenizer import other_tokens, tokenizer_file
+from ringattn.data.shards import has_shards
+from ringattn.data.tokenizer import BYTES, other_tokens, tokenizer_file
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
 from ringattn.models.lora_config import Lora
@@ -157,13 +159,18 @@ def _tokenizer_files(tokenizer: str | None) -> list[Path]:
 
 def _check_tokenizer(given: str, checkpoint: Path) -> None:
     """Raises ValueError if the run learned other tokens than those of a tokenizer, as far as its
-    config.yaml leads to a tokenizer.json: data.tokenizer, or beside token shards."""
-    config = checkpoint.parent.parent / "config.yaml"
-    data = yaml.safe_load(config.read_text())["data"] if config.is_file() else {}
-    told = [tokenizer_file(Path(x)) for x in (data.get("tokenizer"), data.get("root")) if x]
+    config.yaml leads to a tokenizer.json (data.tokenizer, or beside token shards) or says bytes."""
+    config, own = checkpoint.parent.parent / "config.yaml", tokenizer_file(Path(given))
+    if own is None or not config.is_file() or importlib.util.find_spec("tokenizers") is None:
+        return
+    data = yaml.safe_load(config.read_text())["data"]
+    roots = [each.get("root") for each in data.get("mix") or [data]]
+    shards = [root for root in roots if has_shards(root)]
+    if data["format"] != "tokens" and data.get("tokenizer") in (None, BYTES) and not shards:
+        raise ValueError(f"tokenizer={given}: the run's tokens are bytes ({config})")
+    told = [tokenizer_file(Path(x)) for x in (data.get("tokenizer"), *shards) if x]
     learned = next((file for file in told if file is not None), None)
-    own = tokenizer_file(Path(given))
-    if learned and own and (different := other_tokens(learned, own)):
+    if learned and (different := other_tokens(learned, own)):
         raise ValueError(f"tokenizer={given} is not that of the run, {learned}: {different}")
 
 

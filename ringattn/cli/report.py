@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         table.add_column(title, justify="left" if title in ("point", "status") else "right")
     for row in rows:
         table.add_row(*(row[title] for title in shown))
-    console.print(page.what_ran(runs[0]), soft_wrap=True, markup=False)
+    console.print(page.what_ran(runs), soft_wrap=True, markup=False)
     console.print(table)
     for each in runs:
         if each.reason:

@@ -252,7 +252,8 @@ def _remark(documents: Documents, stream: Stream) -> str:
     """Of a source as it was opened, and what is trained on of it."""
     lengths = stream.documents.lengths
     text = f"data: {len(lengths):,} documents, {int(lengths.sum()):,} tokens"
-    text += " (bytes)" if isinstance(documents, Corpus) else ""
+    if isinstance(documents, Corpus) or documents.tokenizer.fingerprint == tokenizer.BYTES:
+        text += " (bytes)"
     if stream.packing != "cut":
         text += f", {stream.packing} leaves {stream.waste:.2%} of the rows empty"
     if isinstance(documents, Shards) and (corrupt := documents.about["corrupt"]):

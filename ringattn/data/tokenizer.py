@@ -16,6 +16,7 @@ from ringattn.data.documents import DataError, missing
 
 BYTES = "bytes"
 LEAST_BPE = 257
+_SPARE = re.compile("unused|reserved")  # in the name of a token that waits for a use
 # The end of a document, where a tokenizer does not say it itself.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -76,8 +77,8 @@ class FileTokenizer:
     tokenizer_config.json beside it calls eos_token, or a usual one. ``keys.template``: whether
     documents get what the file's post-processor puts around a text (a beginning, as of Llama 3);
     None: as it says. ``keys.special_tokens``: whether text that spells a control token becomes that
-    token; it stays text otherwise. Beginning and end that a text spells itself are not put twice.
-    Raises DataError."""
+    token; it stays text otherwise. What stands around a document is not put there again where it is
+    the very first or last that the text spells. Raises DataError."""
 
     def __init__(self, path: Path, keys: TokenizerKeys) -> None:
         self.path = path / "tokenizer.json" if path.is_dir() else path
@@ -136,10 +137,11 @@ class FileTokenizer:
 
     def document(self, text: str) -> np.ndarray:
         ids = self.encode(text).tolist()
+        after = [*self._after, self.end]
         if self._spelled:  # a chat template has written them already: they stand there once
             ids = ids[len(self.before) :] if ids[: len(self.before)] == self.before else ids
-            ids = ids[:-1] if ids[-1:] == [self.end] else ids
-        return np.array([*self.before, *ids, *self._after, self.end], np.int64)
+            ids = ids[: -len(after)] if ids[-len(after) :] == after else ids
+        return np.array([*self.before, *ids, *after], np.int64)
 
     def control_tokens(self, text: str) -> int:
         return len(self._control.findall(text))
@@ -189,8 +191,8 @@ def tokenizer_file(path: Path) -> Path | None:
 
 def other_tokens(ours: Path, theirs: Path) -> str | None:
     """Which tokens of one ``tokenizer.json`` are others in another, None if none are. Control
-    tokens and later ones may have other names: chats give reserved ones a use. Raises DataError if
-    one cannot be read."""
+    tokens, later ones and unused ones may have other names: chats give them a use. Raises DataError
+    if one cannot be read."""
     named = []
     for path in (ours, theirs):
         fast, _ = _load(path)
@@ -198,7 +200,8 @@ def other_tokens(ours: Path, theirs: Path) -> str | None:
         vocabulary = fast.get_vocab(with_added_tokens=False).items()
         named.append({i: token for token, i in vocabulary if i not in added})
     own, other = named
-    wrong = sorted(i for i in own.keys() & other.keys() if own[i] != other[i])
+    both = {i: (own[i], other[i]) for i in own.keys() & other.keys() if own[i] != other[i]}
+    wrong = sorted(i for i, names in both.items() if not any(map(_SPARE.search, names)))
     if not wrong:
         return None
     return f"{len(wrong):,} differ, token {wrong[0]} is {own[wrong[0]]!r} and {other[wrong[0]]!r}"

@@ -26,8 +26,9 @@ def local_batch(
     ``labels`` (default: the tokens) are as Hugging Face has them, not yet shifted; they are shifted
     here, before the split, and come as ``shift_labels``. Packed documents are read off the plans'
     masks: each counts its positions from 0, and its last token has no label. ``lengths`` of them
-    may be given too, and must be the same. For the mean over all tokens of the world give the model
-    ``num_items_in_batch``, as the Trainer does.
+    may be given too, and must be the same. On several ranks the model wants ``num_items_in_batch``
+    beside labels, as the Trainer gives it; for logits alone call it without ``labels`` and
+    ``shift_labels``.
 
     Labels of an encoder, whose documents see themselves whole, are not shifted: they come as
     ``labels`` alone, if they are given.
@@ -53,7 +54,7 @@ def local_batch(
     }
     if both_ways(plans):
         return batch if labels is None else batch | {"labels": labels[:, own]}
-    if labels is not None:
+    if labels is not None and input_ids.ndim == 2:  # not embeddings
         check_not_shifted(input_ids, labels)
     shifted = shift_labels(input_ids if labels is None else labels, documents)[:, own]
     return batch | {"labels": shifted, "shift_labels": shifted}

@@ -36,7 +36,7 @@ from ringattn.models.loss import LEAST, capped
 class Scored(ModelOutput):
     """What a model gives inside of :func:`scoring`. ``log_probs`` ``[batch, local tokens]``,
     float32: of each token's label, 0 where it has none. ``loss``: their negative sum over
-    ``num_items_in_batch`` (by default this rank's labels), and this rank's share of the router
+    ``num_items_in_batch`` (on one rank by default its labels), and this rank's share of the router
     loss; ``aux_loss``: that share."""
 
     loss: torch.Tensor | None = None

@@ -76,12 +76,6 @@ def check_inputs(split: ActiveSplit, model: nn.Module, bound: dict[str, Any]) ->
                 f"ringattn.hf.local_batch gives them"
             )
     shifted = bound.get("shift_labels")
-    if shifted is not None and split.any.world > 1 and bound.get("num_items_in_batch") is None:
-        raise ValueError(
-            "num_items_in_batch is missing: the loss would be a mean over this rank's own labels, "
-            "and its gradient not that of one process. Give the number of labels that are "
-            "supervised on all ranks; for logits alone, leave labels and shift_labels out"
-        )
     labels = bound.get("labels")
     by_token = isinstance(labels, torch.Tensor) and labels.dim() > 1
     alone = split.any.world == 1 or both_ways(split.plans) or shifted is not None
@@ -89,6 +83,14 @@ def check_inputs(split: ActiveSplit, model: nn.Module, bound: dict[str, Any]) ->
         raise ValueError(
             "labels without shift_labels: the model would shift them on this rank's tokens; "
             "ringattn.hf.local_batch shifts them on the whole sequence"
+        )
+    counted = bound.get("num_items_in_batch") is not None or split.any.world == 1
+    if (shifted is not None or by_token) and not counted:
+        raise ValueError(
+            "num_items_in_batch is missing: the loss would be a mean over this rank's own labels, "
+            "and its gradient not that of one process. Give the number of labels that are "
+            "supervised on all ranks; for logits alone, or a head that does not know it, leave "
+            "labels and shift_labels out"
         )
 
 

@@ -24,7 +24,7 @@ from ringattn.batches import IGNORED
 from ringattn.execution.carriers import connect
 from ringattn.hf import agree
 from ringattn.hf.attention import HERE, PADDED
-from ringattn.hf.batch import both_ways, check_not_shifted, local_batch
+from ringattn.hf.batch import both_ways, local_batch
 from ringattn.hf.coverage import NotCovered, language_model
 from ringattn.hf.head import check_labels, scoring
 from ringattn.hf.inputs import by_name
@@ -215,8 +215,6 @@ class _Call:
         labels = None if labels is None else documents.flat(labels)
         if labels is not None:
             check_labels(labels)
-        if labels is not None and ids is not None and not both_ways(plans):
-            check_not_shifted(documents.flat(ids), labels)
         left_out = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "labels",
                     *_SAID_AGAIN)  # fmt: skip
         local = {name: x for name, x in bound.items() if name not in left_out}

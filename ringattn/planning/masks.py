@@ -151,7 +151,8 @@ def _without(part: Slice, holes: Iterable[Slice]) -> list[Slice]:
 def _parsed(item: Slice | tuple[Any, ...]) -> Slice:
     try:
         q, k, lo, hi = (item.q, item.k, item.lo, item.hi) if isinstance(item, Slice) else item
-        q, k = (run if isinstance(run, Run) else Run(*map(index, run)) for run in (q, k))
+        runs = [run if isinstance(run, Run) else tuple(map(index, run)) for run in (q, k)]
+        q, k = (run if isinstance(run, Run) else Run(*run) for run in runs)
         lo, hi = (bound if bound is None else index(bound) for bound in (lo, hi))
     except (TypeError, ValueError):
         raise ValueError(
@@ -159,11 +160,11 @@ def _parsed(item: Slice | tuple[Any, ...]) -> Slice:
             f"lo, hi); got {item!r}"
         ) from None
     if not isinstance(item, Slice):  # written by somebody: what is there is meant
-        for run in item[:2]:
+        for run in runs:
             if not isinstance(run, Run) and not 0 <= run[0] <= run[1]:
                 raise ValueError(
                     f"{item!r}: a run is start, stop with 0 <= start <= stop; nothing counts from "
-                    f"the end; got {tuple(run)}"
+                    f"the end; got {run}"
                 )
         if lo is not None and hi is not None and lo > hi:
             raise ValueError(f"{item!r}: no k - q is at least {lo} and at most {hi}")
@@ -417,7 +418,8 @@ def from_slices(
 
     A slice may also be written ``(queries, keys, lo, hi)`` with ``(start, stop)`` or
     ``(start, stop, step)`` for a run, and None where the band is open. Raises ValueError for
-    anything else, for runs that end before they begin, and outside of the range.
+    anything else, for runs that end before they begin and bands whose ``lo`` is above ``hi`` where
+    they are written so, and outside of the range.
     """
     n_q = integer("n_q", n_q, 0)
     n_k = n_q if n_k is None else integer("n_k", n_k, 0)

@@ -54,27 +54,40 @@ def columns(table: list[dict[str, str]]) -> list[str]:
     return [title for title in COLUMNS if any(row[title] for row in table)]
 
 
-def what_ran(run: RunRecord) -> str:
-    """Model, data and split of a run, in a line."""
+def what_ran(runs: list[RunRecord]) -> str:
+    """Model, data and split, in a line: what all runs that wrote their facts have in common."""
+    said = [_what_ran(run) for run in runs if run.facts]
+    common = said[0] if said else {}
+    both = {k: x for k, x in common.items() if x and all(each[k] == x for each in said)}
+    return ", ".join(f"{name} {value}" for name, value in both.items())
+
+
+def titled(runs: list[RunRecord]) -> str:
+    """A name for all of them together."""
+    paths = [run.path.resolve() for run in runs]
+    if len(paths) == 1:
+        return paths[0].name
+    parents = {path.parent.name for path in paths}
+    return f"{len(paths)} runs" + (f" in {parents.pop()}" if len(parents) == 1 else "")
+
+
+def _what_ran(run: RunRecord) -> dict[str, str | None]:
     config, setup = run.config, run.facts.get("setup") or {}
     plan, data = run.facts.get("plan") or {}, config.get("data") or {}
     kinds = {kind: each.get("mask") for kind, each in (plan.get("kinds") or {}).items()}
-    masks = {
-        kind: mask if isinstance(mask, str) else "a mask" for kind, mask in kinds.items() if mask
-    }
-    said = {
+    masks = {kind: mask for kind, mask in kinds.items() if isinstance(mask, str)}
+    return {
         "parameters": f"{run.facts['parameters']:,}" if run.facts.get("parameters") else None,
         "model": (config.get("model") or {}).get("path"),
         "data": data.get("root") or ("a mixture" if data.get("mix") else data.get("format")),
         "mask": ", ".join(f"{mask} ({kind})" if len(masks) > 1 else mask
                           for kind, mask in masks.items()),
-        "split": f"{setup['cp']} of {run.ranks} ranks share a sequence" if "cp" in setup else None,
+        "sequences over": f"{setup['cp']} of {run.ranks} ranks" if "cp" in setup else None,
         "schedule": plan.get("schedule"),
         "layout": plan.get("layout"),
         "precision": setup.get("precision"),
         "engine": (setup.get("engine") or {}).get("name"),
     }  # fmt: skip
-    return ", ".join(f"{name} {value}" for name, value in said.items() if value)
 
 
 def _row(run: RunRecord) -> dict[str, str]:
@@ -173,9 +186,9 @@ def _html(runs: list[RunRecord], images: list[tuple[str, str]]) -> str:
         "hardware": (known.get("hardware") or {}).get("source"),
         **known.get("versions", {}),
     }
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs in {runs[0].path.parent.name}"
+    title = titled(runs)
     varied = sorted({key for run in runs for key in run.varied})
-    ran = what_ran(runs[0]) + (f"; the points vary {', '.join(varied)}" if varied else "")
+    ran = what_ran(runs) + (f"; the points vary {', '.join(varied)}" if varied else "")
     facts = ", ".join(f"{key} {value}" for key, value in about.items() if value)
     notes = notes and f"<ul>{notes}</ul>"
     figures = "".join(

@@ -6,25 +6,56 @@ import json
 import math
 from pathlib import Path
 
+from ringattn.data.shards import has_shards
 from ringattn.data.tokenizer import BYTES, FileTokenizer, Tokenizer, other_tokens, tokenizer_file
 from ringattn.models import hf_config
 from ringattn.training.run import TrainingRun
 from ringattn.typed import SettingsError
 
 
+def check_keys(run: TrainingRun) -> None:
+    """Raises SettingsError for what :func:`check_tokenizer` would, as far as the keys say it:
+    before text is tokenized for hours."""
+    own = _own(run)
+    if own is None:
+        return
+    named = tokenizer_file(Path(run.data.tokenizer)) if run.data.tokenizer else None
+    if named:
+        _compare(run, named, own)
+    parts = run.data.mix or [run.data]
+    if run.data.tokenizer is None and not any(has_shards(part.root) for part in parts):
+        raise _bytes(run)
+
+
 def check_tokenizer(run: TrainingRun, tokenizer: Tokenizer) -> None:
     """Raises SettingsError where the model in model.path has a tokenizer and the data another:
     every loss would look well, and nothing of what the model knows would be used."""
-    path = run.model.path
-    own = None if path is None else tokenizer_file(Path(path))
-    if own is None or run.data.tokenizer == BYTES:
+    own = _own(run)
+    if own is None:
         return
     if not isinstance(tokenizer, FileTokenizer):
-        raise SettingsError(
-            f"data.tokenizer: text would become bytes, and the model in model.path={path} has a "
-            f"tokenizer.json: give data.tokenizer={path} (or bytes, if that is meant)"
-        )
-    if different := other_tokens(tokenizer.path, own):
+        raise _bytes(run)
+    _compare(run, tokenizer.path, own)
+
+
+def _own(run: TrainingRun) -> Path | None:
+    """The model's tokenizer.json, unless bytes are asked for."""
+    path = run.model.path
+    return None if path is None or run.data.tokenizer == BYTES else tokenizer_file(Path(path))
+
+
+def _bytes(run: TrainingRun) -> SettingsError:
+    path = run.model.path
+    return SettingsError(
+        f"data.tokenizer: the data is bytes, and the model in model.path={path} has a "
+        f"tokenizer.json: give data.tokenizer={path}, or tokenize again what is token shards (or "
+        "data.tokenizer=bytes, if that is meant)"
+    )
+
+
+def _compare(run: TrainingRun, ours: Path, own: Path) -> None:
+    if different := other_tokens(ours, own):
+        path = run.model.path
         raise SettingsError(
             f"data.tokenizer: the data's tokens are not those of the model in model.path={path}: "
             f"{different}; tokenize it with tokenizer={path}, or take {own} away if the model is "
@@ -41,23 +72,32 @@ def beyond(run: TrainingRun) -> str | None:
     folder = Path(path).expanduser()
     config = json.loads((folder / "config.json").read_text())
     config = config.get("text_config", config)
-    made, why = config.get("max_position_embeddings"), "max_position_embeddings of its config.json"
-    how = "model.rope.type=yarn model.rope.factor={:g} stretches it"
-    if run.model.unchanged:
-        how = "a RoPE with rope_type yarn and factor {:g} in its config.json stretches it"
-    else:
-        own, given = hf_config.read(folder)[0]["rope"], run.model.rope
-        if any(getattr(given, key) != own.get(key) for key in ("type", "theta", "factor")):
-            if given.factor is None:
-                return None  # another theta: how far that reaches is the user's to know
-            made = int((given.original_length or made or 0) * given.factor)
-            why = "model.rope.original_length x model.rope.factor"
-    if not made or run.seq_len <= made:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)  # where kinds of layers have their own
+    trained = config.get("max_position_embeddings")
+    original = rope.get("original_max_position_embeddings") or trained
+    if not trained:
         return None
-    stretch = 2 ** math.ceil(
-        math.log2(run.seq_len / (config.get("max_position_embeddings") or made))
-    )
-    return (
-        f"texts of up to {run.seq_len:,} tokens, and the model was made for {made:,} ({why}); "
-        + how.format(stretch)
-    )
+    made, why = trained, "max_position_embeddings of its config.json"
+    if (stretched := int(original * rope.get("factor", 1))) > made:
+        made, why = stretched, "the RoPE of its config.json"
+    if not run.model.unchanged:
+        own, given = hf_config.read(folder)[0]["rope"], run.model.rope
+        original = given.original_length or original
+        if (given.type, given.factor) != (own["type"], own.get("factor")):
+            made = int(original * (given.factor or 1))
+            why = "model.rope.original_length x model.rope.factor"
+        elif given.theta != own["theta"]:
+            return None  # how far that reaches is the user's to know
+    if run.seq_len <= made:
+        return None
+    said = f"texts of up to {run.seq_len:,} tokens, and the model was made for {made:,} ({why})"
+    factor = 2 ** math.ceil(math.log2(run.seq_len / original))
+    if not run.model.unchanged:
+        return said + (
+            f"; model.rope.type=yarn model.rope.original_length={original} "
+            f"model.rope.factor={factor} stretches it"
+        )
+    if rope or "rope_theta" in config:
+        said += f"; a RoPE with rope_type yarn and factor {factor} in its config.json stretches it"
+    return said

@@ -44,6 +44,7 @@ def prepare(
     run.logger.check()
     model, path = run.sizes, run.model.path
     held_out = (run.eval.holdout, run.eval.root)
+    fits.check_keys(run)
     data = open_data(run.data, run.seq_len, run.seed, progress, *held_out)
     if data.tokenizer.vocab_size > model.vocab_size:
         raise SettingsError(
