@@ -228,6 +228,10 @@ def test_the_proof_sees_attention_that_is_not_the_models(monkeypatch):
         "another scale": lambda q, k, v, plan, group, kernel, scale, **o: true(
             q, k, v, plan, group, kernel, 2 * scale, **o
         ),
+        # Half precision would not see this one.
+        "a scale a little off": lambda q, k, v, plan, group, kernel, scale, **o: true(
+            q, k, v, plan, group, kernel, 1.03 * scale, **o
+        ),
         "own shard only": lambda q, k, v, plan, group, kernel, scale, **o: true(
             q, k, v, ra.make_plan(ra.masks.causal(q.shape[1]), ra.layouts.zigzag(q.shape[1], 1)),
             VirtualRank(VirtualWorld(1), 0), kernel, scale, **o
@@ -413,6 +417,8 @@ def test_labels_of_an_encoder_are_not_shifted():
         batch = local_batch(plans, rank.rank, tokens, labels)
         assert "shift_labels" not in batch
         with split_sequence(own, plans, rank):
+            with pytest.raises(ValueError, match="num_items_in_batch is missing"):
+                own(**batch)
             return own(**batch, num_items_in_batch=count).loss.detach()
 
     want, _ = families.in_one_process(family, LENGTHS)

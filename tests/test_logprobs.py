@@ -210,6 +210,9 @@ def test_calls_are_whole(unpad):
             loss.backward()
         with torch.no_grad(), whole_calls(model, planner, rank, unpad=unpad, logits=True):
             again = model(**given)
+            vectors = {"inputs_embeds": model.get_input_embeddings()(given.pop("input_ids"))}
+            embedded = model(**given, **vectors)
+        assert torch.equal(embedded.loss, again.loss)
         return loss.detach(), again.loss, again.logits
 
     for loss, again, logits in VirtualWorld(3).run(work):

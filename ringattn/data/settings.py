@@ -54,7 +54,8 @@ class Data:
     split: Text = "train"
     """Of a datasets.DatasetDict."""
     tokenizer: Text | None = None
-    """A tokenizer.json or its folder; null: bytes, or that of token shards."""
+    """A tokenizer.json or its folder; null: bytes, or that of token shards. A model.path that has
+    a tokenizer wants its own, or "bytes" said."""
     end: Text | None = None
     """The tokenizer's token after a document; null: what tokenizer_config.json says."""
     template: Flag | None = None
