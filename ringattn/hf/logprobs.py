@@ -67,7 +67,7 @@ def token_logprobs(
     if active is not None and active.any.layout != layout:
         raise ValueError("token_logprobs: the model is inside of a split with another layout")
     around = nullcontext() if active is not None else split_sequence(model, plans, group)
-    batch = {"num_items_in_batch": 1, **batch}  # of a loss that nobody looks at
+    given: dict[str, Any] = {"num_items_in_batch": 1, **batch}  # of a loss that nobody looks at
     with around, scoring(inside, chunk, temperature):
-        each = model(**batch).log_probs
+        each = model(**given).log_probs
     return Gathered.apply(each, group, layout, 1) if gather else each
