@@ -79,7 +79,7 @@ def _what_ran(run: RunRecord) -> dict[str, str | None]:
     return {
         "parameters": f"{run.facts['parameters']:,}" if run.facts.get("parameters") else None,
         "model": (config.get("model") or {}).get("path"),
-        "data": data.get("root") or ("a mixture" if data.get("mix") else data.get("format")),
+        "data": "a mixture" if data.get("mix") else data.get("root") or _unnamed(data),
         "mask": ", ".join(f"{mask} ({kind})" if len(masks) > 1 else mask
                           for kind, mask in masks.items()),
         "sequences over": f"{setup['cp']} of {run.ranks} ranks" if "cp" in setup else None,
@@ -88,6 +88,11 @@ def _what_ran(run: RunRecord) -> dict[str, str | None]:
         "precision": setup.get("precision"),
         "engine": (setup.get("engine") or {}).get("name"),
     }  # fmt: skip
+
+
+def _unnamed(data: dict[str, Any]) -> str:
+    """Data without a folder: a task, or what is trained on where nobody says otherwise."""
+    return str(data["format"]) if data.get("format", "auto") != "auto" else "the standard library"
 
 
 def _row(run: RunRecord) -> dict[str, str]:

@@ -43,8 +43,9 @@ def scaling(runs: list[RunRecord]) -> Figure:
     _lines(d, runs, key, lambda r: r.median("mfu"), lambda r: r.predicted.get("mfu"),
            "MFU: share of peak")  # fmt: skip
     for axis in (a, b, c, d):
-        axis.set_ylim(bottom=0)
-    figure.suptitle("measured (solid) and predicted (dashed)", fontsize=10)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])  # the highest point whole
+    if any(run.predicted for run in runs):
+        figure.suptitle("measured (solid) and predicted (dashed)", fontsize=10)
     return figure
 
 
