@@ -54,9 +54,10 @@ def prepared(folder, *keys, model="hf"):
 @pytest.mark.parametrize("model", ["hf", "transformers"])
 def test_bytes_are_refused_for_a_model_with_a_tokenizer(folder, model):
     text = [f"data.root={folder}/text", "data.glob=*.txt"]
+    before = list(folder.glob("cache/*/tokens.json"))
     with pytest.raises(SettingsError, match=r"is bytes, .*give data\.tokenizer=.*model, or"):
         prepared(folder, *text, model=model)
-    assert not list(folder.glob("cache/*/tokens.json"))  # before anything was tokenized
+    assert list(folder.glob("cache/*/tokens.json")) == before  # nothing was tokenized
     with pytest.raises(SettingsError, match="the data is bytes"):
         prepared(folder, "data=passkey", "seq_len=128", model=model)
     said = prepared(folder, *text, "data.tokenizer=bytes", model=model).data.remarks[0]

@@ -153,7 +153,7 @@ def test_bytes_that_are_no_text_are_counted_and_limited(tmp_path):
     (root / "b.txt").write_bytes(b"one\ntwo\n\xff")
     (root / "c.txt").write_bytes(b"one \xe2\x82")  # cut within a character
     remark = opened(root).remarks[0]
-    assert "1 documents, 5 tokens, 2 corrupt records left out" in remark
+    assert "1 documents, 5 tokens (bytes), 2 corrupt records left out" in remark
     assert "b.txt:3: not UTF-8" in remark
     with pytest.raises(DataError, match=r"c\.txt:1: not UTF-8.*record 2 \(data\.max_corrupt=1\)"):
         opened(root, "data.max_corrupt=1")

@@ -50,6 +50,7 @@ KEYS = PLAN_KEYS | {
 }
 _TOKENS = 2**16  # where neither n nor the mask says how many
 _ROWS = 16  # ranks that the table shows one by one
+_PROSE = 100  # columns of a sentence
 
 
 def _flags(parser: ArgumentParser) -> None:
@@ -316,7 +317,8 @@ def _print(plan: Plan, facts: dict, title: str = "") -> None:
     console.print(
         f"steps {facts['steps']}, largest work / mean {facts['imbalance']:.4f}. Rows in: K/V rows "
         "received in the forward; needed: attended and not owned. B: bytes received per layer. "
-        "Peak: rows alive beside the rank's own."
+        "Peak: rows alive beside the rank's own.",
+        width=_PROSE,
     )
     if "check" in facts:
         for problem in facts["check"]["problems"]:
@@ -324,5 +326,6 @@ def _print(plan: Plan, facts: dict, title: str = "") -> None:
         if facts["check"]["ok"]:
             console.print(
                 "check passed: every pair once, every gradient home, every receive has its send, "
-                "all ranks exchange in the same order"
+                "all ranks exchange in the same order",
+                width=_PROSE,
             )
