@@ -108,6 +108,12 @@ def test_a_tokenizer_that_the_run_did_not_learn_is_not_exported(folder, tmp_path
     assert cli([*export, f"out={tmp_path}/wrong", f"tokenizer={folder}/other.json"]) == 2
 
 
+def test_a_wrong_folder_is_what_is_said_of_it(folder):
+    with pytest.raises(ValueError, match="nowhere") as error:
+        prepared(folder, "data.root=/nowhere", "data.format=tokens")
+    assert "bytes" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "shown"),
     [

@@ -166,7 +166,7 @@ def _check_tokenizer(given: str, checkpoint: Path) -> None:
     data = yaml.safe_load(config.read_text())["data"]
     roots = [each.get("root") for each in data.get("mix") or [data]]
     shards = [root for root in roots if has_shards(root)]
-    if data["format"] != "tokens" and data.get("tokenizer") in (None, BYTES) and not shards:
+    if data.get("format") != "tokens" and data.get("tokenizer") in (None, BYTES) and not shards:
         raise ValueError(f"tokenizer={given}: the run's tokens are bytes ({config})")
     told = [tokenizer_file(Path(x)) for x in (data.get("tokenizer"), *shards) if x]
     learned = next((file for file in told if file is not None), None)

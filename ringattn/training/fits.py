@@ -19,19 +19,22 @@ def check_keys(run: TrainingRun) -> None:
     own = _own(run)
     if own is None:
         return
-    named = tokenizer_file(Path(run.data.tokenizer)) if run.data.tokenizer else None
-    if named:
-        _compare(run, named, own)
-    parts = run.data.mix or [run.data]
-    if run.data.tokenizer is None and not any(has_shards(part.root) for part in parts):
+    if run.data.tokenizer is not None:
+        if named := tokenizer_file(Path(run.data.tokenizer)):  # if not, opening it says so
+            _compare(run, named, own)
+        return
+    roots = [part.root for part in run.data.mix or [run.data]]
+    there = all(root is None or Path(root).expanduser().exists() for root in roots)
+    if there and run.data.format != "tokens" and not any(map(has_shards, roots)):
         raise _bytes(run)
 
 
 def check_tokenizer(run: TrainingRun, tokenizer: Tokenizer) -> None:
     """Raises SettingsError where the model in model.path has a tokenizer and the data another:
-    every loss would look well, and nothing of what the model knows would be used."""
+    every loss would look well, and nothing of what the model knows would be used. What
+    data.tokenizer names :func:`check_keys` has compared."""
     own = _own(run)
-    if own is None:
+    if own is None or run.data.tokenizer is not None:
         return
     if not isinstance(tokenizer, FileTokenizer):
         raise _bytes(run)
@@ -75,12 +78,14 @@ def beyond(run: TrainingRun) -> str | None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope)  # where kinds of layers have their own
     trained = config.get("max_position_embeddings")
-    original = rope.get("original_max_position_embeddings") or trained
     if not trained:
         return None
     made, why = trained, "max_position_embeddings of its config.json"
-    if (stretched := int(original * rope.get("factor", 1))) > made:
+    # Without an original length the other one is as often the stretched length as not.
+    original = rope.get("original_max_position_embeddings")
+    if original and (stretched := int(original * (rope.get("factor") or 1))) > made:
         made, why = stretched, "the RoPE of its config.json"
+    original = original or trained
     if not run.model.unchanged:
         own, given = hf_config.read(folder)[0]["rope"], run.model.rope
         original = given.original_length or original
