@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     other_ids(at / "model/tokenizer.json", at / "other.json")
     (at / "text").mkdir()
     (at / "text/a.txt").write_text("\n".join(TEXTS))
+    (at / "text/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for name, tokenizer in (("own", "model/tokenizer.json"), ("others", "other.json")):
         keys = TokenizerKeys(str(at / tokenizer))
         write(Source.open(str(at / "text"), "*.txt"), at / name, keys)
@@ -57,6 +58,8 @@ def test_bytes_are_refused_for_a_model_with_a_tokenizer(folder, model):
     before = list(folder.glob("cache/*/tokens.json"))
     with pytest.raises(SettingsError, match=r"is bytes, .*give data\.tokenizer=.*model, or"):
         prepared(folder, *text, model=model)
+    with pytest.raises(SettingsError, match="the data is bytes"):
+        prepared(folder, text[0], "data.glob=*.jsonl", model=model)
     assert list(folder.glob("cache/*/tokens.json")) == before  # nothing was tokenized
     with pytest.raises(SettingsError, match="the data is bytes"):
         prepared(folder, "data=passkey", "seq_len=128", model=model)

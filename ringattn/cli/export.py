@@ -15,7 +15,8 @@ import yaml
 
 from ringattn import living
 from ringattn.cli.request import Key, RequestError, choice, parse
-from ringattn.data.shards import has_shards
+from ringattn.data.records import has_file
+from ringattn.data.shards import MANIFEST
 from ringattn.data.tokenizer import BYTES, other_tokens, tokenizer_file
 from ringattn.models import hf_config, hf_weights
 from ringattn.models.decoder import ModelConfig, shapes
@@ -165,7 +166,7 @@ def _check_tokenizer(given: str, checkpoint: Path) -> None:
         return
     data = yaml.safe_load(config.read_text())["data"]
     roots = [each.get("root") for each in data.get("mix") or [data]]
-    shards = [root for root in roots if has_shards(root)]
+    shards = [root for root in roots if root and has_file(root, MANIFEST)]
     if data.get("format") != "tokens" and data.get("tokenizer") in (None, BYTES) and not shards:
         raise ValueError(f"tokenizer={given}: the run's tokens are bytes ({config})")
     told = [tokenizer_file(Path(x)) for x in (data.get("tokenizer"), *shards) if x]

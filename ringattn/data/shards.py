@@ -36,11 +36,6 @@ MANIFEST = "tokens.json"
 FORMAT = 1
 
 
-def has_shards(root: str | None) -> bool:
-    """Whether a folder holds token shards."""
-    return root is not None and (Path(root).expanduser() / MANIFEST).is_file()
-
-
 class Shards:
     """The :class:`ringattn.data.documents.Documents` of a folder; nothing is read but what is
     asked for. Raises DataError if it is not such a folder or not whole."""

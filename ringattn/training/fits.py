@@ -6,7 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from ringattn.data.shards import has_shards
+from ringattn.data.records import has_file
+from ringattn.data.shards import MANIFEST
 from ringattn.data.tokenizer import BYTES, FileTokenizer, Tokenizer, other_tokens, tokenizer_file
 from ringattn.models import hf_config
 from ringattn.training.run import TrainingRun
@@ -23,9 +24,10 @@ def check_keys(run: TrainingRun) -> None:
         if named := tokenizer_file(Path(run.data.tokenizer)):  # if not, opening it says so
             _compare(run, named, own)
         return
-    roots = [part.root for part in run.data.mix or [run.data]]
-    there = all(root is None or Path(root).expanduser().exists() for root in roots)
-    if there and run.data.format != "tokens" and not any(map(has_shards, roots)):
+    roots = [part.root for part in run.data.mix or [run.data] if part.root is not None]
+    there = all(Path(root).expanduser().exists() for root in roots)
+    shards = run.data.format == "tokens" or any(has_file(root, MANIFEST) for root in roots)
+    if there and not shards:
         raise _bytes(run)
 
 
